@@ -1,0 +1,195 @@
+"""ε_θ(x_t, t): the U-Net of Ho, Jain, Abbeel 2020 (Appendix B), to the letter of their code.
+
+A PixelCNN++-shaped U-Net of wide residual blocks with group normalisation; self-attention at
+16×16; the time t enters every residual block through a sinusoidal embedding. `UNet()` is the
+CIFAR-10 network (35,746,307 parameters), `UNet(**SETTINGS_256)` that of the 256×256 data sets.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SETTINGS_256 = dict(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
+
+
+class UNet(nn.Module):
+    """ε_θ(x_t, t) of Eq. 11: (B, in_channels, H, W), (B,) → (B, out_channels, H, W), float32.
+
+    channels: the base width, a multiple of 32; multipliers: the width of each level over it;
+    blocks: residual blocks a level; attention: the resolutions with self-attention, given as
+    those of an image of side image_size (which levels attend is fixed then, whatever the size of
+    the image that comes). H and W: divisible by 2^(levels − 1). ValueError if they are not.
+    """
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 3, channels: int = 128,
+                 multipliers: tuple[int, ...] = (1, 2, 2, 2), blocks: int = 2,
+                 attention: tuple[int, ...] = (16,), image_size: int = 32, dropout: float = 0.1):
+        super().__init__()
+        if channels < 32 or channels % 32:
+            raise ValueError(f"{channels} channels: the 32 groups of the normalisation need a "
+                             "multiple of 32")
+        self.channels, self.levels = channels, len(multipliers)
+        width_time = 4 * channels
+        self.time = nn.Sequential(nn.Linear(channels, width_time), nn.SiLU(),
+                                  nn.Linear(width_time, width_time))
+
+        def block(c_in: int, c_out: int, attend: bool) -> Block:
+            return Block(c_in, c_out, width_time, dropout, attend)
+
+        def attends(level: int) -> bool:
+            return image_size // 2 ** level in attention
+
+        c = channels
+        self.conv_in = nn.Conv2d(in_channels, c, 3, padding=1)
+        skips = [c]
+
+        self.down = nn.ModuleList()
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(blocks):
+                self.down.append(block(c, channels * multiplier, attends(level)))
+                c = channels * multiplier
+                skips.append(c)
+            if level < self.levels - 1:
+                self.down.append(Downsample(c))
+                skips.append(c)
+
+        self.middle = nn.ModuleList([block(c, c, True), block(c, c, False)])
+
+        self.up = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for _ in range(blocks + 1):
+                self.up.append(block(c + skips.pop(), channels * multiplier, attends(level)))
+                c = channels * multiplier
+            if level > 0:
+                self.up.append(Upsample(c))
+        assert not skips, "every skip connection has its consumer"
+
+        self.norm_out = norm(c)
+        self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
+        initialize(self)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if any(side % 2 ** (self.levels - 1) for side in x.shape[2:]):
+            raise ValueError(f"an image of {x.shape[2]}×{x.shape[3]} cannot be halved "
+                             f"{self.levels - 1} times: its sides must be divisible by "
+                             f"{2 ** (self.levels - 1)}")
+        # Every block's time projection begins with SiLU; it is taken once, here.
+        emb = F.silu(self.time(time_embedding(t, self.channels)))
+        h = self.conv_in(x)
+        skips = [h]
+
+        for module in self.down:
+            h = module(h, emb)
+            skips.append(h)
+
+        for module in self.middle:
+            h = module(h, emb)
+
+        for module in self.up:
+            if isinstance(module, Block):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = module(h, emb)
+        assert not skips, "every skip connection is consumed"
+
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def time_embedding(t: Tensor, width: int) -> Tensor:
+    """[sin(ω_i t'), cos(ω_i t')], ω_i = 10000^(−i/(half − 1)).   [Transformer §3.5]  → (B, width)
+
+    Ho et al.'s code counts time 0 … T − 1 and embeds that number, so the paper's t is embedded as
+    t' = t − 1. This is the only place where the two counts meet.
+    """
+    half = width // 2
+    omega = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
+    angles = (t - 1)[:, None].float() * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Block(nn.Module):
+    """A residual block, and self-attention after it at the levels that have it.
+
+    h = conv(SiLU(norm(x))) + time;  x ← shortcut(x) + conv(dropout(SiLU(norm(h))))
+    """
+
+    def __init__(self, c_in: int, c_out: int, width_time: int, dropout: float, attend: bool):
+        super().__init__()
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(width_time, c_out)
+        self.norm2 = norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out) if attend else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(self.shortcut(x) + h)
+
+
+class Attention(nn.Module):
+    """x + W softmax(QᵀK / √C) V over the pixels, one head of C channels."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.norm = norm(c)
+        self.q, self.k, self.v, self.out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))      # (B, C, N)
+        scores = q.transpose(1, 2) @ k * q.shape[1] ** -0.5                # (B, N queries, N keys)
+        weights = scores.softmax(dim=2)                                    # over the keys
+        h = v @ weights.transpose(1, 2)                                    # (B, C, N queries)
+        return x + self.out(h.unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    """A 3×3 convolution of stride 2. TensorFlow's SAME padding puts the zeros right and below."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """The nearest pixel, twice as large, and a 3×3 convolution."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def norm(c: int) -> nn.GroupNorm:
+    """Group normalisation as in the released code: 32 groups, ε = 10⁻⁶."""
+    return nn.GroupNorm(32, c, eps=1e-6)
+
+
+def initialize(net: UNet) -> None:
+    """Uniform of variance 1/fan_avg, biases 0; 0 for the last layer of each residual branch.
+
+    So every block begins as its shortcut, and the network's first output is zero. (The released
+    code scales those layers by 10⁻¹⁰ in place of 0.)
+    """
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for module in net.modules():
+        if isinstance(module, Block):
+            nn.init.zeros_(module.conv2.weight)
+        elif isinstance(module, Attention):
+            nn.init.zeros_(module.out.weight)
+    nn.init.zeros_(net.conv_out.weight)
