@@ -1,0 +1,370 @@
+"""Algorithm 1: train ε_θ.
+
+    python train.py --dataset cifar10                  the paper's run, into runs/cifar10/
+    python train.py --dataset shapes                   minutes on a CPU, no download
+    python train.py --dataset cifar10                  again: goes on where it stopped
+    torchrun --nproc-per-node 8 train.py               the same run, its batch over 8 GPUs
+
+Every image, flip, time and noise of step k is drawn from (seed, k) alone, so a run that was
+stopped and resumed is the run that was not.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import runs  # before torch: it quiets a warning of torch's import
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import data
+import ddpm
+import unet
+from runs import UsageError, ranged
+
+# The settings of a run. The defaults are the paper's CIFAR-10 run; RECIPES has what differs.
+count, positive = ranged(int, 1), ranged(float, 0, open_low=True)
+SETTINGS = {
+    # name: (default, type, meaning)
+    "dataset": ("cifar10", str, f"{', '.join(data.NAMES)}, a .pt file or a folder of images"),
+    "data_dir": ("data", str, "where data sets are, and downloads go"),
+    "image_size": (None, count, "side of shapes (32) or of a folder's images (256)"),
+    "flip": (True, bool, "random horizontal flips; off for digits and clothes"),
+    "steps": (800_000, count, "training steps in all"),
+    "batch_size": (128, count, "images a step, over all ranks"),
+    "lr": (2e-4, positive, "Adam's learning rate"),
+    "warmup": (5000, ranged(int, 0), "steps over which it rises from 0; in the authors' code only"),
+    "clip": (1.0, positive, "largest norm of the gradient; in the authors' code only"),
+    "ema": (0.9999, ranged(float, 0, 1), "decay of the averaged weights"),
+    "dropout": (0.1, ranged(float, 0, 0.99), "in every residual block"),
+    "channels": (128, count, "base width of the U-Net, a multiple of 32"),
+    "multipliers": ([1, 2, 2, 2], count, "width of each level over the base width"),
+    "blocks": (2, count, "residual blocks a level"),
+    "attention": ([16], count, "resolutions with self-attention"),
+    "timesteps": (1000, count, "T"),
+    "schedule": ("linear", ("linear", "quadratic", "constant"), "of β"),
+    "beta_start": (1e-4, positive, "β_1 at T = 1000; scaled by 1000/T for another T"),
+    "beta_end": (0.02, positive, "β_T at T = 1000; likewise"),
+    "predict": ("eps", ("eps", "x0", "mean"), "what the network predicts (§3.2, Table 2)"),
+    "variance": ("fixed_large", ("fixed_large", "fixed_small", "learned"), "σ_t² (§3.2, Table 2)"),
+    "objective": ("simple", ("simple", "vlb"), "Eq. 14, or Eq. 5 in bits/dim"),
+    "seed": (0, ranged(int, 0), "of everything drawn"),
+    "log_every": (100, count, "steps between lines of log.jsonl"),
+    "save_every": (5000, count, "steps between checkpoints"),
+    "sample_every": (25_000, count, "steps between grids of samples"),
+    "samples": (64, ranged(int, 0), "images in a grid; 0 for no grids"),
+    "sample_steps": (None, ranged(int, 2), "network calls for a grid (default: all T)"),
+}
+MAY_CHANGE = {"data_dir", "steps", "log_every", "save_every", "sample_every", "samples",
+              "sample_steps"}
+RECIPES = {
+    "mnist": dict(flip=False),
+    "fashion_mnist": dict(flip=False),
+    "shapes": dict(steps=3000, batch_size=32, lr=1e-3, warmup=200, ema=0.995, dropout=0.0,
+                   channels=32, multipliers=[1, 2, 2], save_every=500, sample_every=1000,
+                   samples=36, sample_steps=100),
+}
+RECIPE_256 = dict(unet.SETTINGS_256, steps=500_000, batch_size=64, lr=2e-5, variance="fixed_small",
+                  samples=16)  # §4, Appendix B: LSUN and CelebA-HQ
+
+
+def parse(argv) -> dict:
+    """The flags that were given, and no others: defaults depend on the data and the checkpoint."""
+    parser = runs.Parser(__doc__)
+    for name, (default, kind, what) in SETTINGS.items():
+        flag, text = "--" + name.replace("_", "-"), f"{what} (default: {default})"
+        if default is None:
+            text = what
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(kind, tuple):
+            options = {"choices": kind}
+        else:
+            options = {"type": kind, "nargs": "+"} if isinstance(default, list) else {"type": kind}
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
+    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/DATASET)")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="the same bits every time on CUDA too, some speed less")
+    parser.machine_flags()
+    return vars(parser.parse_args(argv))
+
+
+def settle(given: dict, images: Tensor, before: dict | None) -> dict:
+    """The settings of this run: the checkpoint's, or the data set's recipe, and what was given.
+
+    UsageError if a flag contradicts the checkpoint, or two of them each other.
+    """
+    defaults = {name: default for name, (default, *_) in SETTINGS.items()}
+    name = given.get("dataset", defaults["dataset"])
+    recipe = RECIPE_256 if images.shape[2] >= 256 else RECIPES.get(name, {})
+    shape = dict(in_channels=images.shape[1], image_size=images.shape[2])
+    given = {k: v for k, v in given.items() if k in SETTINGS}
+    s = {**(before or {**defaults, **recipe}), **given, **shape}
+    for key in before or ():
+        if key not in MAY_CHANGE and s[key] != before[key]:
+            raise UsageError(f"this run has --{key.replace('_', '-')} {before[key]}, not {s[key]}: "
+                             "give a new run another --out")
+    if s["variance"] == "learned" and (s["objective"] != "vlb" or s["predict"] == "x0"):
+        raise UsageError("a learned variance goes with --objective vlb and --predict eps or mean "
+                         "(Table 2): L_simple has no variance in it")
+    if s["sample_steps"] and s["variance"] == "learned" and s["sample_steps"] < s["timesteps"]:
+        raise UsageError("a learned variance is sampled with all steps: leave out --sample-steps")
+    if (s["sample_steps"] or 0) > s["timesteps"]:
+        raise UsageError(f"--sample-steps {s['sample_steps']} exceeds T = {s['timesteps']}")
+    side, least = images.shape[2:], 2 ** (len(s["multipliers"]) - 1)
+    if side[0] != side[1] or side[0] % least:
+        raise UsageError(f"images of {side[0]}×{side[1]}: the U-Net's {len(s['multipliers'])} "
+                         f"levels need squares whose side is a multiple of {least}")
+    return s
+
+
+# ------------------------------------------------------------------------- what a step is made of
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, n: int, device) -> Tensor:
+    """Epoch e's order of the n images, drawn from (seed, e)."""
+    g = torch.Generator().manual_seed(runs.seed_of(seed, "epoch", epoch))
+    return torch.randperm(n, generator=g).to(device)
+
+
+def batch_indices(seed: int, n: int, step: int, batch: int, device="cpu") -> Tensor:
+    """The images of step `step`: the epochs' permutations, one after another, cut into batches."""
+    a, b = step * batch, (step + 1) * batch
+    return torch.cat([permutation(seed, e, n, device)[max(a - e * n, 0):b - e * n]
+                      for e in range(a // n, (b - 1) // n + 1)])
+
+
+def draw_step(s: dict, step: int, shape: tuple, generator: torch.Generator) -> tuple:
+    """Flips, t ~ U{1 … T} and ε ~ N(0, I) of the whole batch, from (seed, step) alone."""
+    g, n = generator.manual_seed(runs.seed_of(s["seed"], "step", step)), s["batch_size"]
+    flips = torch.rand(n, generator=g, device=g.device) < 0.5
+    t = torch.randint(1, s["timesteps"] + 1, (n,), generator=g, device=g.device)
+    return flips, t, torch.randn(n, *shape, generator=g, device=g.device)
+
+
+def loss_of(s: dict, schedule: ddpm.Schedule, model: ddpm.Model, x0: Tensor, t: Tensor,
+            eps: Tensor) -> Tensor:
+    """(B,): Eq. 14, or that t's term of Eq. 5 in bits/dim, x̂_0 not clipped (Table 2's L)."""
+    if s["objective"] == "simple":
+        return ddpm.loss_simple(schedule, model, x0, t, eps, s["predict"])
+    x_t = ddpm.q_sample(schedule, x0, t, eps)
+    p = ddpm.p_mean_variance(schedule, model, x_t, t, s["predict"], s["variance"], clip=False)
+    return ddpm.bits_per_dim(ddpm.vlb_term(schedule, x0, x_t, t, p), x0)
+
+
+def ema_decay(decay: float, step: int) -> float:
+    """The paper's decay is constant, 0.9999: it remembers 10,000 steps.
+
+    A shorter run would mostly average its own beginning, so here it ramps up as the run grows; from
+    step 90,000 on it is the paper's.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+class Run:
+    """Algorithm 1 on this machine: the state that a checkpoint holds, and the loop over it."""
+
+    def __init__(self, settings: dict, images: Tensor, folder: Path, where: runs.Machine):
+        self.s, self.folder, self.where, device = settings, folder, where, where.device
+        self.schedule = runs.build_schedule(settings).to(device)
+        torch.manual_seed(runs.seed_of(settings["seed"], "init"))
+        self.net = runs.build_net(settings).to(device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+        self.params, self.averages = list(self.net.parameters()), list(self.ema.parameters())
+        self.adam = torch.optim.Adam(self.params, lr=settings["lr"], fused=device.type != "mps")
+        self.step = self.summed = 0                     # steps done; steps in loss_sum
+        self.loss_sum = torch.zeros((), device=device)  # since the last line of the log
+        self.bad = torch.tensor(-1, device=device)      # the first step that was not finite
+        fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+        self.images = images.to(device) if fits else images
+        sample = images[torch.linspace(0, len(images) - 1, 64).long()]
+        self.data = f"{tuple(images.shape)} {hashlib.sha256(data.raw_bytes(sample)).hexdigest()}"
+        L_T = ddpm.prior_kl(self.schedule, data.to_model(sample).to(device))
+        self.L_T = ddpm.bits_per_dim(L_T, sample).mean().item()
+        self.side_channel = dist.new_group(backend="gloo") if where.world > 1 else None
+
+    def restore(self, state: dict) -> None:
+        """Take the run up where a checkpoint left it. ValueError if the images are not the same."""
+        if state["data"] != self.data:
+            raise ValueError(f"the images of {self.s['dataset']} are not those that the run in "
+                             f"{self.folder} began with")
+        self.net.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.adam.load_state_dict(state["adam"])
+        self.step, self.summed = state["step"], state["summed"]
+        self.loss_sum.copy_(state["loss_sum"])
+
+    def save(self) -> None:
+        """Write the checkpoint, unless a step since the last one was not finite."""
+        self.check()
+        if self.where.chief:
+            runs.save_checkpoint(self.folder / "checkpoint.pt", {
+                "settings": self.s, "step": self.step, "model": self.net.state_dict(),
+                "ema": self.ema.state_dict(), "adam": self.adam.state_dict(),
+                "loss_sum": self.loss_sum, "summed": self.summed, "data": self.data})
+
+    def check(self) -> None:
+        """ValueError naming the first step whose loss or gradient was not finite, if there is one.
+
+        Such a step leaves weights that are not finite, and every later loss shows it: asking when
+        a loss is printed, and before every save, is soon enough.
+        """
+        if (bad := self.bad.item()) >= 0:
+            raise ValueError(f"step {bad}: the loss or its gradient is not finite. The last "
+                             f"checkpoint in {self.folder} is from before it; a lower --lr may help")
+
+    def sample(self) -> None:
+        """A grid of images from the averaged weights and noise that is the same every time."""
+        if self.s["samples"]:
+            trained = runs.Trained(self.ema, self.schedule, self.s, self.step)
+            progress = runs.Progress(self.s["samples"], "samples", quiet=not self.where.chief)
+            images = runs.draw_samples(trained, self.where, self.s["seed"], self.s["samples"], 32,
+                                       self.s["sample_steps"], progress)
+            if self.where.chief:
+                path = self.folder / f"samples-{self.step:07d}.png"
+                runs.write_png(path, runs.grid(images))
+                print(f"{path} shows {len(images)} samples", file=sys.stderr)
+
+    def log(self) -> None:
+        """A line of log.jsonl: the mean loss since the last, over all ranks."""
+        self.check()
+        if self.where.world > 1:
+            dist.all_reduce(self.loss_sum)
+        loss = self.loss_sum.item() / self.summed / self.where.world
+        entry = {"step": self.step, "loss": loss}
+        if self.s["objective"] == "vlb":
+            entry["bound"] = self.s["timesteps"] * loss + self.L_T  # bits/dim, unbiased for Eq. 5
+        if self.where.chief:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        self.loss_sum.zero_()
+        self.summed = 0
+
+    def stopped(self, stop: runs.Stop) -> bool:
+        """Whether any rank was told to stop; all learn of it at the same step."""
+        if self.where.world > 1:
+            flag = torch.tensor(stop.signal)
+            dist.all_reduce(flag, dist.ReduceOp.MAX, self.side_channel)
+            stop.signal = int(flag)
+        return stop.signal != 0
+
+    def train(self, engine: nn.Module, stop: runs.Stop) -> None:
+        """Algorithm 1 from step `self.step` to the last, or to a signal."""
+        s, where = self.s, self.where
+        device, model = where.device, runs.runner(engine, where)
+        generator, share = torch.Generator(device), s["batch_size"] // where.world
+        mine = slice(where.rank * share, (where.rank + 1) * share)
+        progress = runs.Progress(s["steps"], "steps", done=self.step, quiet=not where.chief)
+        while self.step < s["steps"] and not self.stopped(stop):
+            k = self.step
+            index = batch_indices(s["seed"], len(self.images), k, s["batch_size"],
+                                  self.images.device)[mine]
+            x0 = data.to_model(self.images[index].to(device, non_blocking=True))
+            flips, t, eps = draw_step(s, k, self.images.shape[1:], generator)
+            if s["flip"]:
+                x0 = torch.where(flips[mine, None, None, None], x0.flip(3), x0)
+            torch.manual_seed(runs.seed_of(s["seed"], "dropout", k, where.rank))
+
+            engine.train()
+            loss = loss_of(s, self.schedule, model, x0, t[mine], eps[mine]).mean()
+            self.adam.zero_grad()
+            loss.backward()
+            # Ho et al.'s code clips before the mean over replicas; here it is the mean's norm.
+            norm = nn.utils.clip_grad_norm_(self.params, s["clip"])
+            for group in self.adam.param_groups:
+                group["lr"] = s["lr"] * min(k / max(s["warmup"], 1), 1) if s["warmup"] else s["lr"]
+            self.adam.step()
+            with torch.no_grad():
+                get_ema_multi_avg_fn(ema_decay(s["ema"], k))(self.averages, self.params, None)
+
+            # Nothing is read back before it is printed: the device never waits for the host.
+            self.step, self.summed, loss = k + 1, self.summed + 1, loss.detach()
+            self.loss_sum += loss
+            sound = loss.isfinite() & norm.isfinite()
+            self.bad = torch.where((self.bad < 0) & ~sound, self.step, self.bad)
+
+            if progress.due() or self.step == s["steps"]:
+                progress.update(self.step, f"loss {self.loss_sum.item() / self.summed:.4f}", True)
+                self.check()
+            if self.step % s["log_every"] == 0:
+                self.log()
+            if self.step % s["save_every"] == 0:
+                self.save()
+            if self.step % s["sample_every"] == 0 and self.step < s["steps"]:
+                self.sample()
+        self.save()
+
+
+def cut_log(path: Path, step: int) -> None:
+    """log.jsonl as it was at `step`: a resumed run writes the later lines again."""
+    lines = [json.dumps(entry) + "\n" for entry in runs.read_log(path) if entry["step"] <= step]
+    with runs.written_aside(path) as part:
+        part.write_text("".join(lines))
+
+
+@runs.command
+def main(argv=None) -> int:
+    """Train, or go on training: see the module's text."""
+    given = parse(argv)
+    name = given.get("dataset", SETTINGS["dataset"][0])
+    folder = given.get("out") or Path("runs", Path(name).stem)
+    where = runs.machine(given.pop("device"), given.pop("precision"))
+    if given["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    with runs.Stop() as stop, runs.locked(folder) if where.chief else contextlib.nullcontext():
+        path = folder / "checkpoint.pt"
+        resumed = path.exists() or runs.previous(path).exists()
+        state = runs.load_checkpoint(path) if resumed else {}
+        before = state.get("settings", {})
+        if not where.chief:
+            where.barrier()  # the chief downloads and decodes; the others find it done
+        images = data.load(name if "dataset" in given else before.get("dataset", name),
+                           given.get("data_dir") or before.get("data_dir", "data"),
+                           image_size=given.get("image_size") or before.get("image_size")).images
+        if where.chief:
+            where.barrier()
+        settings = settle(given, images, before)
+        if settings["batch_size"] % where.world:
+            raise UsageError(f"--batch-size {settings['batch_size']} cannot be shared evenly by "
+                             f"{where.world} ranks")
+        run = Run(settings, images, folder, where)
+        if resumed:
+            run.restore(state)
+        if where.chief:
+            for leftover in folder.glob("*.part"):
+                leftover.unlink()
+            cut_log(folder / "log.jsonl", run.step)
+            parameters = sum(p.numel() for p in run.params)
+            print(f"{settings['dataset']}: {len(images)} images of {tuple(images.shape[1:])}, "
+                  f"{parameters:,} parameters, {where.device.type} in {where.dtype}, {where.world} "
+                  f"rank{'s' * (where.world > 1)}, from step {run.step}", file=sys.stderr)
+        if run.step >= settings["steps"]:
+            print(f"{folder} has had its {run.step} steps; --steps N goes on", file=sys.stderr)
+            return 0
+        engine = run.net
+        if where.world > 1:
+            engine = nn.parallel.DistributedDataParallel(engine)
+        run.train(engine, stop)
+        if stop.signal:
+            print(f"stopped at step {run.step}; the same command goes on", file=sys.stderr)
+            return 128 + stop.signal
+        run.sample()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
