@@ -130,9 +130,13 @@ class Machine(NamedTuple):
         dist.all_reduce(whole)
         return whole.to(rows.device)
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.world > 1:
+    @contextlib.contextmanager
+    def chief_first(self) -> Iterator[None]:
+        """The chief runs the block, then the others: one downloads, the others find the file."""
+        if self.world > 1 and not self.chief:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.chief:
             dist.barrier()
 
 
@@ -194,7 +198,7 @@ class Trained(NamedTuple):
     net: UNet
     schedule: ddpm.Schedule
     settings: dict          # those of train.py
-    step: int | None        # None if it was not trained here
+    source: str             # where it comes from, for people
 
     @property
     def choices(self) -> dict:
@@ -323,7 +327,8 @@ def load_trained(path: Path, ema: bool = True) -> Trained:
     payload = load_checkpoint(path)
     net = build_net(payload["settings"])
     net.load_state_dict(payload["ema" if ema else "model"])
-    return Trained(net, build_schedule(payload["settings"]), payload["settings"], payload["step"])
+    source = f"{path}, step {payload['step']}, {'averaged' if ema else 'raw'} weights"
+    return Trained(net, build_schedule(payload["settings"]), payload["settings"], source)
 
 
 # -------------------------------------------------------------------------------------- pictures

@@ -228,7 +228,7 @@ class Run:
     def sample(self) -> None:
         """A grid of images from the averaged weights and noise that is the same every time."""
         if self.s["samples"]:
-            trained = runs.Trained(self.ema, self.schedule, self.s, self.step)
+            trained = runs.Trained(self.ema, self.schedule, self.s, "")
             progress = runs.Progress(self.s["samples"], "samples", quiet=not self.where.chief)
             images = runs.draw_samples(trained, self.where, self.s["seed"], self.s["samples"], 32,
                                        self.s["sample_steps"], progress)
@@ -330,13 +330,10 @@ def main(argv=None) -> int:
         resumed = path.exists() or runs.previous(path).exists()
         state = runs.load_checkpoint(path) if resumed else {}
         before = state.get("settings", {})
-        if not where.chief:
-            where.barrier()  # the chief downloads and decodes; the others find it done
-        images = data.load(name if "dataset" in given else before.get("dataset", name),
-                           given.get("data_dir") or before.get("data_dir", "data"),
-                           image_size=given.get("image_size") or before.get("image_size")).images
-        if where.chief:
-            where.barrier()
+        with where.chief_first():
+            images = data.load(name if "dataset" in given else before.get("dataset", name),
+                               given.get("data_dir") or before.get("data_dir", "data"),
+                               image_size=given.get("image_size") or before.get("image_size")).images
         settings = settle(given, images, before)
         if settings["batch_size"] % where.world:
             raise UsageError(f"--batch-size {settings['batch_size']} cannot be shared evenly by "
