@@ -252,7 +252,7 @@ def export(trained: runs.Trained, folder: Path) -> None:
     own = trained.net.state_dict()
     state = {f"{theirs}.{leaf}": own[f"{ours}.{leaf}"] for ours, theirs in names(trained.net).items()
              for leaf in ("weight", "bias")}
-    state = {k: v.flatten(1) if ".attentions." in k else v for k, v in state.items()}
+    state = {k: v.flatten(1) if ".attentions." in k and v.dim() == 4 else v for k, v in state.items()}
     write_safetensors(folder / "unet" / MODEL[0], state)
     for file, content in (("unet/config.json", config), ("model_index.json", index),
                           ("scheduler/scheduler_config.json", scheduler)):

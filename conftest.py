@@ -1,0 +1,20 @@
+"""Every test file's hypothesis profile, and the flag for the long forms."""
+import warnings
+
+import hypothesis
+import pytest
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+hypothesis.settings.register_profile("ddpm", deadline=None, derandomize=True, database=None,
+                                     max_examples=50)
+hypothesis.settings.load_profile("ddpm")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the long forms of the tests too")
+
+
+@pytest.fixture
+def long(request):
+    return request.config.getoption("--long")

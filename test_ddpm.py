@@ -1,0 +1,736 @@
+"""One theorem for each equation of the paper, in its order; each kills the mistakes it names.
+
+Left-hand sides are the code's; right-hand sides share nothing with it but `q_step`, the Markov
+kernel of Eq. 2 that the whole paper follows from. All in float64, to 1e-9.
+"""
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import ddpm
+from ddpm import Gaussian
+
+F64 = torch.float64
+PAPER = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]  # §4
+
+
+# ------------------------------------------------------------------------------------ strategies
+
+def beta_lists(longest: int = 12):
+    """Linear ramps, and adversarial lists of any β in [1e-5, 0.999]; T = 1 included."""
+    beta = st.floats(1e-5, 0.999)
+    ramps = st.builds(lambda a, b, n: [a + (b - a) * i / max(n - 1, 1) for i in range(n)],
+                      beta, beta, st.integers(1, longest))
+    return ramps | st.lists(beta, min_size=1, max_size=longest)
+
+
+numbers = st.integers(0, 2 ** 32)  # seeds of tensors: hypothesis draws the case, torch its filling
+
+
+def randn(seed: int, *shape) -> torch.Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a, b, rel: float = 1e-9, floor: float = 1e-12) -> None:
+    """Elementwise: |a − b| ≤ rel · |b| + floor."""
+    a, b = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=F64) for x in (a, b)))
+    torch.testing.assert_close(a, b, rtol=rel, atol=floor)
+
+
+def at(t: int, n: int = 1) -> torch.Tensor:
+    return torch.full((n,), t)
+
+
+def log_normal(x, mean, variance):
+    """log N(x; mean, variance), elementwise."""
+    return -0.5 * (math.log(2 * math.pi) + torch.log(variance) + (x - mean) ** 2 / variance)
+
+
+def kernel(s, t: int) -> tuple[float, float]:
+    """Eq. 2 as q_step has it: x_t = a x_{t−1} + b ε."""
+    one, nil = torch.ones(1, 1, dtype=F64), torch.zeros(1, 1, dtype=F64)
+    return ddpm.q_step(s, one, at(t), nil).item(), ddpm.q_step(s, nil, at(t), one).item()
+
+
+@functools.lru_cache(maxsize=8)
+def chain(s) -> list[tuple[float, float]]:
+    """x_t = a x_0 + N(0, v) by t steps of Eq. 2: (a, v) for t = 0 … T."""
+    steps = [(1.0, 0.0)]
+    for t in range(1, s.T + 1):
+        (a, v), (scale, noise) = steps[-1], kernel(s, t)
+        steps.append((a * scale, scale ** 2 * v + noise ** 2))
+    return steps
+
+
+def iterated(s, t: int) -> tuple[float, float]:
+    """(a, v) of `chain` at time t."""
+    return chain(s)[t]
+
+
+# --------------------------------------------------------------------------- §2, §4: the schedule
+
+def test_sec4_the_papers_numbers():
+    """β from 10⁻⁴ to 0.02, T = 1000: ᾱ_T, β̃_2, and L_T in bits/dim at x_0² = ¼ and at 1."""
+    s = ddpm.make_schedule()
+    same(s.betas[1:], PAPER, 1e-12)
+    same(s.alpha_bars[1000], 4.0358297654e-5, 1e-10, 0)
+    same(ddpm.p_variance(s, at(2), "fixed_small"), [5.4532e-5], 1e-5, 0)
+    for x, bits in ((0.5, 7.28e-6), (1.0, 2.91e-5)):
+        x0 = torch.full((1, 3072), x, dtype=F64)
+        same(ddpm.bits_per_dim(ddpm.prior_kl(s, x0), x0), [bits], 1e-3, 0)
+
+
+@given(beta_lists())
+@example(PAPER)
+def test_sec2_alpha_bar_is_the_running_product(betas):
+    """ᾱ_t = ∏_{s≤t} (1 − β_s), ᾱ_0 = 1, times[t] = t; and nothing but β in (0, 1) is a schedule.
+
+    Kills: ᾱ_t as a product up to T, ᾱ_0 ≠ 1, a shifted index."""
+    s = ddpm.schedule_from_betas(betas)
+    assert s.T == len(betas) and s.times.tolist() == list(range(s.T + 1))
+    product = 1.0
+    for t in range(s.T + 1):
+        product *= 1 - betas[t - 1] if t else 1
+        same(s.alpha_bars[t], product)
+        same(s.alphas[t], 1 - s.betas[t])
+    assert s.betas[0] == 0 and s.alpha_bars.dtype == F64
+
+
+@pytest.mark.parametrize("betas", [[], [0.0], [1.0], [0.1, float("nan")], [[0.1]], [-0.1]])
+def test_sec2_no_other_betas(betas):
+    """β outside (0, 1), none, or not a list of numbers: ValueError."""
+    with pytest.raises(ValueError):
+        ddpm.schedule_from_betas(betas)
+
+
+def test_sec4_schedules_by_name():
+    """Linear, quadratic (√β linear), constant; for T ≠ 1000 the ends are scaled by 1000/T.
+
+    Kills: T changed without rescaling β, so that ᾱ_T is not near 0."""
+    quadratic = ddpm.make_schedule(kind="quadratic").betas[1:]
+    same(quadratic.sqrt().diff(), (0.02 ** 0.5 - 0.01) / 999, 1e-6)
+    same(quadratic[[0, -1]], [1e-4, 0.02])
+    same(ddpm.make_schedule(kind="constant").betas[1:], [0.02] * 1000)
+    for T in (2, 10, 100, 4000):
+        s = ddpm.make_schedule(T)
+        same(s.betas[[1, T]], [min(0.1 / T, 0.999), min(20 / T, 0.999)])
+        assert s.alpha_bars[T] < 1e-3
+    for bad in (dict(T=0), dict(kind="cosine"), dict(beta_end=0.0), dict(beta_start=1.0)):
+        with pytest.raises(ValueError):
+            ddpm.make_schedule(**bad)
+    with pytest.raises(ValueError, match="Raise β_end"):
+        ddpm.make_schedule(beta_end=0.002)
+    with pytest.raises(ValueError, match="exceeds"):
+        ddpm.make_schedule(T=1)
+
+
+# --------------------------------------------------------------------- §2: the forward process q
+
+@given(beta_lists(), numbers)
+def test_eq02_forward_step(betas, seed):
+    """q(x_t | x_{t−1}) = N(√(1 − β_t) x_{t−1}, β_t I), read off the sample's own coefficients.
+
+    Kills: α and β exchanged, noise scaled by β in place of √β."""
+    s, x, eps = ddpm.schedule_from_betas(betas), randn(seed, 4), randn(seed + 1, 4)
+    for t, beta in enumerate(betas, 1):
+        a, b = kernel(s, t)
+        same(a * a, 1 - beta)
+        same(b * b, beta)
+        same(ddpm.q_step(s, x[None], at(t), eps[None])[0], a * x + b * eps)
+
+
+@given(beta_lists(), numbers)
+@example(PAPER, 0)
+def test_eq04_jump_is_iterated_steps(betas, seed):
+    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I): t steps of Eq. 2, for a batch with mixed t.
+
+    Kills: noise scaled by the variance, ᾱ_t at another index, images broadcast over the batch."""
+    s = ddpm.schedule_from_betas(betas)
+    t = torch.tensor(sorted({0, 1, (s.T + 1) // 2, s.T}))
+    x0, eps = randn(seed, len(t), 3, 2), randn(seed + 1, len(t), 3, 2)
+    q, x_t = ddpm.q_mean_variance(s, x0, t), ddpm.q_sample(s, x0, t, eps)
+    for i, u in enumerate(t.tolist()):
+        a, v = iterated(s, u)
+        same(q.mean[i], a * x0[i])
+        same(q.variance[i], torch.full((1, 1), v, dtype=F64))
+        same(x_t[i], a * x0[i] + math.sqrt(v) * eps[i])
+
+
+@given(beta_lists(), numbers)
+@example(PAPER, 0)
+def test_eq07_posterior_is_bayes_rule(betas, seed):
+    """q(x_{t−1} | x_t, x_0): two jointly Gaussian variables, one conditioned on the other.
+
+    Kills: the posterior variance β_t in place of β̃_t, √ᾱ_t in place of √ᾱ_{t−1} or √α_t."""
+    s, x0, x_t = ddpm.schedule_from_betas(betas), randn(seed, 1, 5), randn(seed + 1, 1, 5)
+    for t in {1, min(2, s.T), (s.T + 1) // 2, s.T}:
+        (a, v), (scale, noise) = iterated(s, t - 1), kernel(s, t)
+        total = scale ** 2 * v + noise ** 2                 # Var(x_t | x_0)
+        gain = scale * v / total                            # Cov(x_{t−1}, x_t | x_0) / Var
+        q = ddpm.q_posterior_mean_variance(s, x0, x_t, at(t))
+        same(q.mean, a * x0 + gain * (x_t - scale * a * x0))
+        same(q.variance, [[v * noise ** 2 / total]], 1e-9, 0)
+        if t == 1:
+            assert torch.equal(q.mean, x0) or (q.mean - x0).abs().max() < 1e-9
+            assert q.variance.item() == 0
+
+
+@given(beta_lists(8), numbers)
+@example([PAPER[0], PAPER[500], PAPER[999]], 0)
+def test_eq03_integrand_equals_eq21_along_every_path(betas, seed):
+    """Appendix A: −log p(x_T) − Σ log p_θ/q(x_t | x_{t−1}), as it stands and turned round.
+
+    For any path and any p_θ; Kills: a posterior that is not Bayes' rule, a lost factor."""
+    s = ddpm.schedule_from_betas(betas)
+    path = [randn(seed, 1, 3)]
+    for t in range(1, s.T + 1):
+        path.append(ddpm.q_step(s, path[-1], at(t), randn(seed + t, 1, 3)))
+    p_theta = [log_normal(path[t - 1], 0.3 * path[t], torch.tensor(0.7 + t, dtype=F64))
+               for t in range(1, s.T + 1)]
+    prior = log_normal(path[s.T], 0, torch.ones(1, dtype=F64))
+    eq3 = [-prior]
+    for t in range(1, s.T + 1):
+        scale, noise = kernel(s, t)
+        eq3 += [-p_theta[t - 1], log_normal(path[t], scale * path[t - 1],
+                                            torch.tensor(noise ** 2, dtype=F64))]
+    eq21 = [-prior, log_normal(path[s.T], *ddpm.q_mean_variance(s, path[0], at(s.T))), -p_theta[0]]
+    for t in range(2, s.T + 1):
+        q = ddpm.q_posterior_mean_variance(s, path[0], path[t], at(t))
+        eq21 += [-p_theta[t - 1], log_normal(path[t - 1], *q)]
+    size = sum(term.abs() for term in eq3).max().item()
+    same(sum(eq3), sum(eq21), 0, 1e-9 * size)
+
+
+# ------------------------------------------------------------------- §3.2: the reverse process p_θ
+
+@given(beta_lists(), numbers)
+@example(PAPER, 0)
+def test_eq15_inverts_the_jump(betas, seed):
+    """x̂_0(x_t(x_0, ε), ε) = x_0 and back; the same for the x_0 behind a mean (Eq. 7 inverted)."""
+    s = ddpm.schedule_from_betas(betas)
+    x0, eps = randn(seed, 1, 4), randn(seed + 1, 1, 4)
+    for t in {1, (s.T + 1) // 2, s.T}:
+        a, v = iterated(s, t)
+        assume(a * a >= 1e-8)
+        x_t = a * x0 + math.sqrt(v) * eps
+        same(ddpm.predict_x0_from_eps(s, x_t, at(t), eps), x0, 1e-9, 1e-9 / a)
+        same(ddpm.predict_eps_from_x0(s, x_t, at(t), x0), eps, 1e-9, 1e-9 / math.sqrt(v))
+        mean = ddpm.q_posterior_mean_variance(s, x0, x_t, at(t)).mean
+        weight = iterated(s, t - 1)[0] * (1 - kernel(s, t)[0] ** 2) / v  # of x_0 in Eq. 7
+        same(ddpm.predict_x0_from_mean(s, x_t, at(t), mean), x0, 1e-9, 1e-9 / weight)
+
+
+@given(beta_lists(), numbers, st.sampled_from(["eps", "x0", "mean"]))
+@example(PAPER, 0, "eps")
+def test_eq11_every_prediction_gives_the_posterior_mean(betas, seed, predict):
+    """A network that knows x_0 gives μ_θ = μ̃_t(x_t, x_0), whatever it predicts.
+
+    Kills: √ᾱ_t in place of √α_t in Eq. 11, the network shown another time than t."""
+    s = ddpm.schedule_from_betas(betas)
+    x0, eps = randn(seed, 1, 4), randn(seed + 1, 1, 4)
+    for t in {1, (s.T + 1) // 2, s.T}:
+        a, v = iterated(s, t)
+        assume(a * a >= 1e-8)
+        x_t = a * x0 + math.sqrt(v) * eps
+        q = ddpm.q_posterior_mean_variance(s, x0, x_t, at(t))
+        answer = {"eps": eps, "x0": x0, "mean": q.mean}[predict]
+        seen = []
+        p = ddpm.p_mean_variance(s, lambda x, u: seen.append(u) or answer, x_t, at(t), predict,
+                                 clip=False)
+        same(p.mean, q.mean, 1e-9, 1e-9 / a)
+        assert seen[0].tolist() == [t]
+
+
+def test_eq11_clipping_comes_before_the_mean():
+    """With clip, x̂_0 is clipped to [−1, 1] and Eq. 7 uses it; a predicted mean stays as it is.
+
+    Kills: x̂_0 clipped after the mean was taken, the mean clipped."""
+    s, x_t = ddpm.make_schedule(), torch.tensor([[3.0, -2.5, 0.2]], dtype=F64)
+    t, eps = at(300), torch.tensor([[-2.0, 1.0, 0.1]], dtype=F64)
+    a, v = iterated(s, 300)
+    x0 = ((x_t - math.sqrt(v) * eps) / a).clamp(-1, 1)
+    assert x0.abs().max() == 1
+    for predict, answer in (("eps", eps), ("x0", (x_t - math.sqrt(v) * eps) / a)):
+        p = ddpm.p_mean_variance(s, lambda x, u: answer, x_t, t, predict)
+        same(p.x0, x0)
+        same(p.mean, ddpm.q_posterior_mean_variance(s, x0, x_t, t).mean)
+    p = ddpm.p_mean_variance(s, lambda x, u: 5 * x, x_t, t, "mean")
+    assert torch.equal(p.mean, 5 * x_t) and p.x0.abs().max() <= 1
+
+
+@given(beta_lists(), numbers)
+def test_sec32_the_two_fixed_variances(betas, seed):
+    """β_t is Var(x_{t−1} | x_t) if x_0 ~ N(0, 1), β̃_t if x_0 is one point; σ_1² is β̃_2 (β_1 if T = 1).
+
+    Kills: σ in place of σ², β_t for β̃_t, log β̃_1 = −∞."""
+    s = ddpm.schedule_from_betas(betas)
+    for t in range(1, s.T + 1):
+        for name, v0 in (("fixed_large", 1.0), ("fixed_small", 0.0)):
+            u = max(t, min(2, s.T))                        # t = 1 takes β̃_2
+            if t == 1:
+                v0 = 0.0 if s.T > 1 else 1.0
+            (a, v), (scale, noise) = iterated(s, u - 1), kernel(s, u)
+            v += a * a * v0                                # Var(x_{t−1})
+            same(ddpm.p_variance(s, at(t), name), [v * noise ** 2 / (scale ** 2 * v + noise ** 2)])
+    with pytest.raises(ValueError):
+        ddpm.p_variance(s, at(1), "learned")
+
+
+def test_table2_learned_variance_is_the_second_half():
+    """With variance = learned the second half of the channels is log σ², for each dimension."""
+    s, x_t, log_variance = ddpm.make_schedule(), randn(0, 2, 3, 2, 2), randn(1, 2, 3, 2, 2)
+    model = lambda x, t: torch.cat([0.1 * x, log_variance], 1)
+    p = ddpm.p_mean_variance(s, model, x_t, at(7, 2), variance="learned", clip=False)
+    same(p.variance, torch.exp(log_variance))
+    same(p.mean, ddpm.p_mean_variance(s, lambda x, t: 0.1 * x, x_t, at(7, 2), clip=False).mean)
+    with pytest.raises(ValueError, match="learned"):
+        ddpm.p_mean_variance(ddpm.respace(s, 10), model, x_t, at(7, 2), variance="learned")
+
+
+def exact_denoiser(s, m: float, v: float):
+    """ε(x_t, t) for x_0 ~ N(m, v): (x_t − √ᾱ_t E[x_0 | x_t]) / √(1 − ᾱ_t), from Eq. 2 iterated."""
+    table = {t: iterated(s, t) for t in range(1, s.T + 1)}
+
+    def model(x, t):
+        a, w = (torch.tensor([table[u][i] for u in t.tolist()], dtype=F64)[:, None] for i in (0, 1))
+        mean0 = m + a * v / (a * a * v + w) * (x - a * m)
+        return (x - a * mean0) / w.sqrt()
+    return model
+
+
+def affine(run, n: int) -> tuple[float, float]:
+    """Mean and variance of a number that is affine in n independent N(0, 1) draws.
+
+    run(draws (n + 1, n)) → (n + 1,): row 0 of the draws is zero, the others are unit vectors."""
+    out = run(torch.cat([torch.zeros(1, n, dtype=F64), torch.eye(n, dtype=F64)]))
+    return out[0].item(), ((out[1:] - out[0]) ** 2).sum().item()
+
+
+@given(beta_lists(), st.floats(-2, 2), st.floats(0.01, 4), st.sampled_from(["fixed_large",
+                                                                            "fixed_small"]))
+@example(PAPER[::50], 0.0, 1.0, "fixed_large")
+def test_alg2_moments_of_the_sampler(betas, m, v, variance):
+    """Gaussian data and their exact denoiser: x_0's mean and variance follow a recursion.
+
+    x_{t−1} = E[x_{t−1} | x_t] + σ_t z for t > 1, and x_0 = E[x_0 | x_1]: no noise at the end.
+    Kills: noise scaled by σ², noise at the last step, a loop that misses t = 1 or t = T."""
+    s = ddpm.schedule_from_betas(betas)
+    assume(iterated(s, s.T)[0] ** 2 >= 1e-8)
+    model = exact_denoiser(s, m, v)
+
+    def run(draws):
+        noise = {t: draws[:, t - 1:t] for t in range(1, s.T + 1)}   # x_T, and z at t = 2 … T
+        states = list(ddpm.p_sample_loop(s, model, noise[1], lambda t: noise[t], clip=False,
+                                         variance=variance))
+        assert [state.t for state in states] == list(range(s.T, -1, -1))
+        assert torch.equal(states[-1].x_t, states[-1].x0)
+        return states[-1].x_t[:, 0]
+
+    mean, var = 0.0, 1.0                                            # of x_T
+    for t in range(s.T, 0, -1):
+        (a, w), (scale, noise) = iterated(s, t - 1), kernel(s, t)
+        prior = a * a * v + w                                       # Var(x_{t−1}) of the data
+        gain = scale * prior / (scale ** 2 * prior + noise ** 2)
+        mean = a * m + gain * (mean - scale * a * m)
+        sigma2 = noise ** 2 if variance == "fixed_large" else w * noise ** 2 / (scale ** 2 * w
+                                                                                + noise ** 2)
+        var = gain ** 2 * var + (sigma2 if t > 1 else 0)
+    got = affine(run, s.T)
+    same(got[0], mean, 1e-8, 1e-8)
+    same(got[1], var, 1e-8, 1e-10)
+
+
+def test_alg2_paper_schedule_standard_normal_data():
+    """x_0 ~ N(0, 1), σ_t² = β_t: every x_t has variance 1, and the noiseless last step leaves α_1."""
+    s = ddpm.make_schedule(40)
+    model = exact_denoiser(s, 0.0, 1.0)
+    asked = []
+
+    def run(draws):
+        def noise(t):
+            asked.append(t)
+            return draws[:, t - 1:t]
+        *_, last = ddpm.p_sample_loop(s, model, draws[:, :1], noise, clip=False)
+        return last.x_t[:, 0]
+
+    same(affine(run, 40)[1], kernel(s, 1)[0] ** 2)
+    assert asked == list(range(40, 1, -1))
+
+
+@given(beta_lists(30).filter(lambda b: len(b) > 2), st.data())
+@example(PAPER, None)
+def test_respace_is_the_chain_of_fewer_steps(betas, data):
+    """α'_1 ⋯ α'_i = ᾱ_{τ_i}, τ evenly spaced with 1 and T; the network is shown τ_i.
+
+    x_0 ~ N(0, 1): the sampler's moments are exact for any spacing, and the last step leaves α_1.
+    Kills: β_t of the full schedule kept, the network shown i, an end left out."""
+    s = ddpm.schedule_from_betas(betas)
+    n = data.draw(st.integers(2, s.T)) if data else 50
+    r = ddpm.respace(s, n)
+    tau = r.times[1:].tolist()
+    assert r.T == n == len(set(tau)) and tau[0] == 1 and tau[-1] == s.T
+    gaps = [b - a for a, b in zip(tau, tau[1:])]
+    assert max(gaps) - min(gaps) <= 1 and r.times[0] == 0
+    for i in {1, n // 2, n}:
+        a, v = iterated(s, int(r.times[i]))
+        b, w = iterated(r, i)
+        same([b * b, w], [a * a, v])
+    assume(iterated(s, s.T)[0] ** 2 >= 1e-8 and n <= 60)
+    model, shown = exact_denoiser(s, 0.0, 1.0), []
+
+    def run(draws):
+        *_, last = ddpm.p_sample_loop(r, lambda x, t: shown.append(int(t[0])) or model(x, t),
+                                      draws[:, :1], lambda i: draws[:, i - 1:i], clip=False)
+        return last.x_t[:, 0]
+
+    same(affine(run, n)[1], kernel(s, 1)[0] ** 2, 1e-7)
+    assert shown == tau[::-1]
+
+
+def test_respace_of_a_predicted_mean_goes_through_x0():
+    """A network of μ̃_τ of the full chain serves the short one by the x_0 it implies."""
+    s = ddpm.make_schedule()
+    r, x0, x_t = ddpm.respace(s, 10), randn(0, 1, 4) / 4, randn(1, 1, 4)
+    model = lambda x, tau: ddpm.q_posterior_mean_variance(s, x0, x, tau).mean
+    for i in (1, 5, 10):
+        p = ddpm.p_mean_variance(r, model, x_t, at(i), "mean")
+        same(p.mean, ddpm.q_posterior_mean_variance(r, x0, x_t, at(i)).mean, 1e-9, 1e-8)
+    assert ddpm.respace(s, 1000) is s
+    for n in (0, 1, 1001):
+        with pytest.raises(ValueError, match="sampling steps"):
+            ddpm.respace(s, n)
+
+
+# --------------------------------------------------------------------------- §3.3: the decoder
+
+def log_bin(a: float, b: float) -> float:
+    """log ∫_a^b N(x; 0, 1) dx by quadrature around the integrand's peak, good in any tail."""
+    peak = min(max(a, 0.0), b)
+    reach = 90 / (abs(peak) + math.sqrt(peak ** 2 + 90))   # beyond it the integrand is e^−45
+    low, high = max(a, peak - reach), min(b, peak + reach)
+    nodes = [0.1488743389816312, 0.4333953941292472, 0.6794095682990244, 0.8650633666889845,
+             0.9739065285171717]                           # Gauss–Legendre, ten points
+    weights = [0.2955242247147529, 0.2692667193099963, 0.2190863625159820, 0.1494513491505806,
+               0.0666713443086881]
+    total, panels = 0.0, 60
+    half = (high - low) / panels / 2
+    for i in range(panels):
+        middle = low + (2 * i + 1) * half
+        for node, weight in zip(nodes, weights):
+            for x in (middle - half * node, middle + half * node):
+                total += weight * half * math.exp(-(x - peak) * (x + peak) / 2)
+    return math.log(total) - peak ** 2 / 2 - 0.5 * math.log(2 * math.pi)
+
+
+def log_bin_of(k: int, mean: float, sigma: float) -> float:
+    """Eq. 13 for level k by `log_bin`, its outermost bins open."""
+    x = k / 127.5 - 1
+    a = -math.inf if k == 0 else (x - 1 / 255 - mean) / sigma
+    b = math.inf if k == 255 else (x + 1 / 255 - mean) / sigma
+    return log_bin(a, b)
+
+
+sigmas = st.floats(math.log(1e-4), math.log(10)).map(math.exp)
+means = st.floats(-1.2, 1.2) | st.floats(-100, 100) | st.sampled_from([-1.0, 0.0, 1.0])
+
+
+def decoder(k, mean, sigma):
+    level = torch.as_tensor(k, dtype=F64) / 127.5 - 1
+    return ddpm.discretized_gaussian_log_likelihood(
+        level, torch.as_tensor(mean, dtype=F64), torch.as_tensor(sigma, dtype=F64) ** 2)
+
+
+@given(means, sigmas)
+def test_eq13_probabilities_sum_to_one(mean, sigma):
+    """The 256 bins cover the line exactly once.
+
+    Kills: edge bins left finite, bins half as wide or twice, images in [0, 1]."""
+    log_p = decoder(range(256), mean, sigma)
+    assert log_p.isfinite().all() and (log_p <= 0).all()
+    same(log_p.exp().sum(), 1, 0, 1e-12)
+
+
+@given(means, sigmas, st.integers(0, 255) | st.sampled_from([0, 1, 254, 255]))
+@example(0.0, 1e-4, 0)
+@example(100.0, 1e-4, 0)
+@example(-100.0, 1e-4, 255)
+def test_eq13_each_bin_is_an_integral(mean, sigma, k):
+    """log p_θ(x_0 | x_1) = log ∫ N(x; μ, σ²) dx over the bin, also where it underflows as a number.
+
+    Kills: a bin shifted by half, the sign of L_0, a floor or a tanh in place of Φ."""
+    same(decoder(k, mean, sigma), log_bin_of(k, mean, sigma), 1e-9, 1e-11)
+
+
+@given(means, sigmas, st.integers(0, 255) | st.sampled_from([0, 255]))
+@example(100.0, 1e-4, 3)
+def test_eq13_gradient(mean, sigma, k):
+    """Its gradient in μ and in log σ is finite and that of the integral (central differences)."""
+    mu = torch.tensor(mean, dtype=F64, requires_grad=True)
+    log_sigma = torch.tensor(math.log(sigma), dtype=F64, requires_grad=True)
+    decoder(k, mu, log_sigma.exp()).backward()
+    assert mu.grad.isfinite() and log_sigma.grad.isfinite()
+    x = k / 127.5 - 1
+    scale = 1 + abs(x - mean) / sigma
+    h = 1e-5
+    for got, numeric in ((mu.grad * sigma, log_bin_of(k, mean + h * sigma, sigma)
+                          - log_bin_of(k, mean - h * sigma, sigma)),
+                         (log_sigma.grad, log_bin_of(k, mean, sigma * math.exp(h))
+                          - log_bin_of(k, mean, sigma * math.exp(-h)))):
+        same(got, numeric / (2 * h), 1e-5, 1e-8 * scale ** 2)
+
+
+# ----------------------------------------------------------------- §2, §3.4: the bound and the loss
+
+@given(st.floats(-3, 3), st.floats(1e-4, 10), st.floats(-3, 3), st.floats(1e-4, 10))
+def test_eq05_kl_is_the_mean_log_ratio(m1, v1, m2, v2):
+    """KL(q ‖ p) = E_q[log q − log p]: exact with the nodes μ ± σ, the ratio being quadratic."""
+    q, p = (Gaussian(*(torch.tensor([x], dtype=F64) for x in g)) for g in ((m1, v1), (m2, v2)))
+    nodes = [q.mean + sign * q.variance.sqrt() for sign in (1, -1)]
+    mean = sum(log_normal(x, *q) - log_normal(x, *p) for x in nodes) / 2
+    same(ddpm.normal_kl(q, p), mean, 1e-9, 1e-9)
+    assert ddpm.normal_kl(q, q).abs() < 1e-12
+
+
+@given(beta_lists(), numbers)
+@example(PAPER, 0)
+def test_eq05_prior_term(betas, seed):
+    """L_T = KL(q(x_T | x_0) ‖ N(0, I)), summed over dimensions: the mean log-ratio.
+
+    Kills: q at another time than T, a mean over dimensions in place of the sum."""
+    s, x0 = ddpm.schedule_from_betas(betas), randn(seed, 2, 3)
+    a, v = iterated(s, s.T)
+    nodes = [a * x0 + sign * math.sqrt(v) for sign in (1, -1)]
+    variance = torch.tensor(v, dtype=F64)
+    ratio = sum(log_normal(x, a * x0, variance) - log_normal(x, 0, torch.ones(1, dtype=F64))
+                for x in nodes) / 2
+    same(ddpm.prior_kl(s, x0), ratio.sum(1), 1e-9, 1e-10)
+
+
+@given(beta_lists(), numbers, st.sampled_from(["fixed_large", "fixed_small"]))
+def test_eq05_terms_are_mean_log_ratios(betas, seed, variance):
+    """L_{t−1} = E_q[log q(x_{t−1} | x_t, x_0) / p_θ(x_{t−1} | x_t)] for t > 1, L_0 = −log p_θ(x_0 | x_1).
+
+    One batch holds both kinds. Kills: L_0 without its minus sign, KL(p ‖ q), loss averaged."""
+    s = ddpm.schedule_from_betas(betas)
+    t = torch.tensor(sorted({1, min(2, s.T), s.T}))
+    k = torch.randint(256, (len(t), 3), generator=torch.Generator().manual_seed(seed))
+    x0, x_t = k / 127.5 - 1, randn(seed, len(t), 3)
+    x0 = x0.to(F64)
+    p = ddpm.p_mean_variance(s, lambda x, u: 0.2 * x, x_t, t, variance=variance)
+    got = ddpm.vlb_term(s, x0, x_t, t, p)
+    for i, u in enumerate(t.tolist()):
+        mean, var = p.mean[i], p.variance[i].expand(3)
+        if u == 1:
+            sigma = math.sqrt(var[0])
+            same(got[i], -sum(log_bin_of(int(n), m.item(), sigma) for n, m in zip(k[i], mean)))
+            continue
+        q = ddpm.q_posterior_mean_variance(s, x0[i:i + 1], x_t[i:i + 1], at(u))
+        sd = q.variance.sqrt()
+        ratio = sum(log_normal(x, *q) - log_normal(x, mean, var)
+                    for x in (q.mean + sd, q.mean - sd)) / 2
+        same(got[i], ratio.sum(), 1e-9, 1e-9)
+
+
+@given(beta_lists().filter(lambda b: len(b) > 1), numbers,
+       st.sampled_from(["fixed_large", "fixed_small"]))
+@example(PAPER, 0, "fixed_large")
+def test_eq12_weight(betas, seed, variance):
+    """L_{t−1}(ε_θ) − L_{t−1}(ε) = β_t² / (2σ_t² α_t (1 − ᾱ_t)) ‖ε − ε_θ‖², t > 1 (Eqs. 8–10, 12).
+
+    Kills: a weight with ᾱ_t for α_t, σ_t for σ_t², no ½."""
+    s, x0, eps, guess = ddpm.schedule_from_betas(betas), *(randn(seed + i, 1, 4) for i in range(3))
+    for t in {2, (s.T + 2) // 2, s.T}:
+        assume(iterated(s, t)[0] ** 2 >= 1e-8)
+        x_t = ddpm.q_sample(s, x0, at(t), eps)
+        terms = [ddpm.vlb_term(s, x0, x_t, at(t), ddpm.p_mean_variance(
+            s, lambda x, u: e, x_t, at(t), variance=variance, clip=False)) for e in (guess, eps)]
+        square = ((eps - guess) ** 2).sum()
+        same(ddpm.vlb_weight(s, at(t), variance) * square, terms[0] - terms[1], 1e-7,
+             1e-10 * terms[0].abs().item() + 1e-9)
+        (a, v), (scale, noise) = iterated(s, t), kernel(s, t)
+        sigma2 = noise ** 2 if variance == "fixed_large" else \
+            iterated(s, t - 1)[1] * noise ** 2 / v
+        same(ddpm.vlb_weight(s, at(t), variance), [noise ** 4 / (2 * sigma2 * scale ** 2 * v)])
+
+
+@given(beta_lists(8), st.floats(-1, 1), st.floats(0.05, 3), st.floats(-1, 1), st.floats(0.1, 2))
+def test_eq16_equals_eq05_for_gaussian_data(betas, m, v, slope, sigma2):
+    """KL(q(x_T) ‖ p) + Σ E KL(q(x_{t−1} | x_t) ‖ p_θ) + H(x_0) = E[L_T + Σ L_{t−1} + L_0].
+
+    x_0 ~ N(m, v), p_θ(x_{t−1} | x_t) = N(slope · x_t, σ²), L_0 a density. Expectations of quadratics
+    are exact with two nodes for each variable."""
+    s = ddpm.schedule_from_betas(betas)
+    one = torch.ones(1, 1, dtype=F64)
+
+    def reverse(x_t):
+        return Gaussian(slope * x_t, sigma2 * one)
+
+    def kl(mean, var, p):
+        return ddpm.normal_kl(Gaussian(mean * one, var * one), p).mean()
+
+    x0 = m + math.sqrt(v) * torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=F64)
+    eps = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=F64)
+    (a, w), left, right = iterated(s, s.T), 0.0, 0.0
+    left += kl(a * m, a * a * v + w, Gaussian(0 * one, one)) + 0.5 * math.log(2 * math.pi * math.e * v)
+    right += ddpm.prior_kl(s, x0).mean()
+    for t in range(1, s.T + 1):
+        (a, w), (b, u), (scale, noise) = iterated(s, t), iterated(s, t - 1), kernel(s, t)
+        prior = b * b * v + u
+        gain, rest = scale * prior / (a * a * v + w), prior * noise ** 2 / (a * a * v + w)
+        for sign in (1, -1):                               # x_t ~ q(x_t), two nodes
+            x_t = a * m + sign * math.sqrt(a * a * v + w) * one
+            left += kl(b * m + gain * (x_t - a * m), rest, reverse(x_t)) / 2
+        x_t = ddpm.q_sample(s, x0, at(t, 4), eps)
+        if t == 1:
+            right -= log_normal(x0, *reverse(x_t)).mean()
+        else:
+            right += ddpm.vlb_term(s, x0, x_t, at(t, 4), reverse(x_t)).mean()
+    same(left, right, 1e-9, 1e-8)
+
+
+def test_eq05_bound_is_above_the_entropy_and_approaches_it():
+    """One pixel with three values, the exact posterior mean, x_t by quadrature: E[L] ≥ H(x_0).
+
+    Kills: a bound that is too good (σ_1² wrong, L_0 with open middle bins, terms left out)."""
+    levels, p0 = torch.tensor([0.0, 90.0, 255.0], dtype=F64), torch.tensor([0.5, 0.3, 0.2], dtype=F64)
+    values, entropy = levels / 127.5 - 1, -(p0 * p0.log()).sum().item()
+    z = torch.linspace(-8, 8, 201, dtype=F64)
+    weight = torch.exp(-z ** 2 / 2)
+    weight = (p0[:, None] * weight / weight.sum()).flatten()
+    x0, eps = values.repeat_interleave(201)[:, None], z.repeat(3)[:, None]
+    gaps = []
+    for T in (20, 100, 1000):
+        s = ddpm.make_schedule(T, beta_start=1e-6)
+
+        def model(x, t):
+            a, v = s.alpha_bars[t][:, None].sqrt(), 1 - s.alpha_bars[t][:, None]
+            posterior = torch.softmax(p0.log() - (x - a * values) ** 2 / (2 * v), dim=1)
+            return (posterior * values).sum(1, keepdim=True)
+
+        total = (weight * ddpm.prior_kl(s, x0)).sum()
+        for t in range(1, T + 1):
+            t = at(t, len(x0))
+            x_t = ddpm.q_sample(s, x0, t, eps)
+            p = ddpm.p_mean_variance(s, model, x_t, t, "x0", "fixed_small")
+            total += (weight * ddpm.vlb_term(s, x0, x_t, t, p)).sum()
+        gaps.append(total.item() - entropy)
+    print(gaps)
+    assert gaps[0] > gaps[1] > gaps[2] > 0
+    assert gaps[2] < 0.02
+
+
+@given(beta_lists(), numbers)
+def test_eq14_loss_simple(betas, seed):
+    """‖target − network(x_t, t)‖² / D for each image: 0 for the exact answer, D-free, one t an image.
+
+    Kills: loss summed over dimensions, another x_t or t shown, √ forgotten in the jump."""
+    s, n = ddpm.schedule_from_betas(betas), 3
+    t = torch.randint(1, s.T + 1, (n,), generator=torch.Generator().manual_seed(seed))
+    x0, eps, error = (randn(seed + i, n, 2, 5) for i in range(3))
+    coefficients = [iterated(s, u) for u in t.tolist()]
+    x_t = torch.stack([a * x + math.sqrt(v) * e for (a, v), x, e in zip(coefficients, x0, eps)])
+    mean = ddpm.q_posterior_mean_variance(s, x0, x_t, t).mean
+    for predict, target in (("eps", eps), ("x0", x0), ("mean", mean)):
+        def model(x, u):
+            same(x, x_t)
+            assert torch.equal(u, t)
+            return target + error
+        got = ddpm.loss_simple(s, model, x0, t, eps, predict)
+        same(got, [sum(e * e for e in row.flatten().tolist()) / 10 for row in error], 1e-9, 1e-9)
+    with pytest.raises(ValueError):
+        ddpm.loss_simple(s, model, x0, t, eps, "score")
+
+
+def test_table1_bits_per_dim():
+    """A uniform code for 8-bit numbers costs 8 bits a dimension."""
+    x0 = torch.zeros(2, 3, 4, 4)
+    same(ddpm.bits_per_dim(torch.full((2,), 48 * math.log(256), dtype=F64), x0), [8.0, 8.0])
+
+
+# ------------------------------------------------------------------- §4.3, §4.4: coding, mixing
+
+def images8(seed: int, *shape) -> torch.Tensor:
+    k = torch.randint(256, shape, generator=torch.Generator().manual_seed(seed))
+    return k.to(F64) / 127.5 - 1
+
+
+@given(beta_lists(8), numbers)
+def test_alg3_alg4_rate_and_distortion_are_the_bound(betas, seed):
+    """rate(t) = L_T + Σ_{s>t} L_{s−1} along the sender's chain; with L_0 it is Eq. 5's sum.
+
+    The receiver, given only the x_{t−1} that are sent, computes the same x̂_0 to the bit.
+    Kills: a term lost or counted twice, x̂_0 of another time, L_0 inside the rate at t = 1."""
+    s, x0 = ddpm.schedule_from_betas(betas), images8(seed, 2, 3)
+    noise = {t: randn(seed + t, 2, 3) for t in range(1, s.T + 1)}
+    model = lambda x, t: 0.3 * x
+    sent = list(ddpm.progressive_coding(s, model, x0, noise.get))
+    assert [c.t for c in sent] == list(range(s.T, -1, -1))
+
+    paid = ddpm.prior_kl(s, x0)
+    for c in sent:
+        same(c.rate, paid)
+        if c.t:
+            p = ddpm.p_mean_variance(s, model, c.x_t, at(c.t, 2))
+            same(c.x0, p.x0, 0, 0)
+            paid = paid + ddpm.vlb_term(s, x0, c.x_t, at(c.t, 2), p)
+    same(sent[-1].x0, x0, 0, 0)
+
+    bound = ddpm.variational_bound(s, model, x0, noise.get)
+    same(sum(bound), paid)
+    same(bound.L_T, ddpm.prior_kl(s, x0))
+    same(bound.L_0, paid - sent[-2].rate, 1e-9, 1e-9)
+
+    decoded = {c.t: c.x_t for c in sent}
+    for c, r in zip(sent, ddpm.reverse_chain(s, model, decoded[s.T],
+                                             lambda state, p: decoded[state.t - 1])):
+        assert r.t == c.t and torch.equal(r.x0, c.x0)
+
+
+@given(beta_lists(8), st.integers(0, 255))
+def test_alg3_the_senders_chain_has_the_marginals_of_eq04(betas, k):
+    """x_T, then each x_{t−1} from q(x_{t−1} | x_t, x_0): every x_t ~ N(√ᾱ_t x_0, 1 − ᾱ_t).
+
+    Kills: a sample drawn as μ + σ² ε, the posterior at another t, fresh noise added twice."""
+    s, pixel = ddpm.schedule_from_betas(betas), k / 127.5 - 1
+    for t in range(1, s.T + 1):
+        def run(draws):
+            x0 = torch.full((len(draws), 1), pixel, dtype=F64)
+            chain = ddpm.progressive_coding(s, lambda x, u: 0 * x, x0, lambda u: draws[:, u - 1:u])
+            return next(c.x_t for c in chain if c.t == t)[:, 0]
+        mean, variance = affine(run, s.T)
+        a, v = iterated(s, t)
+        same([mean, variance], [a * pixel, v], 1e-8, 1e-10)
+
+
+def test_sec43_distortion():
+    """RMSE in pixel values: an estimate that is off by one level everywhere has distortion 1."""
+    x0 = images8(0, 2, 3, 4, 4)
+    same(ddpm.distortion(x0, x0 + 1 / 127.5), [1.0, 1.0])
+
+
+@given(st.integers(1, 12), st.floats(0, 1), numbers)
+def test_sec44_interpolation(t, lam, seed):
+    """x̄_t = (1 − λ) x_t + λ x'_t is what the network sees first, at that same t; then Algorithm 2.
+
+    Kills: encoded at t and decoded from t − 1, images mixed in place of latents, λ exchanged."""
+    s = ddpm.make_schedule(12)
+    x0, other, eps, eps_other, z = (randn(seed + i, 2, 3) for i in range(5))
+    a, v = iterated(s, t)
+    seen = []
+
+    def model(x, u):
+        seen.append((int(u[0]), x))
+        return 0.1 * x
+
+    states = list(ddpm.interpolate(s, model, x0, other, torch.full((2,), lam, dtype=F64), t, eps,
+                                   eps_other, lambda u: z))
+    mixed = ((1 - lam) * (a * x0 + math.sqrt(v) * eps)
+             + lam * (a * other + math.sqrt(v) * eps_other))
+    assert [u for u, _ in seen] == list(range(t, 0, -1))
+    same(seen[0][1], mixed, 1e-9, 1e-9)
+    *_, last = ddpm.p_sample_loop(s, lambda x, u: 0.1 * x, seen[0][1], lambda u: z, start=t)
+    assert torch.equal(states[-1].x_t, last.x_t)
