@@ -201,6 +201,13 @@ class Trained(NamedTuple):
     source: str             # where it comes from, for people
 
     @property
+    def model_settings(self) -> dict:
+        """Those of the settings that say which function the network is, and of which chain."""
+        return {k: self.settings[k] for k in (
+            "in_channels", "image_size", "channels", "multipliers", "blocks", "attention",
+            "timesteps", "schedule", "beta_start", "beta_end", "predict", "variance")}
+
+    @property
     def choices(self) -> dict:
         """`predict` and `variance` of `ddpm.p_mean_variance`."""
         return {"predict": self.settings["predict"], "variance": self.settings["variance"]}

@@ -30,6 +30,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import data
 import ddpm
 import unet
+import weights
 from runs import UsageError, ranged
 
 # The settings of a run. The defaults are the paper's CIFAR-10 run; RECIPES has what differs.
@@ -93,14 +94,18 @@ def parse(argv) -> dict:
             options = {"type": kind, "nargs": "+"} if isinstance(default, list) else {"type": kind}
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/DATASET)")
+    parser.add_argument("--init", help="begin with these weights, as sample.py's --checkpoint")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="torch.compile (default: on CUDA only)")
     parser.add_argument("--deterministic", action="store_true",
                         help="the same bits every time on CUDA too, some speed less")
     parser.machine_flags()
     return vars(parser.parse_args(argv))
 
 
-def settle(given: dict, images: Tensor, before: dict | None) -> dict:
-    """The settings of this run: the checkpoint's, or the data set's recipe, and what was given.
+def settle(given: dict, images: Tensor, before: dict, init: dict) -> dict:
+    """The settings of this run: the checkpoint's, or the data set's recipe with the architecture of
+    --init, and what was given.
 
     UsageError if a flag contradicts the checkpoint, or two of them each other.
     """
@@ -109,8 +114,13 @@ def settle(given: dict, images: Tensor, before: dict | None) -> dict:
     recipe = RECIPE_256 if images.shape[2] >= 256 else RECIPES.get(name, {})
     shape = dict(in_channels=images.shape[1], image_size=images.shape[2])
     given = {k: v for k, v in given.items() if k in SETTINGS}
-    s = {**(before or {**defaults, **recipe}), **given, **shape}
-    for key in before or ():
+    s = {**(before or {**defaults, **recipe, **init}), **given, **shape}
+    if "sample_steps" not in given and (s["sample_steps"] or 0) > s["timesteps"]:
+        s["sample_steps"] = None
+    for key in init:
+        if s[key] != init[key]:
+            raise UsageError(f"--init has {key} {init[key]}, this run {s[key]}")
+    for key in before:
         if key not in MAY_CHANGE and s[key] != before[key]:
             raise UsageError(f"this run has --{key.replace('_', '-')} {before[key]}, not {s[key]}: "
                              "give a new run another --out")
@@ -307,6 +317,20 @@ class Run:
         self.save()
 
 
+def compiled(net: nn.Module, where: runs.Machine, shape: tuple) -> nn.Module:
+    """net through torch.compile, tried on one image; net itself, and a line, if that fails."""
+    fast = torch.compile(net)
+    try:
+        x = torch.zeros(1, *shape, device=where.device)
+        runs.runner(fast, where)(x, torch.ones(1, dtype=torch.int64, device=where.device)
+                                 ).sum().backward()
+        net.zero_grad()
+        return fast
+    except Exception as error:  # whatever the compiler and its compilers raise
+        print(f"going on without torch.compile: {data.first_line(error)}", file=sys.stderr)
+        return net
+
+
 def cut_log(path: Path, step: int) -> None:
     """log.jsonl as it was at `step`: a resumed run writes the later lines again."""
     lines = [json.dumps(entry) + "\n" for entry in runs.read_log(path) if entry["step"] <= step]
@@ -334,13 +358,19 @@ def main(argv=None) -> int:
             images = data.load(name if "dataset" in given else before.get("dataset", name),
                                given.get("data_dir") or before.get("data_dir", "data"),
                                image_size=given.get("image_size") or before.get("image_size")).images
-        settings = settle(given, images, before)
+        init = None
+        if given["init"] and not resumed:
+            init = weights.load(given["init"], given.get("data_dir", "data"), True, where)
+        settings = settle(given, images, before, init.model_settings if init else {})
         if settings["batch_size"] % where.world:
             raise UsageError(f"--batch-size {settings['batch_size']} cannot be shared evenly by "
                              f"{where.world} ranks")
         run = Run(settings, images, folder, where)
         if resumed:
             run.restore(state)
+        elif init:
+            run.net.load_state_dict(init.net.state_dict())
+            run.ema.load_state_dict(init.net.state_dict())
         if where.chief:
             for leftover in folder.glob("*.part"):
                 leftover.unlink()
@@ -353,6 +383,8 @@ def main(argv=None) -> int:
             print(f"{folder} has had its {run.step} steps; --steps N goes on", file=sys.stderr)
             return 0
         engine = run.net
+        if given["compile"] if given["compile"] is not None else where.device.type == "cuda":
+            engine = compiled(engine, where, images.shape[1:])
         if where.world > 1:
             engine = nn.parallel.DistributedDataParallel(engine)
         run.train(engine, stop)
