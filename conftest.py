@@ -1,10 +1,13 @@
 """Every test file's hypothesis profile, and the flag for the long forms."""
 import warnings
 
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
 import hypothesis
 import pytest
+import torch
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+torch.set_num_threads(1)  # the networks are tiny, and sums of the same order are the same bits
 
 hypothesis.settings.register_profile("ddpm", deadline=None, derandomize=True, database=None,
                                      max_examples=50)

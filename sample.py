@@ -105,8 +105,8 @@ def parse(argv):
                        ("--shared", "samples that share x_t (Figure 7)"),
                        ("--interpolate", "between two images (Figure 8)")):
         figure.add_argument(flag, action="store_true", help=what)
-    parser.add_argument("--time", type=ranged(int, 1), default=500,
-                        help="where --interpolate encodes (default: 500)")
+    parser.add_argument("--time", type=ranged(int, 1), help="the t at which --interpolate encodes "
+                        "(default: T/2)")
     parser.add_argument("--dataset", help="for --interpolate (default: the run's)")
     parser.add_argument("--data-dir", help="data sets and downloads (default: the run's, or data)")
     parser.machine_flags()
@@ -133,6 +133,7 @@ def main(argv=None) -> int:
         raise UsageError("--steps: a network with learned variance is sampled with all its steps")
     if args.steps and args.steps > settings["timesteps"]:
         raise UsageError(f"--steps {args.steps} exceeds the network's T = {settings['timesteps']}")
+    args.time = args.time or max(1, settings["timesteps"] // 2)
     if args.time > settings["timesteps"]:
         raise UsageError(f"--time {args.time} exceeds the network's T = {settings['timesteps']}")
     args.choices = {**trained.choices, "clip": not args.no_clip}

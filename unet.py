@@ -18,7 +18,9 @@ SETTINGS_256 = dict(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
 class UNet(nn.Module):
     """ε_θ(x_t, t) of Eq. 11: (B, in_channels, H, W), (B,) → (B, out_channels, H, W), float32.
 
-    channels: the base width, a multiple of 32; multipliers: the width of each level over it;
+    channels: the base width, a multiple of 32 (with 32 itself the groups of the first level are
+    single channels, whose normalisation takes away what t has added: 64 and more train better);
+    multipliers: the width of each level over it;
     blocks: residual blocks a level; attention: the resolutions with self-attention, given as
     those of an image of side image_size (which levels attend is fixed then, whatever the size of
     the image that comes). H and W: divisible by 2^(levels − 1). ValueError if they are not.

@@ -1,0 +1,199 @@
+"""Every data format, on small files made here; whatever is wrong with one is a single clear line."""
+import gzip
+import hashlib
+import io
+import os
+import struct
+import tarfile
+import urllib.request
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+
+
+def idx(n: int, side: int = 28, magic: int = 2051) -> bytes:
+    pixels = bytes((7 * i) % 256 for i in range(n * side * side))
+    return struct.pack(">IIII", magic, n, side, side) + pixels
+
+
+def cifar(folder, records: int = 3, drop: str = "", label: int = 9):
+    """An archive of the real layout, with few records."""
+    path = folder / "cifar-10-binary.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin", "readme.html"]:
+            if name == drop:
+                continue
+            rows = [bytes([label]) + bytes([i % 256] * 1024 + [1] * 1024 + [2] * 1024)
+                    for i in range(records)]
+            info = tarfile.TarInfo("cifar-10-batches-bin/" + name)
+            body = b"".join(rows)
+            info.size = len(body)
+            archive.addfile(info, io.BytesIO(body))
+    return path
+
+
+def test_sec33_scaling_is_linear_and_inverted_exactly():
+    """{0 … 255} ↔ [−1, 1]; going back clamps, scales and rounds.
+
+    Kills: images in [0, 1], an 8-bit cast without clamping or that truncates."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = data.to_model(levels)
+    assert x[0] == -1 and x[255] == 1 and torch.allclose(x.diff(), torch.tensor(2 / 255))
+    assert torch.equal(data.to_uint8(x), levels)
+    assert torch.equal(data.to_uint8(x + 0.9 / 255), levels)
+    assert data.to_uint8(torch.tensor([-7.0, 1.01, 300.0])).tolist() == [0, 255, 255]
+
+
+def test_idx(tmp_path):
+    """Gzipped IDX, padded from 28×28 to 32×32 with the picture in the middle."""
+    for name, n in (("train-images-idx3-ubyte.gz", 5), ("t10k-images-idx3-ubyte.gz", 2)):
+        (tmp_path / name).write_bytes(gzip.compress(idx(n)))
+    d = data.load("mnist", tmp_path)
+    assert d.images.shape == (5, 1, 32, 32) and d.padded and d.images.dtype == torch.uint8
+    raw = torch.tensor(list(idx(5)[16:]), dtype=torch.uint8).view(5, 1, 28, 28)
+    assert torch.equal(d.images[:, :, 2:30, 2:30], raw)
+    assert d.images.sum(dtype=torch.int64) == raw.sum(dtype=torch.int64)
+    assert len(data.load("fashion_mnist", tmp_path, "test").images) == 2
+
+
+@given(st.integers(0, 2 ** 31), st.sampled_from(["cut", "byte", "header"]))
+def test_idx_corrupted(tmp_path_factory, where, how):
+    """Cut anywhere, any compressed byte changed, any header: read as it was, or one ValueError."""
+    good = gzip.compress(idx(2, 4), mtime=0)
+    raw = bytearray(good)
+    if how == "cut":
+        raw = raw[:where % len(raw)]
+    elif how == "byte":
+        raw[where % len(raw)] ^= 1 + where % 255
+    else:
+        raw = bytearray(gzip.compress(struct.pack(">IIII", 2051, where, 4, 4) + bytes(32)))
+    path = tmp_path_factory.mktemp("idx") / "x.gz"
+    path.write_bytes(raw)
+    try:
+        images = data.read_idx(path)
+    except ValueError as error:
+        assert "\n" not in str(error) and "x.gz" in str(error)
+    else:
+        assert images.flatten().tolist() == list(idx(2, 4)[16:]) or how == "header"
+
+
+def test_cifar10_is_read_inside_the_archive(tmp_path):
+    """A label byte, then 1,024 red, green and blue bytes; five files are the training set."""
+    cifar(tmp_path)
+    train, test = (data.load("cifar10", tmp_path, split).images for split in ("train", "test"))
+    assert train.shape == (15, 3, 32, 32) and test.shape == (3, 3, 32, 32)
+    assert train[4].flatten(1).unique(dim=1).flatten().tolist() == [1, 1, 2]
+    assert os.listdir(tmp_path) == ["cifar-10-binary.tar.gz"]
+
+
+def test_cifar10_damaged(tmp_path):
+    """A missing file, a cut archive, records of another length, labels above 9."""
+    cifar(tmp_path, drop="data_batch_4.bin")
+    with pytest.raises(ValueError, match="no data_batch_4.bin"):
+        data.load("cifar10", tmp_path)
+    path = cifar(tmp_path, label=10)
+    with pytest.raises(ValueError, match="label above 9"):
+        data.load("cifar10", tmp_path)
+    whole = cifar(tmp_path).read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError):
+        data.load("cifar10", tmp_path)
+    path.write_bytes(b"not an archive")
+    with pytest.raises(ValueError, match="damaged"):
+        data.load("cifar10", tmp_path)
+
+
+def test_tensor_file(tmp_path):
+    """A .pt of torch.save is taken if it is uint8 N×C×H×W with C = 1 or 3, and with no other."""
+    path = tmp_path / "images.pt"
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    torch.save(images, path)
+    assert torch.equal(data.load(str(path)).images, images)
+    with pytest.raises(ValueError, match="8×8, not 16×16"):
+        data.load(str(path), image_size=16)
+    for bad in (images.float(), images[0], images[:, :2], images[:0], {"a": images}, "text"):
+        torch.save(bad, path)
+        with pytest.raises(ValueError):
+            data.load(str(path))
+    path.write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(ValueError, match="no tensor file"):
+        data.load(str(path))
+
+
+def test_folder_of_pictures(tmp_path):
+    """Centre crop and resize, decoded once into a mapped file; a change decodes anew."""
+    Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    folder, cache = tmp_path / "pictures", tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    for i, place in enumerate(("a.png", "sub/b.jpg")):
+        Image.new("RGB", (40 + 20 * i, 30), (200, 10 * i, 5)).save(folder / place, quality=95)
+    d = data.load(str(folder), cache, image_size=16)
+    assert d.images.shape == (2, 3, 16, 16) and (d.images[0, 0] == 200).all()
+    assert len(list(cache.iterdir())) == 1
+    assert torch.equal(data.load(str(folder), cache, image_size=16).images, d.images)
+    (folder / "c.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="c.png cannot be decoded"):
+        data.load(str(folder), cache, image_size=16)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_no_such_data(tmp_path):
+    """An unknown name and an empty folder are told in one line each."""
+    with pytest.raises(ValueError, match="no data set is called 'cifar11'"):
+        data.load("cifar11")
+    with pytest.raises(ValueError, match="no pictures"):
+        data.load(str(tmp_path))
+
+
+def test_shapes_are_the_same_always():
+    """Made by the code: a function of n, size and split; test images are not training images."""
+    a, b = data.shapes(16), data.shapes(16)
+    assert torch.equal(a, b) and a.shape == (16, 3, 32, 32) and a.dtype == torch.uint8
+    assert not torch.equal(a, data.shapes(16, split="test"))
+    assert a.float().std() > 20 and len(a.flatten(1).unique(dim=0)) == 16
+
+
+def test_download_is_whole_or_not_there(tmp_path, monkeypatch):
+    """Size and checksum are checked before the file takes its name; what broke starts again.
+
+    Kills: half a download taken for the data, an error without the address and the place."""
+    body, target = os.urandom(5000), tmp_path / "data" / "x.bin"
+    source = tmp_path / "source"
+    source.write_bytes(body)
+    address = source.as_uri()
+    for size, checksum, match in ((4000, None, "5000 bytes came"),
+                                  (5000, hashlib.md5(b"").hexdigest(), "checksum"),
+                                  (5000, "0" * 64, "checksum")):
+        with pytest.raises(OSError, match=match) as error:
+            data.fetch(address, target, size, checksum)
+        assert address in str(error.value) and str(target) in str(error.value)
+        assert not list(target.parent.iterdir())
+
+    real = urllib.request.urlopen
+
+    def breaks(*args, **kwargs):
+        answer = real(*args, **kwargs)
+        read = answer.read
+        chunks = iter([read(100)])
+
+        def broken(n):
+            try:
+                return next(chunks)
+            except StopIteration:
+                raise ConnectionResetError("connection reset") from None
+        answer.read = broken
+        return answer
+
+    monkeypatch.setattr(urllib.request, "urlopen", breaks)
+    with pytest.raises(OSError, match="connection reset"):
+        data.fetch(address, target, 5000)
+    assert not list(target.parent.iterdir())
+    monkeypatch.undo()
+    assert data.fetch(address, target, 5000, hashlib.sha256(body).hexdigest()) == target
+    assert target.read_bytes() == body
+    with pytest.raises(OSError, match="put it at"):
+        data.fetch((tmp_path / "nothing").as_uri(), tmp_path / "y")
