@@ -251,7 +251,7 @@ def draw_samples(trained: Trained, where: Machine, seed: int, n: int, batch_size
         x_T = noise()
         for state in ddpm.p_sample_loop(s, model, x_T, noise, **{**trained.choices, **choices}):
             if progress:
-                progress.update((i + len(x_T) * (1 - state.t / s.T)) * where.world)
+                progress.update(min(n, (i + len(x_T) * (1 - state.t / s.T)) * where.world))
         out.append(to_uint8(state.x_t).cpu())
     rows = torch.cat(out) if out else torch.zeros(0, *trained.shape, dtype=torch.uint8)
     return where.gather(rows, n)

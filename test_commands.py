@@ -397,8 +397,9 @@ def test_kill_at_random_instants_loses_nothing(long):
 
 def torchrun(script_name: str, *flags) -> None:
     """A script under two gloo ranks on the CPU."""
+    # "--": torchrun would take --n for the beginning of its own --nnodes
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                    "--master-port", str(20000 + os.getpid() % 20000), HERE / script_name,
+                    "--master-port", str(20000 + os.getpid() % 20000), "--", HERE / script_name,
                     *map(str, flags)],
                    check=True, timeout=120, capture_output=True, env={**os.environ,
                                                                       "OMP_NUM_THREADS": "1"})
