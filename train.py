@@ -72,8 +72,8 @@ RECIPES = {
     "mnist": dict(flip=False),
     "fashion_mnist": dict(flip=False),
     "shapes": dict(steps=3000, batch_size=32, lr=1e-3, warmup=200, ema=0.995, dropout=0.0,
-                   channels=32, multipliers=[1, 2, 2], save_every=500, sample_every=1000,
-                   samples=36, sample_steps=100),
+                   channels=32, multipliers=[1, 2, 2], variance="fixed_small", save_every=500,
+                   sample_every=1000, samples=36, sample_steps=250),
 }
 RECIPE_256 = dict(unet.SETTINGS_256, steps=500_000, batch_size=64, lr=2e-5, variance="fixed_small",
                   samples=16)  # §4, Appendix B: LSUN and CelebA-HQ
