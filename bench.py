@@ -134,6 +134,9 @@ def peak(where: runs.Machine) -> float:
     """The largest memory so far in GiB: of the device, or of this process."""
     if where.device.type == "cuda":
         return torch.cuda.max_memory_allocated(where.device) / 2 ** 30
+    if sys.platform == "linux":  # ru_maxrss would begin with that of the process that started this
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin"
                                                                 else 2 ** 20)
 
@@ -170,8 +173,9 @@ def main(argv=None) -> int:
     x = torch.randn(args.batch_size, 3, 32, 32, device=where.device)
     net = unet.UNet(channels=args.channels, multipliers=tuple(args.multipliers))
     if args.memory_of:  # a process of its own, since a process's peak never falls
-        one = Contestant(args.memory_of, net if args.memory_of == "ours" else theirs(args), where,
-                         args, x)
+        if args.memory_of == "diffusers":
+            net = theirs(args)
+        one = Contestant(args.memory_of, net, where, args, x)
         one.train(), one.train()
         print(f"{peak(where):.3f}")
         return 0

@@ -618,7 +618,6 @@ def test_eq05_bound_is_above_the_entropy_and_approaches_it():
             p = ddpm.p_mean_variance(s, model, x_t, t, "x0", "fixed_small")
             total += (weight * ddpm.vlb_term(s, x0, x_t, t, p)).sum()
         gaps.append(total.item() - entropy)
-    print(gaps)
     assert gaps[0] > gaps[1] > gaps[2] > 0
     assert gaps[2] < 0.02
 

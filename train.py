@@ -71,7 +71,7 @@ MAY_CHANGE = {"data_dir", "steps", "log_every", "save_every", "sample_every", "s
 RECIPES = {
     "mnist": dict(flip=False),
     "fashion_mnist": dict(flip=False),
-    "shapes": dict(steps=3000, batch_size=32, lr=1e-3, warmup=200, ema=0.995, dropout=0.0,
+    "shapes": dict(steps=2000, batch_size=32, lr=1e-3, warmup=200, ema=0.995, dropout=0.0,
                    channels=32, multipliers=[1, 2, 2], variance="fixed_small", save_every=500,
                    sample_every=1000, samples=36, sample_steps=250),
 }
