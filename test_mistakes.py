@@ -247,7 +247,7 @@ def table(title: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
 
-def tests_named(text: str) -> list[str]:
+def named_tests(text: str) -> list[str]:
     return re.findall(r"`(test_\w+)`", text)
 
 
@@ -268,7 +268,7 @@ def test_readme_the_paper_in_code():
             for part in name.split("."):
                 thing = getattr(thing, part)
             named.add(f"{file}.{name}")
-        tests = tests_named(row[2] + " " + row[3])
+        tests = named_tests(row[2] + " " + row[3])
         assert tests, row
         for test in tests:
             assert any(hasattr(module, test) for module in MODULES), test
@@ -285,7 +285,7 @@ def test_readme_the_paper_in_code():
 
 def test_readme_easy_mistakes():
     """The README's list of mistakes is this file's, each with the test that catches it."""
-    rows = {row[0]: tests_named(row[-1]) for row in table("Easy mistakes")}
+    rows = {row[0]: named_tests(row[-1]) for row in table("Easy mistakes")}
     assert rows.keys() == MISTAKES.keys()
     for name, tests in rows.items():
         assert tests == [MISTAKES[name][1].split(".")[1]], name
