@@ -42,9 +42,9 @@ class Contestant:
         self.average = get_ema_multi_avg_fn(0.9999)
         engine = torch.compile(net) if ours and args.compile else net
         if ours:
-            self.model = runs.runner(engine, where)
+            self.model, self.sampler = runs.runner(engine, where), runs.sampler(net, where)
         else:
-            self.model = lambda x, t: net(x, t - 1).sample
+            self.model = self.sampler = lambda x, t: net(x, t - 1).sample
 
     def train(self) -> None:
         """Forward, backward, clip, Adam, EMA."""
@@ -61,7 +61,7 @@ class Contestant:
         """One network call of the sampler."""
         self.net.eval()
         with torch.no_grad():
-            self.model(self.x, self.t)
+            self.sampler(self.x, self.t)
 
 
 def seconds(work, where: runs.Machine) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import runs  # before torch: it quiets a warning of torch's import
@@ -80,7 +81,7 @@ def spread(values: Tensor) -> tuple[float, float]:
 @torch.no_grad()
 def likelihood(trained: runs.Trained, images: Tensor, where: runs.Machine, args) -> None:
     """Print Eq. 5 in bits/dim by parts; with all terms, write rate and distortion for every t."""
-    s, model = trained.schedule.to(where.device), runs.runner(trained.net.eval(), where)
+    s, model = trained.schedule.to(where.device), runs.sampler(trained.net, where)
     choices = {**trained.choices, "clip": not args.no_clip}
     mine, terms = where.share(len(images)), args.terms and min(args.terms, s.T - 1)
     calls = len(strata(s.T, terms)) + 1 if terms else s.T
@@ -202,6 +203,7 @@ def load_inception(path: str | None, data_dir: str, where: runs.Machine):
                 data.fetch(INCEPTION[0], file, *INCEPTION[1:])
     if not file.is_file():
         raise ValueError(f"no Inception network at {file}")
+    warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")  # the file is TorchScript
     try:
         return torch.jit.load(str(file), map_location=where.device).eval()
     except RuntimeError as error:

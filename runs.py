@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -239,12 +240,21 @@ def runner(net: nn.Module, where: Machine) -> ddpm.Model:
     return model
 
 
+def sampler(net: nn.Module, where: Machine) -> ddpm.Model:
+    """`runner` of a copy for inference, whose weights are cast once, not again in every call."""
+    net = copy.deepcopy(net).eval()
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(where.dtype)
+    return runner(net, where)
+
+
 @torch.no_grad()
 def draw_samples(trained: Trained, where: Machine, seed: int, n: int, batch_size: int,
                  steps: int | None = None, progress: Progress | None = None, **choices) -> Tensor:
     """Images 0 … n − 1 of a seed (Algorithm 2): uint8 (n, C, H, W) on the CPU, on every rank."""
     s = trained.schedule if steps is None else ddpm.respace(trained.schedule, steps)
-    s, model = s.to(where.device), runner(trained.net.eval(), where)
+    s, model = s.to(where.device), sampler(trained.net, where)
     mine, out = where.share(n), []
     for i in range(0, len(mine), batch_size):
         noise = Noise(seed, mine[i:i + batch_size], trained.shape, where.device)

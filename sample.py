@@ -145,7 +145,7 @@ def main(argv=None) -> int:
     if figure:
         s = ddpm.respace(trained.schedule, args.steps or trained.schedule.T).to(where.device)
         with torch.no_grad():
-            picture = figure(trained, s, runs.runner(trained.net.eval(), where), args, where)
+            picture = figure(trained, s, runs.sampler(trained.net, where), args, where)
     else:
         batch = args.batch_size or (256 if where.device.type == "cuda" else 16)
         progress = runs.Progress(args.n, "samples", quiet=not where.chief)
