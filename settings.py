@@ -52,8 +52,8 @@ MAY_CHANGE = {"data_dir", "steps", "log_every", "save_every", "sample_every", "s
 RECIPES = {
     "mnist": dict(flip=False),
     "fashion_mnist": dict(flip=False),
-    "shapes": dict(steps=2000, batch_size=32, lr=1e-3, warmup=200, ema=0.995, dropout=0.0,
-                   channels=32, multipliers=[1, 2, 2], variance="fixed_small", save_every=500,
+    "shapes": dict(steps=2000, batch_size=32, lr=5e-4, warmup=200, ema=0.995, dropout=0.0, channels=64,
+                   multipliers=[1, 2, 2], blocks=1, variance="fixed_small", save_every=500,
                    sample_every=1000, samples=36, sample_steps=250),
 }
 RECIPE_256 = dict(unet.SETTINGS_256, steps=500_000, batch_size=64, lr=2e-5, variance="fixed_small",
