@@ -98,7 +98,9 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
 def _local(folder: Path, name: str, entry: tuple) -> Path:
     """The file of a data set: in folder/name, in the folder itself, or fetched to folder/name."""
     file, (address, size, checksum) = entry
-    for path in (folder / name / file, folder / file):
+    # MNIST and Fashion-MNIST have files of the same names: a folder of one is not taken for the other.
+    bare = name not in IDX or ("fashion" in folder.resolve().name.lower()) == ("fashion" in name)
+    for path in (folder / name / file, folder / file)[:1 + bare]:
         if path.exists():
             return path
     return fetch(address, folder / name / file, size, checksum)

@@ -139,12 +139,12 @@ def respace(s: Schedule, n: int) -> Schedule:
     tau = torch.cat([tau.new_zeros(1), tau])
     alpha_bars = s.alpha_bars[tau]
     alphas = torch.cat([alpha_bars[:1], alpha_bars[1:] / alpha_bars[:-1]])
-    return Schedule(1 - alphas, alphas, alpha_bars, s.times[tau], s)
+    return Schedule(1 - alphas, alphas, alpha_bars, s.times[tau], s.full or s)
 
 
 def _like(c: Tensor, x: Tensor) -> Tensor:
     """One coefficient an image, c (B,), in the type of x (B, …) and shaped to multiply it."""
-    return c.to(x).reshape(-1, *[1] * (x.dim() - 1))
+    return c.to(x.device).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
 # ==================================================================================================
@@ -427,8 +427,8 @@ def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
     """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖² / D.   [DDPM Eq. 14; Alg. 1, line 5]
 
     → (B,), the mean over dimensions, to be averaged over a batch with t uniform in 1 … T. It is
-    Eq. 12 without its weight, which falls with t: small t, a barely noisy image, count for less
-    than in the bound. At t = 1 it stands for L_0 with the bin's integral replaced by density times
+    Eq. 12 without its weight, which is largest at small t: there, where the image is barely noisy,
+    an error counts for less than in the bound. At t = 1 it stands for L_0 with the bin's integral replaced by density times
     width, and σ_1² and the edges ignored (§3.4). predict = "x0" compares with x_0 in ε's place,
     "mean" with μ̃_t (Table 2's ‖μ̃ − μ̃_θ‖²).
     """

@@ -10,6 +10,7 @@ A draw is a function of (seed, image, t), so two evaluations of one image agree 
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import sys
 import warnings
@@ -57,19 +58,19 @@ def estimate(s: ddpm.Schedule, model: ddpm.Model, x0: Tensor, index: list[int], 
 
     x0: 8-bit images (B, …), the index-th of the data set → (B,) nats each.
     """
-    total = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+    total = torch.zeros(len(x0), dtype=torch.float64)
     pieces = [(1, 1), *strata(s.T, K)]
     for k, (first, last) in enumerate(pieces):
         t = [first + runs.seed_of(seed, "stratum", i, k) % (last - first + 1) for i in index]
         times = torch.tensor(t, device=x0.device)
         x_t = ddpm.q_sample(s, x0, times, keyed_noise(seed, index, t, x0.shape[1:], x0.device))
         p = ddpm.p_mean_variance(s, model, x_t, times, **choices)
-        term = ddpm.vlb_term(s, x0, x_t, times, p).to(total.device)
+        term = ddpm.vlb_term(s, x0, x_t, times, p).cpu()
         if k == 0:
             L_0 = term
         else:
             total += (last - first + 1) * term
-    return ddpm.Bound(ddpm.prior_kl(s, x0), total, L_0)
+    return ddpm.Bound(ddpm.prior_kl(s, x0).cpu(), total, L_0)
 
 
 def spread(values: Tensor) -> tuple[float, float]:
@@ -98,7 +99,7 @@ def likelihood(trained: runs.Trained, images: Tensor, where: runs.Machine, args)
             curve = []
             for coded in ddpm.progressive_coding(s, model, x0, noise, **choices):
                 if coded.t:
-                    curve.append((coded.rate.cpu(), ddpm.distortion(x0, coded.x0).double().cpu()))
+                    curve.append((coded.rate.cpu(), ddpm.distortion(x0, coded.x0).cpu().double()))
                     progress.update((i + len(index) * (1 - coded.t / calls)) * where.world)
             L_T, rate = curve[0][0], curve[-1][0]
             bound = ddpm.Bound(L_T, rate - L_T, coded.rate.cpu() - rate)
@@ -114,7 +115,7 @@ def likelihood(trained: runs.Trained, images: Tensor, where: runs.Machine, args)
     if not where.chief:
         return
     (mean, error), each = spread(bits.sum(1)), [spread(column) for column in bits.T]
-    how = f"{terms} strata, {calls} network calls an image" if terms else f"all {s.T} terms"
+    how = f"{calls - 1} strata, {calls} network calls an image" if terms else f"all {s.T} terms"
     print(f"bits/dim ≤ {mean:.4f} ± {error:.4f} (standard error; {len(images)} images, {how})")
     print("".join(f"  {name} {m:.6f} ± {e:.6f}" for name, (m, e) in
                   zip(("L_T", "L_1 + … + L_{T−1}", "L_0"), each)))
@@ -195,17 +196,17 @@ def inception_score(p: Tensor, splits: int = 10) -> tuple[float, float]:
 
 
 def load_inception(path: str | None, data_dir: str, where: runs.Machine):
-    """The original Inception network as TorchScript: given, or downloaded and checked."""
-    file = Path(path or Path(data_dir, "inception-2015-12-05.pt"))
-    if not path and not file.exists():
-        with where.chief_first():
+    """The original Inception network as TorchScript, given or downloaded and checked; and its file."""
+    file = Path(path or Path(data_dir, Path(INCEPTION[0]).name))
+    if not path:
+        with where.chief_first():  # every rank comes here, or the chief would wait for ever
             if not file.exists():
                 data.fetch(INCEPTION[0], file, *INCEPTION[1:])
     if not file.is_file():
         raise ValueError(f"no Inception network at {file}")
     warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")  # the file is TorchScript
     try:
-        return torch.jit.load(str(file), map_location=where.device).eval()
+        return torch.jit.load(str(file), map_location=where.device).eval(), file
     except RuntimeError as error:
         raise ValueError(f"{file} is no TorchScript file, or cut short: it should be "
                          f"{INCEPTION[0]}") from error
@@ -215,6 +216,8 @@ def load_inception(path: str | None, data_dir: str, where: runs.Machine):
 def inception_outputs(net, images: Tensor, where: runs.Machine, batch: int,
                       what: str) -> tuple[Tensor, Tensor]:
     """Features (N, F) and class probabilities (N, classes) of uint8 images, grey as three channels."""
+    if len(images) < where.world:
+        raise ValueError(f"{len(images)} images cannot be shared by {where.world} ranks")
     features, probabilities = [], []
     progress = runs.Progress(len(images), what, quiet=not where.chief)
     mine = where.share(len(images))
@@ -225,8 +228,8 @@ def inception_outputs(net, images: Tensor, where: runs.Machine, batch: int,
         except RuntimeError as error:
             raise ValueError("the Inception file is not the network expected: "
                              f"{str(error).strip().splitlines()[-1]}") from error
-        features.append(f.double().cpu())
-        probabilities.append(p.double().cpu())
+        features.append(f.cpu().double())
+        probabilities.append(p.cpu().double())
         progress.update(min((i + len(x)) * where.world, len(images)))
     outputs = [where.gather(torch.cat(x), len(images)) for x in (features, probabilities)]
     if not all(x.dim() == 2 and x.isfinite().all() for x in outputs):
@@ -236,7 +239,7 @@ def inception_outputs(net, images: Tensor, where: runs.Machine, batch: int,
 
 def scores(trained, images: Tensor, name: str, where: runs.Machine, args) -> None:
     """Print the FID against `images` and the Inception score of samples read or made here."""
-    net = load_inception(args.inception, args.data_dir, where)
+    net, file = load_inception(args.inception, args.data_dir, where)
     if args.samples:
         made = data.read_tensor(args.samples)
         if made.shape[1:] != images.shape[1:]:
@@ -249,12 +252,16 @@ def scores(trained, images: Tensor, name: str, where: runs.Machine, args) -> Non
     if min(len(made), len(images)) < 2:
         raise ValueError("FID needs two images or more on either side")
     features, probabilities = inception_outputs(net, made, where, args.batch_size, "samples seen")
-    key = runs.seed_of(name, args.split, tuple(images.shape), str(args.inception),
+    key = runs.seed_of(name, args.split, tuple(images.shape), hashlib.sha256(file.read_bytes()).hexdigest(),
                        data.raw_bytes(images[torch.linspace(0, len(images) - 1, 64).long()]))
     cache = Path(args.data_dir, f"inception-{Path(name).stem}-{args.split}-{key:x}.pt")
+    real = None
     if cache.exists():
-        real = torch.load(cache, weights_only=True)
-    else:
+        try:
+            real = torch.load(cache, weights_only=True)
+        except Exception as error:  # torch.load meets a damaged file in a dozen ways
+            print(f"{cache} is damaged ({data.first_line(error)}): computed anew", file=sys.stderr)
+    if real is None:
         real, _ = inception_outputs(net, images, where, args.batch_size, "images seen")
         if where.chief:
             with runs.written_aside(cache) as part:

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 import zlib
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -165,7 +166,8 @@ def machine(device: str = "auto", precision: str = "auto") -> Machine:
         native = where.type == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16"))
     bf16 = precision == "bf16" or (precision == "auto" and native)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))  # a download may take its time
     return Machine(where, torch.bfloat16 if bf16 else torch.float32, rank, world)
 
 
@@ -332,11 +334,11 @@ def previous(path: Path) -> Path:
 
 def newest_checkpoint(root: Path = Path("runs")) -> Path:
     """The checkpoint of the run under `root` that saved last."""
-    found = sorted(root.glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    found = sorted(root.glob("*/checkpoint*.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise ValueError(f"no run under {root}/: train one first (python train.py --dataset shapes) "
                          "or name a --checkpoint")
-    return found[-1]
+    return found[-1].with_name("checkpoint.pt")
 
 
 def load_trained(path: Path, ema: bool = True) -> Trained:
@@ -391,7 +393,7 @@ class Progress:
 
     def due(self) -> bool:
         """Whether the line may be drawn again."""
-        return time.monotonic() - self.shown >= (0.5 if self.terminal else 10)
+        return not self.quiet and time.monotonic() - self.shown >= (0.5 if self.terminal else 10)
 
     def update(self, done: float, note: str = "", force: bool = False) -> None:
         """Draw the line if it is due (or forced); the last one stays."""

@@ -29,7 +29,7 @@ def progressive(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, args
     """Figure 6: x̂_0(x_t) at eleven times from T to 1, then x_0: args.n rows of 12."""
     noise = runs.Noise(args.seed, range(args.n), trained.shape, where.device)
     shown = set(torch.linspace(s.T, 1, min(11, s.T)).round().int().tolist()) | {0}
-    progress, cells = runs.Progress(s.T, "steps"), []
+    progress, cells = runs.Progress(s.T, "steps", quiet=not where.chief), []
     for t, _, x0 in ddpm.p_sample_loop(s, model, noise(), noise, **args.choices):
         progress.update(s.T - t)
         if t in shown:
@@ -43,7 +43,7 @@ def shared(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, args, whe
     times = [max(1, round(s.T * part)) for part in (1, 0.75, 0.5, 0.25)]
     parents = {t: x_t for t, x_t, _ in ddpm.p_sample_loop(s, model, noise(), noise, **args.choices)
                if t in times}
-    progress, cells = runs.Progress(sum(times), "steps"), []
+    progress, cells = runs.Progress(sum(times), "steps", quiet=not where.chief), []
     for row, t in enumerate(times):
         names = [("shared", t, i) for i in range(args.n)]
         each = runs.Noise(args.seed, names, trained.shape, where.device)
@@ -59,13 +59,14 @@ def interpolation(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, ar
     name = args.dataset or trained.settings.get("dataset")
     if not name:
         raise UsageError("--interpolate needs --dataset: the checkpoint names none")
-    images = data.load(name, args.data_dir or trained.settings.get("data_dir", "data"), "test",
-                       trained.settings["image_size"]).images
+    with where.chief_first():
+        images = data.load(name, args.data_dir or trained.settings.get("data_dir", "data"), "test",
+                           trained.settings["image_size"]).images
     if tuple(images.shape[1:]) != trained.shape:
         raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, the network's "
                          f"{trained.shape}")
     start = int((s.times - args.time).abs()[1:].argmin()) + 1
-    progress, rows = runs.Progress(args.n * start, "steps"), []
+    progress, rows = runs.Progress(args.n * start, "steps", quiet=not where.chief), []
     pick = torch.Generator().manual_seed(runs.seed_of(args.seed, "pairs"))
     pairs = torch.randint(len(images), (args.n, 2), generator=pick)
     for row, pair in enumerate(pairs):

@@ -56,7 +56,7 @@ RECIPES = {
                    multipliers=[1, 2, 2], blocks=1, variance="fixed_small", save_every=500,
                    sample_every=1000, samples=36, sample_steps=250),
 }
-RECIPE_256 = dict(unet.SETTINGS_256, steps=500_000, batch_size=64, lr=2e-5, variance="fixed_small",
+RECIPE_256 = dict(multipliers=list(unet.SETTINGS_256["multipliers"]), dropout=0.0, steps=500_000, batch_size=64, lr=2e-5, variance="fixed_small",
                   samples=16)  # §4, Appendix B: LSUN and CelebA-HQ
 
 
@@ -96,8 +96,9 @@ def settle(given: dict, images: Tensor, before: dict, init: dict) -> dict:
     shape = dict(in_channels=images.shape[1], image_size=images.shape[2])
     given = {k: v for k, v in given.items() if k in SETTINGS}
     s = {**(before or {**defaults, **recipe, **init}), **given, **shape}
-    if "sample_steps" not in given and (s["sample_steps"] or 0) > s["timesteps"]:
-        s["sample_steps"] = None
+    if "sample_steps" not in given and (s["variance"] == "learned"
+                                        or (s["sample_steps"] or 0) > s["timesteps"]):
+        s["sample_steps"] = None  # the recipe's does not fit
     for key in init:
         if s[key] != init[key]:
             raise UsageError(f"--init has {key} {init[key]}, this run {s[key]}")

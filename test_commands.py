@@ -209,6 +209,28 @@ def test_warmup_is_linear_from_zero(monkeypatch):
     assert rates == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
 
 
+def test_flips_and_clipping_happen(monkeypatch):
+    """The images that the loss sees are flipped exactly where `draw_step` says; the norm is clipped.
+
+    Kills: flips drawn and not applied, or upside down; a gradient that is measured and not clipped."""
+    images = torch.load("images.pt")
+    images[:, :, :, 0] = 255                                   # now no image is its mirror image
+    torch.save(images, "images.pt")
+    seen, norms, real, step = [], [], train.loss_of, torch.optim.Adam.step
+    monkeypatch.setattr(train, "loss_of", lambda *a: seen.append(a[3]) or real(*a))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a: norms.append(
+        sum(p.grad.square().sum() for p in self.param_groups[0]["params"]).sqrt().item()) or step(self, *a))
+    trains("--steps", 4, "--clip", 0.01)
+    s, flipped = checkpoint()["settings"], 0
+    for k, x0 in enumerate(seen):
+        rows = train.data.to_model(images[train.batch_indices(0, 64, k, 4)])
+        flips = train.draw_step(s, k, (3, 8, 8), torch.Generator())[0]
+        for image, source, flip in zip(x0, rows, flips):
+            assert torch.equal(image, source[:, :, range(7, -1, -1)] if flip else source)
+        flipped += int(flips.sum())
+    assert 0 < flipped < 16 and norms == pytest.approx([0.01] * 4, rel=1e-3)
+
+
 def test_training_learns():
     """The loss falls from 1, what predicting 0 costs, to half of it within sixty steps."""
     trains("--steps", 60, "--log-every", 5, "--batch-size", 16, "--lr", 3e-3)
@@ -286,6 +308,7 @@ def test_a_step_that_is_not_finite_ends_the_run(capsys, monkeypatch):
     assert "step 6: the loss or its gradient is not finite" in said(capsys)
     assert checkpoint()["step"] == 3
     assert runs.load_checkpoint(Path("runs/images/checkpoint.prev.pt"))["step"] == 2
+    assert len(set(Path("runs/images").glob("*.pt"))) == 2
     assert before == Path("runs/images/checkpoint.prev.pt").read_bytes()
 
 

@@ -57,7 +57,11 @@ def test_idx(tmp_path):
     raw = torch.tensor(list(idx(5)[16:]), dtype=torch.uint8).view(5, 1, 28, 28)
     assert torch.equal(d.images[:, :, 2:30, 2:30], raw)
     assert d.images.sum(dtype=torch.int64) == raw.sum(dtype=torch.int64)
-    assert len(data.load("fashion_mnist", tmp_path, "test").images) == 2
+    with pytest.raises(OSError, match="put it at"):             # digits are not taken for clothes
+        data.load("fashion_mnist", tmp_path, "test")
+    (tmp_path / "mnist").mkdir()
+    fashion = tmp_path.rename(tmp_path.with_name("fashion-mnist-" + tmp_path.name))
+    assert len(data.load("fashion_mnist", fashion, "test").images) == 2
 
 
 @given(st.integers(0, 2 ** 31), st.sampled_from(["cut", "byte", "header"]))

@@ -733,3 +733,8 @@ def test_sec44_interpolation(t, lam, seed):
     same(seen[0][1], mixed, 1e-9, 1e-9)
     *_, last = ddpm.p_sample_loop(s, lambda x, u: 0.1 * x, seen[0][1], lambda u: z, start=t)
     assert torch.equal(states[-1].x_t, last.x_t)
+
+    asked = []                                             # z at t, …, 2, and none at t = 1
+    list(ddpm.interpolate(s, model, x0, other, torch.zeros(2), t, eps, eps_other,
+                          lambda u: asked.append(u) or z))
+    assert asked == list(range(t, 1, -1))

@@ -23,6 +23,7 @@ import test_weights
 from test_weights import folder  # noqa: F401, a fixture
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 # name: (file, test, [(right, wrong), …])
 MISTAKES = {
@@ -71,7 +72,7 @@ MISTAKES = {
     "β_t of the full schedule": ("ddpm.py", "test_ddpm.test_respace_is_the_chain_of_fewer_steps", [
         ("Schedule(1 - alphas, alphas, alpha_bars, s", "Schedule(s.betas[tau], s.alphas[tau], alpha_bars, s")]),
     "network shown i, not τ_i": ("ddpm.py", "test_ddpm.test_respace_is_the_chain_of_fewer_steps", [
-        ("s.times[tau], s)", "torch.arange(n + 1), s)")]),
+        ("s.times[tau], s.full or s)", "torch.arange(n + 1), s.full or s)")]),
     "edge bins finite": ("ddpm.py", "test_ddpm.test_eq13_probabilities_sum_to_one", [
         ("torch.where(level <= 0, below, torch.where(level >= 255, above, inside))", "inside")]),
     "bins half too wide": ("ddpm.py", "test_ddpm.test_eq13_each_bin_is_an_integral", [
@@ -102,6 +103,8 @@ MISTAKES = {
     "the sender's x_t at another t": ("ddpm.py",
                                       "test_ddpm.test_alg3_the_senders_chain_has_the_marginals_of_eq04", [
         ("noise(state.t - 1))", "noise(state.t))")]),
+    "grain at the end of a mixture": ("ddpm.py", "test_ddpm.test_sec44_interpolation", [
+        ("noise(state.t) if state.t > 1 else", "noise(state.t) if state.t > 1 or start else")]),
     "distortion of [−1, 1]": ("ddpm.py", "test_ddpm.test_sec43_distortion", [
         ("return 127.5 * (x0 - estimate)", "return (x0 - estimate)")]),
     "decoded from t − 1": ("ddpm.py", "test_ddpm.test_sec44_interpolation", [
@@ -144,11 +147,18 @@ MISTAKES = {
     "a checkpoint after a NaN": ("train.py",
                                  "test_commands.test_a_step_that_is_not_finite_ends_the_run", [
         ("if (bad := self.bad.item()) >= 0:", "if (bad := self.bad.item()) >= 10 ** 9:")]),
+    "flips drawn, not applied": ("train.py", "test_commands.test_flips_and_clipping_happen", [
+        ('if s["flip"]:', "if False:")]),
+    "gradient not clipped": ("train.py", "test_commands.test_flips_and_clipping_happen", [
+        ('clip_grad_norm_(self.params, s["clip"])', "clip_grad_norm_(self.params, 1e9)")]),
     "every rank the same images": ("train.py", "test_commands.test_two_ranks_are_one_run", [
         ("mine = slice(where.rank * share, (where.rank + 1) * share)", "mine = slice(share)")]),
     "checkpoints unverified": ("runs.py", "test_commands.test_a_damaged_checkpoint_is_refused", [
         ("if len(raw) < 32 or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:",
          "if len(raw) < 32:")]),
+    "deviation called standard error": ("evaluate.py",
+                                        "test_evaluate.test_standard_error_and_rmse_by_hand", [
+        ("values.std().item() / math.sqrt(len(values))", "values.std().item()")]),
     "covariances in float32": ("evaluate.py",
                                "test_evaluate.test_frechet_distance_of_commuting_covariances", [
         ("for x in (a.double(), b.double()):", "for x in (a.float(), b.float()):")]),

@@ -89,6 +89,7 @@ class Run:
         self.params, self.averages = list(self.net.parameters()), list(self.ema.parameters())
         self.adam = torch.optim.Adam(self.params, lr=settings["lr"], fused=device.type != "mps")
         self.step = self.summed = 0                     # steps done; steps in loss_sum
+        self.saved = -1                                 # the step of the last checkpoint
         self.loss_sum = torch.zeros((), device=device)  # since the last line of the log
         self.bad = torch.tensor(-1, device=device)      # the first step that was not finite
         fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
@@ -109,15 +110,21 @@ class Run:
         self.adam.load_state_dict(state["adam"])
         self.step, self.summed = state["step"], state["summed"]
         self.loss_sum.copy_(state["loss_sum"])
+        self.saved = self.step
 
     def save(self) -> None:
-        """Write the checkpoint, unless a step since the last one was not finite."""
+        """Write the checkpoint, unless it is there or a step since the last was not finite."""
         self.check()
+        if self.saved == self.step:
+            return
+        self.saved, loss_sum = self.step, self.loss_sum.clone()
+        if self.where.world > 1:
+            dist.all_reduce(loss_sum)
         if self.where.chief:
             runs.save_checkpoint(self.folder / "checkpoint.pt", {
                 "settings": self.s, "step": self.step, "model": self.net.state_dict(),
                 "ema": self.ema.state_dict(), "adam": self.adam.state_dict(),
-                "loss_sum": self.loss_sum, "summed": self.summed, "data": self.data})
+                "loss_sum": loss_sum / self.where.world, "summed": self.summed, "data": self.data})
 
     def check(self) -> None:
         """ValueError naming the first step whose loss or gradient was not finite, if there is one.
@@ -282,7 +289,7 @@ def main(argv=None) -> int:
         if where.world > 1:
             engine = nn.parallel.DistributedDataParallel(engine)
         run.train(engine, stop)
-        if stop.signal:
+        if run.stopped(stop):
             print(f"stopped at step {run.step}; the same command goes on", file=sys.stderr)
             return 128 + stop.signal
         run.sample()

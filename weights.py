@@ -214,7 +214,8 @@ def from_scheduler(config: dict) -> dict:
     predict = PREDICTS.get(config.get("prediction_type", "epsilon"))
     variance = config.get("variance_type", "fixed_small")
     if (not schedule or not predict or variance not in ("fixed_small", "fixed_large")
-            or config.get("trained_betas") or not isinstance(T, int) or T < 1):
+            or config.get("trained_betas") or not isinstance(T, int) or T < 1
+            or not all(isinstance(config.get(k, 1e-4), float) for k in ("beta_start", "beta_end"))):
         raise ValueError("scheduler_config.json: this sampler knows beta_schedule linear and "
                          "scaled_linear, prediction_type epsilon and sample, variance_type "
                          f"fixed_small and fixed_large, not {config}")
