@@ -97,7 +97,7 @@ def convolutions(net: unet.UNet, x: torch.Tensor, where: runs.Machine) -> list:
 
 
 def limits(net: unet.UNet, x: torch.Tensor, where: runs.Machine, flops: float) -> dict:
-    """name → (FLOP, job): the convolutions alone, forward and with backward, and a matrix product."""
+    """name → (FLOP, job): the convolutions alone, forward and both ways; a matrix product."""
     work = convolutions(net, x, where)
 
     def forward():

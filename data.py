@@ -98,7 +98,7 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
 def _local(folder: Path, name: str, entry: tuple) -> Path:
     """The file of a data set: in folder/name, in the folder itself, or fetched to folder/name."""
     file, (address, size, checksum) = entry
-    # MNIST and Fashion-MNIST have files of the same names: a folder of one is not taken for the other.
+    # MNIST and Fashion-MNIST share file names: a folder of one is not taken for the other.
     bare = name not in IDX or ("fashion" in folder.resolve().name.lower()) == ("fashion" in name)
     for path in (folder / name / file, folder / file)[:1 + bare]:
         if path.exists():
@@ -166,7 +166,7 @@ def read_cifar10(path: Path, split: str = "train") -> Tensor:
                                          "of 3,073")
                     found[name] = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, 3073)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and it is fetched anew") from error
+        raise ValueError(f"{path} is damaged ({error}): delete it to fetch it anew") from error
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"{path} holds no {missing[0]}: it is not CIFAR-10's binary archive")
     records = torch.cat([found[name] for name in names])
@@ -180,7 +180,7 @@ def read_idx(path: Path) -> Tensor:
     try:
         raw = gzip.decompress(Path(path).read_bytes())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and it is fetched anew") from error
+        raise ValueError(f"{path} is damaged ({error}): delete it to fetch it anew") from error
     magic, n, rows, columns = (int.from_bytes(raw[i:i + 4], "big") for i in (0, 4, 8, 12))
     if magic != 2051:
         raise ValueError(f"{path} is no IDX file of images: it begins with {magic}, not 2051")
@@ -202,8 +202,8 @@ def read_tensor(path: Path) -> Tensor:
         raise ValueError(f"{path} holds a {type(images).__name__}, not a tensor of images")
     shape = "×".join(map(str, images.shape))
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"{path} holds {images.dtype} {shape}; images are torch.uint8 N×C×H×W with "
-                         "C = 1 or 3")
+        raise ValueError(f"{path} holds {images.dtype} {shape}; images are torch.uint8 N×C×H×W "
+                         "with C = 1 or 3")
     if not images.numel():
         raise ValueError(f"{path} holds no images: {shape}")
     return images
@@ -237,7 +237,8 @@ def read_folder(source: Path, cache: Path, size: int) -> Tensor:
                             square = ImageOps.fit(picture.convert("RGB"), (size, size),
                                                   Image.Resampling.LANCZOS)
                     except Exception as error:  # Pillow meets a damaged picture in many ways
-                        raise ValueError(f"{file} cannot be decoded: {first_line(error)}") from error
+                        reason = first_line(error)
+                        raise ValueError(f"{file} cannot be decoded: {reason}") from error
                     pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
                     chw = pixels.view(size, size, 3).permute(2, 0, 1).contiguous()
                     out.write(raw_bytes(chw))

@@ -230,8 +230,8 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
     """σ_t² = β_t ("fixed_large") or β̃_t ("fixed_small").   [DDPM §3.2]
 
     → (B,) float64. The two extremes: β_t is optimal for x_0 ~ N(0, I), β̃_t for x_0 a single point.
-    Ho et al.'s code, not the paper: β̃_1 = 0 has no logarithm, so σ_1² is β̃_2 in both cases (β_1 if
-    T = 1). Only L_0 sees it, since the sampler's last step is noiseless.
+    Ho et al.'s code, not the paper: β̃_1 = 0 has no logarithm, so σ_1² is β̃_2 in both cases (β_1
+    if T = 1). Only L_0 sees it, since the sampler's last step is noiseless.
     """
     if variance not in ("fixed_large", "fixed_small"):
         raise ValueError(f"no fixed variance is called {variance!r}: fixed_large or fixed_small")
@@ -356,7 +356,7 @@ def _log_cdf(x: Tensor) -> Tensor:
 
 
 def _exact(x: Tensor) -> Tensor:
-    """x in float64: bounds are sums over thousands of dimensions. MPS has none: there on the CPU."""
+    """x in float64: bounds sum over thousands of dimensions. MPS has none: there on the CPU."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
@@ -428,9 +428,9 @@ def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
 
     → (B,), the mean over dimensions, to be averaged over a batch with t uniform in 1 … T. It is
     Eq. 12 without its weight, which is largest at small t: there, where the image is barely noisy,
-    an error counts for less than in the bound. At t = 1 it stands for L_0 with the bin's integral replaced by density times
-    width, and σ_1² and the edges ignored (§3.4). predict = "x0" compares with x_0 in ε's place,
-    "mean" with μ̃_t (Table 2's ‖μ̃ − μ̃_θ‖²).
+    an error counts for less than in the bound. At t = 1 it stands for L_0 with the bin's integral
+    replaced by density times width, and σ_1² and the edges ignored (§3.4). predict = "x0" compares
+    with x_0 in ε's place, "mean" with μ̃_t (Table 2's ‖μ̃ − μ̃_θ‖²).
     """
     x_t = q_sample(s, x0, t, eps)
     targets = {"eps": lambda: eps, "x0": lambda: x0,

@@ -146,9 +146,10 @@ def rate_distortion(curve: Tensor, images: Tensor, args) -> None:
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     steps = range(1, T + 1)
-    for ax, x, y, labels in ((axes[0], steps, rmse, ("reverse step T − t + 1", "distortion (RMSE)")),
-                             (axes[1], steps, rate, ("reverse step T − t + 1", "rate (bits/dim)")),
-                             (axes[2], rate, rmse, ("rate (bits/dim)", "distortion (RMSE)"))):
+    time, bits, error = "reverse step T − t + 1", "rate (bits/dim)", "distortion (RMSE)"
+    for ax, x, y, labels in ((axes[0], steps, rmse, (time, error)),
+                             (axes[1], steps, rate, (time, bits)),
+                             (axes[2], rate, rmse, (bits, error))):
         ax.plot(x, y)
         ax.set_xlabel(labels[0])
         ax.set_ylabel(labels[1])
@@ -182,7 +183,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def inception_score(p: Tensor, splits: int = 10) -> tuple[float, float]:
-    """exp E KL(p(y | x) ‖ p(y)), p (N, classes): mean and deviation over splits.   [Salimans et al. 2016]
+    """exp E KL(p(y | x) ‖ p(y)), p (N, classes): mean and deviation over splits.   [Salimans 2016]
 
     ValueError for fewer images than splits.
     """
@@ -196,7 +197,7 @@ def inception_score(p: Tensor, splits: int = 10) -> tuple[float, float]:
 
 
 def load_inception(path: str | None, data_dir: str, where: runs.Machine):
-    """The original Inception network as TorchScript, given or downloaded and checked; and its file."""
+    """The original Inception network as TorchScript, given or downloaded; and its file."""
     file = Path(path or Path(data_dir, Path(INCEPTION[0]).name))
     if not path:
         with where.chief_first():  # every rank comes here, or the chief would wait for ever
@@ -204,7 +205,7 @@ def load_inception(path: str | None, data_dir: str, where: runs.Machine):
                 data.fetch(INCEPTION[0], file, *INCEPTION[1:])
     if not file.is_file():
         raise ValueError(f"no Inception network at {file}")
-    warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")  # the file is TorchScript
+    warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")
     try:
         return torch.jit.load(str(file), map_location=where.device).eval(), file
     except RuntimeError as error:
@@ -215,7 +216,7 @@ def load_inception(path: str | None, data_dir: str, where: runs.Machine):
 @torch.no_grad()
 def inception_outputs(net, images: Tensor, where: runs.Machine, batch: int,
                       what: str) -> tuple[Tensor, Tensor]:
-    """Features (N, F) and class probabilities (N, classes) of uint8 images, grey as three channels."""
+    """Features (N, F) and class probabilities (N, classes) of uint8 images; grey is repeated."""
     if len(images) < where.world:
         raise ValueError(f"{len(images)} images cannot be shared by {where.world} ranks")
     features, probabilities = [], []
@@ -252,7 +253,8 @@ def scores(trained, images: Tensor, name: str, where: runs.Machine, args) -> Non
     if min(len(made), len(images)) < 2:
         raise ValueError("FID needs two images or more on either side")
     features, probabilities = inception_outputs(net, made, where, args.batch_size, "samples seen")
-    key = runs.seed_of(name, args.split, tuple(images.shape), hashlib.sha256(file.read_bytes()).hexdigest(),
+    key = runs.seed_of(name, args.split, tuple(images.shape),
+                       hashlib.sha256(file.read_bytes()).hexdigest(),
                        data.raw_bytes(images[torch.linspace(0, len(images) - 1, 64).long()]))
     cache = Path(args.data_dir, f"inception-{Path(name).stem}-{args.split}-{key:x}.pt")
     real = None
@@ -286,7 +288,7 @@ def main(argv=None) -> int:
     parser.add_argument("--checkpoint", help="as in sample.py (default: the newest run)")
     parser.add_argument("--dataset", help="default: the run's")
     parser.add_argument("--data-dir", help="data sets and downloads (default: the run's, or data)")
-    parser.add_argument("--split", choices=("train", "test"), help="(default: test; train for --fid)")
+    parser.add_argument("--split", choices=("train", "test"), help="default: test; train for --fid")
     parser.add_argument("--n", type=ranged(int, 1), help="images (default: all of the split), or "
                         "with --fid samples (default: 50,000)")
     parser.add_argument("--terms", type=ranged(int, 1), help="estimate the bound from L_0 and this "
@@ -299,7 +301,7 @@ def main(argv=None) -> int:
     parser.add_argument("--fid", action="store_true", help="FID and Inception score")
     parser.add_argument("--samples", type=Path, help="with --fid: images of sample.py --out X.pt")
     parser.add_argument("--steps", type=ranged(int, 2), help="with --fid: network calls a sample")
-    parser.add_argument("--inception", help="with --fid: the TorchScript file (default: downloaded)")
+    parser.add_argument("--inception", help="with --fid: the TorchScript file, if not downloaded")
     parser.machine_flags()
     args = parser.parse_args(argv)
     if not args.fid and (args.samples or args.inception or args.steps):
@@ -320,8 +322,8 @@ def main(argv=None) -> int:
     with where.chief_first():
         source = data.load(name, args.data_dir, args.split, settings.get("image_size"))
     if trained and tuple(source.images.shape[1:]) != trained.shape:
-        raise ValueError(f"the images of {name} are {tuple(source.images.shape[1:])}, the network's "
-                         f"{trained.shape}")
+        raise ValueError(f"the images of {name} are {tuple(source.images.shape[1:])}, the "
+                         f"network's {trained.shape}")
     if where.chief:
         padded = ", the padded border counted in" if source.padded else ""
         print(f"{trained.source if trained else args.samples}; {name}, {args.split} split{padded}")

@@ -1,4 +1,4 @@
-"""What the scripts share: devices, precision, ranks, seeds, checkpoints, pictures, progress, errors.
+"""What the scripts share: devices, ranks, seeds, checkpoints, pictures, progress, errors.
 
 A mistake of the user is a ValueError or an OSError whose text is one line; `command` prints it.
 """
@@ -336,8 +336,8 @@ def newest_checkpoint(root: Path = Path("runs")) -> Path:
     """The checkpoint of the run under `root` that saved last."""
     found = sorted(root.glob("*/checkpoint*.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise ValueError(f"no run under {root}/: train one first (python train.py --dataset shapes) "
-                         "or name a --checkpoint")
+        raise ValueError(f"no run under {root}/: train one first (python train.py --dataset shapes)"
+                         " or name a --checkpoint")
     return found[-1].with_name("checkpoint.pt")
 
 
@@ -367,7 +367,8 @@ def write_png(path: Path, image: Tensor) -> None:
     """uint8 (1 or 3, H, W) → an 8-bit PNG, grey or RGB. OSError if it cannot be written."""
     c, height, width = image.shape
     if image.dtype != torch.uint8 or c not in (1, 3) or not height * width:
-        raise ValueError(f"a picture is uint8 (1 or 3, H, W), not {image.dtype} {tuple(image.shape)}")
+        raise ValueError(f"a picture is uint8 (1 or 3, H, W), not {image.dtype} "
+                         f"{tuple(image.shape)}")
     lines = torch.zeros(height, 1 + width * c, dtype=torch.uint8)  # byte 0 of a line: no filter
     lines[:, 1:] = image.permute(1, 2, 0).reshape(height, -1)
 

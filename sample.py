@@ -38,7 +38,7 @@ def progressive(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, args
 
 
 def shared(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, args, where) -> Tensor:
-    """Figure 7: for t = T, 3T/4, T/2, T/4 a row: x_t, then args.n samples that have it in common."""
+    """Figure 7: for t = T, 3T/4, T/2, T/4 a row: x_t, then args.n samples that share it."""
     noise = runs.Noise(args.seed, [0], trained.shape, where.device)
     times = [max(1, round(s.T * part)) for part in (1, 0.75, 0.5, 0.25)]
     parents = {t: x_t for t, x_t, _ in ddpm.p_sample_loop(s, model, noise(), noise, **args.choices)
@@ -54,7 +54,8 @@ def shared(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, args, whe
     return runs.grid(torch.cat(cells).cpu(), 1 + args.n)
 
 
-def interpolation(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, args, where) -> Tensor:
+def interpolation(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, args,
+                  where) -> Tensor:
     """Figure 8: args.n rows: an image, its decodings mixed with another's (λ = 0 … 1), that one."""
     name = args.dataset or trained.settings.get("dataset")
     if not name:
@@ -72,7 +73,8 @@ def interpolation(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, ar
     for row, pair in enumerate(pairs):
         x0, other = data.to_model(images[pair]).to(where.device)[:, None]
         lam = torch.linspace(0, 1, 9, device=where.device)
-        ends = runs.Noise(args.seed, [("end", row, 0), ("end", row, 1)], trained.shape, where.device)
+        names = [("end", row, 0), ("end", row, 1)]
+        ends = runs.Noise(args.seed, names, trained.shape, where.device)
         eps, eps_other = ends()[:, None]     # the same two draws for every λ
         fresh = runs.Noise(args.seed, [("row", row)], trained.shape, where.device)
         many = (len(lam), *trained.shape)
@@ -98,9 +100,9 @@ def parse(argv):
     parser.add_argument("--seed", type=ranged(int, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help=".png, or .pt for a "
                         "uint8 tensor (default: samples.png)")
-    parser.add_argument("--no-clip", action="store_true", help="leave x̂_0 as it is, as Algorithm 2 "
-                        "does; the authors' code clips it to [−1, 1]")
-    parser.add_argument("--no-ema", action="store_true", help="the weights as trained, not averaged")
+    parser.add_argument("--no-clip", action="store_true", help="leave x̂_0 as it is, as Algorithm "
+                        "2 does; the authors' code clips it to [−1, 1]")
+    parser.add_argument("--no-ema", action="store_true", help="the weights as trained, unaveraged")
     figure = parser.add_mutually_exclusive_group()
     for flag, what in (("--progressive", "x̂_0 over time (Figure 6)"),
                        ("--shared", "samples that share x_t (Figure 7)"),

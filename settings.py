@@ -1,4 +1,4 @@
-"""The settings of a training run: one table with the paper's values, and what each data set changes.
+"""The settings of a training run: the paper's values, and what each data set changes.
 
 A checkpoint holds the settings of its run, so nothing is asked twice.
 """
@@ -52,12 +52,12 @@ MAY_CHANGE = {"data_dir", "steps", "log_every", "save_every", "sample_every", "s
 RECIPES = {
     "mnist": dict(flip=False),
     "fashion_mnist": dict(flip=False),
-    "shapes": dict(steps=2000, batch_size=32, lr=5e-4, warmup=200, ema=0.995, dropout=0.0, channels=64,
-                   multipliers=[1, 2, 2], blocks=1, variance="fixed_small", save_every=500,
-                   sample_every=1000, samples=36, sample_steps=250),
+    "shapes": dict(steps=2000, batch_size=32, lr=5e-4, warmup=200, ema=0.995, dropout=0.0,
+                   channels=64, multipliers=[1, 2, 2], blocks=1, variance="fixed_small",
+                   save_every=500, sample_every=1000, samples=36, sample_steps=250),
 }
-RECIPE_256 = dict(multipliers=list(unet.SETTINGS_256["multipliers"]), dropout=0.0, steps=500_000, batch_size=64, lr=2e-5, variance="fixed_small",
-                  samples=16)  # §4, Appendix B: LSUN and CelebA-HQ
+RECIPE_256 = dict(multipliers=list(unet.SETTINGS_256["multipliers"]), dropout=0.0, steps=500_000,
+                  batch_size=64, lr=2e-5, variance="fixed_small", samples=16)  # §4, Appendix B
 
 
 def parse(argv, doc: str) -> dict:

@@ -134,7 +134,7 @@ class Run:
         """
         if (bad := self.bad.item()) >= 0:
             raise ValueError(f"step {bad}: the loss or its gradient is not finite. The last "
-                             f"checkpoint in {self.folder} is from before it; a lower --lr may help")
+                             f"checkpoint in {self.folder} is older; a lower --lr may help")
 
     def sample(self) -> None:
         """A grid of images from the averaged weights and noise that is the same every time."""
@@ -256,9 +256,9 @@ def main(argv=None) -> int:
         state = runs.load_checkpoint(path) if resumed else {}
         before = state.get("settings", {})
         with where.chief_first():
-            images = data.load(name if "dataset" in given else before.get("dataset", name),
-                               given.get("data_dir") or before.get("data_dir", "data"),
-                               image_size=given.get("image_size") or before.get("image_size")).images
+            known = {**before, **given}  # what is not said stays as the checkpoint has it
+            images = data.load(known.get("dataset", name), known.get("data_dir", "data"),
+                               image_size=known.get("image_size")).images
         init = None
         if given["init"] and not resumed:
             init = weights.load(given["init"], given.get("data_dir", "data"), True, where)

@@ -65,7 +65,8 @@ def download(name: str, folder: Path, where: runs.Machine) -> Path:
         except OSError as error:
             reason = getattr(error.__cause__, "reason", None) or error
             raise OSError(f"cannot fetch {HUB}/{name} ({reason}); put its files config.json, "
-                          f"scheduler_config.json and {MODEL[0]} (or .bin) into {target}") from error
+                          f"scheduler_config.json and {MODEL[0]} (or .bin) into {target}"
+                          ) from error
     return target
 
 
@@ -161,16 +162,17 @@ def from_config(config: dict, place: Path) -> dict:
     """UNet2DModel's config.json → settings. ValueError naming the first entry that differs."""
     for key, (needed, default) in FIXED.items():
         if config.get(key, default) != needed:
-            raise ValueError(f"{place / 'config.json'}: {key} is {config.get(key, default)!r}; this "
-                             f"network is UNet2DModel with {needed!r}")
+            raise ValueError(f"{place / 'config.json'}: {key} is {config.get(key, default)!r}; "
+                             f"this network is UNet2DModel with {needed!r}")
     try:
         widths, down, up = (list(config[k]) for k in
                             ("block_out_channels", "down_block_types", "up_block_types"))
         size, c, out = config["sample_size"], config["in_channels"], config["out_channels"]
         attend = [kind == "AttnDownBlock2D" for kind in down]
         mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
-        if (set(down) - {"DownBlock2D", "AttnDownBlock2D"} or up != mirrored or out not in (c, 2 * c)
-                or len(widths) != len(down) or any(w % widths[0] for w in widths)
+        if (set(down) - {"DownBlock2D", "AttnDownBlock2D"} or up != mirrored
+                or out not in (c, 2 * c) or len(widths) != len(down)
+                or any(w % widths[0] for w in widths)
                 or not isinstance(size, int)):
             raise ValueError("blocks, widths, channels or sample_size of another network")
         return architecture(c, size, widths, int(config.get("layers_per_block", 2)), attend)
@@ -208,7 +210,7 @@ def architecture(c: int, size: int, widths: list[int], blocks: int, attend: list
 
 
 def from_scheduler(config: dict) -> dict:
-    """DDPMScheduler's config (or another with β's) → settings. ValueError if it is not the paper's."""
+    """DDPMScheduler's config (or another with β's) → settings. ValueError for other chains."""
     T = config.get("num_train_timesteps", 1000)
     schedule = SCHEDULES.get(config.get("beta_schedule", "linear"))
     predict = PREDICTS.get(config.get("prediction_type", "epsilon"))
@@ -251,9 +253,12 @@ def export(trained: runs.Trained, folder: Path) -> None:
     index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
              "unet": ["diffusers", "UNet2DModel"]}
     own = trained.net.state_dict()
-    state = {f"{theirs}.{leaf}": own[f"{ours}.{leaf}"] for ours, theirs in names(trained.net).items()
-             for leaf in ("weight", "bias")}
-    state = {k: v.flatten(1) if ".attentions." in k and v.dim() == 4 else v for k, v in state.items()}
+    state = {}
+    for ours, theirs in names(trained.net).items():
+        weight = own[f"{ours}.weight"]
+        linear = ".attentions." in theirs and weight.dim() == 4  # a 1×1 convolution here
+        state[f"{theirs}.weight"] = weight.flatten(1) if linear else weight
+        state[f"{theirs}.bias"] = own[f"{ours}.bias"]
     write_safetensors(folder / "unet" / MODEL[0], state)
     for file, content in (("unet/config.json", config), ("model_index.json", index),
                           ("scheduler/scheduler_config.json", scheduler)):
@@ -359,7 +364,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The tensors as a safetensors file, its header padded so that they begin at a multiple of 8."""
+    """The tensors as a safetensors file, the header padded to a multiple of 8."""
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
