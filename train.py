@@ -219,12 +219,12 @@ class Run:
 
 
 def compiled(net: nn.Module, where: runs.Machine, shape: tuple) -> nn.Module:
-    """net through torch.compile, tried on one image; net itself, and a line, if that fails."""
+    """net through torch.compile, tried on one batch; net itself, and a line, if it fails."""
     fast = torch.compile(net)
     try:
-        x = torch.zeros(1, *shape, device=where.device)
-        runs.runner(fast, where)(x, torch.ones(1, dtype=torch.int64, device=where.device)
-                                 ).sum().backward()
+        x = torch.zeros(shape, device=where.device)
+        t = torch.ones(len(x), dtype=torch.int64, device=where.device)
+        runs.runner(fast, where)(x, t).sum().backward()
         net.zero_grad()
         return fast
     except Exception as error:  # whatever the compiler and its compilers raise
@@ -285,7 +285,8 @@ def main(argv=None) -> int:
             return 0
         engine = run.net
         if given["compile"] if given["compile"] is not None else where.device.type == "cuda":
-            engine = compiled(engine, where, images.shape[1:])
+            share = settings["batch_size"] // where.world
+            engine = compiled(engine, where, (share, *images.shape[1:]))
         if where.world > 1:
             engine = nn.parallel.DistributedDataParallel(engine)
         run.train(engine, stop)
