@@ -280,6 +280,9 @@ def main(argv=None) -> int:
             print(f"{settings['dataset']}: {len(images)} images of {tuple(images.shape[1:])}, "
                   f"{parameters:,} parameters, {where.device.type} in {where.dtype}, {where.world} "
                   f"rank{'s' * (where.world > 1)}, from step {run.step}", file=sys.stderr)
+            if run.step < settings["steps"] < settings["warmup"]:
+                print(f"the learning rate rises for {settings['warmup']} steps, longer than the run: "
+                      "--warmup", file=sys.stderr)
         if run.step >= settings["steps"]:
             print(f"{folder} has had its {run.step} steps; --steps N goes on", file=sys.stderr)
             return 0
