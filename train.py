@@ -281,8 +281,8 @@ def main(argv=None) -> int:
                   f"{parameters:,} parameters, {where.device.type} in {where.dtype}, {where.world} "
                   f"rank{'s' * (where.world > 1)}, from step {run.step}", file=sys.stderr)
             if run.step < settings["steps"] < settings["warmup"]:
-                print(f"the learning rate rises for {settings['warmup']} steps, longer than the run: "
-                      "--warmup", file=sys.stderr)
+                print(f"--warmup: the learning rate rises for {settings['warmup']} steps, longer "
+                      "than the run", file=sys.stderr)
         if run.step >= settings["steps"]:
             print(f"{folder} has had its {run.step} steps; --steps N goes on", file=sys.stderr)
             return 0
