@@ -240,9 +240,9 @@ def inception_outputs(net, images: Tensor, where: runs.Machine, batch: int,
 
 def scores(trained, images: Tensor, name: str, where: runs.Machine, args) -> None:
     """Print the FID against `images` and the Inception score of samples read or made here."""
+    made = data.read_tensor(args.samples) if args.samples else None
     net, file = load_inception(args.inception, args.data_dir, where)
-    if args.samples:
-        made = data.read_tensor(args.samples)
+    if made is not None:
         if made.shape[1:] != images.shape[1:]:
             raise ValueError(f"{args.samples} has images of {tuple(made.shape[1:])}, {name} of "
                              f"{tuple(images.shape[1:])}")
@@ -291,13 +291,14 @@ def main(argv=None) -> int:
     parser.add_argument("--split", choices=("train", "test"), help="default: test; train for --fid")
     parser.add_argument("--n", type=ranged(int, 1), help="images (default: all of the split), or "
                         "with --fid samples (default: 50,000)")
-    parser.add_argument("--terms", type=ranged(int, 1), help="estimate the bound from L_0 and this "
-                        "many draws of t an image (default: all T terms)")
+    parser.add_argument("--terms", type=ranged(int, 1), help="estimate the bound from L_0 and "
+                        "draws of t from this many strata at most (default: all T terms)")
     parser.add_argument("--no-clip", action="store_true", help="leave x̂_0 unclipped")
     parser.add_argument("--no-ema", action="store_true", help="the weights as trained")
-    parser.add_argument("--batch-size", type=ranged(int, 1), default=64)
-    parser.add_argument("--seed", type=ranged(int, 0), default=0)
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of rate-distortion.csv")
+    parser.add_argument("--batch-size", type=ranged(int, 1), default=64, help="(default: 64)")
+    parser.add_argument("--seed", type=ranged(int, 0), default=0, help="of the draws (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of rate-distortion.csv "
+                        "(default: here)")
     parser.add_argument("--fid", action="store_true", help="FID and Inception score")
     parser.add_argument("--samples", type=Path, help="with --fid: images of sample.py --out X.pt")
     parser.add_argument("--steps", type=ranged(int, 2), help="with --fid: network calls a sample")
@@ -331,6 +332,8 @@ def main(argv=None) -> int:
         args.n = args.n or 50_000
         scores(trained, source.images, name, where, args)
     else:
+        if not args.terms:
+            runs.check_writable(args.out / "rate-distortion.csv")
         if args.n and args.n > len(source.images):
             raise ValueError(f"--n {args.n}: the {args.split} split of {name} has "
                              f"{len(source.images)} images")

@@ -287,6 +287,19 @@ def written_aside(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """OSError now, not after hours of work, if `path` cannot be written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def save_checkpoint(path: Path, payload: dict) -> None:
     """torch.save's bytes and their SHA-256, flushed to disk, renamed; the last is kept as .prev.pt.
 
@@ -312,19 +325,28 @@ def load_checkpoint(path: Path) -> dict:
         path = previous(path)  # a stop fell between the two renames of a save
     if not path.exists():
         raise ValueError(f"no checkpoint at {path}")
-    raw = memoryview(path.read_bytes())
-    if len(raw) < 32 or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
-        other = previous(path)
-        way_out = f"; the one before it is {other}" if other != path and other.exists() else ""
+    body = verified(path)
+    if body is None:
+        other, way_out = previous(path), ""
+        if other != path and other.exists() and verified(other) is not None:
+            way_out = f"; delete it to go on from the one before it, {other}"
         raise ValueError(f"{path} is damaged or no checkpoint of train.py: its checksum does not "
                          f"match{way_out}")
-    payload = torch.load(io.BytesIO(raw[:-32]), map_location="cpu", weights_only=True)
+    payload = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py")
     return payload
 
 
 FORMAT = "ddpm checkpoint 1"
+
+
+def verified(path: Path) -> memoryview | None:
+    """The bytes before the SHA-256 that ends a checkpoint, or None if it is not theirs."""
+    raw = memoryview(path.read_bytes())
+    if len(raw) < 32 or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
+        return None
+    return raw[:-32]
 
 
 def previous(path: Path) -> Path:
@@ -443,7 +465,7 @@ class Stop:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The folder for this process alone; ValueError if another holds it. Freed even by kill −9."""
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / ".lock")
     with open(folder / ".lock", "w") as file:
         try:
             import fcntl

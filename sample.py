@@ -66,6 +66,8 @@ def interpolation(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, ar
     if tuple(images.shape[1:]) != trained.shape:
         raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, the network's "
                          f"{trained.shape}")
+    if args.n > len(images):
+        raise ValueError(f"--n {args.n}: {name} has {len(images)} images to mix")
     start = int((s.times - args.time).abs()[1:].argmin()) + 1
     progress, rows = runs.Progress(args.n * start, "steps", quiet=not where.chief), []
     pick = torch.Generator().manual_seed(runs.seed_of(args.seed, "pairs"))
@@ -97,7 +99,7 @@ def parse(argv):
                         "evenly spaced from 1 to T (default: all T)")
     parser.add_argument("--variance", choices=("fixed_large", "fixed_small"),
                         help="σ_t² (default: as trained)")
-    parser.add_argument("--seed", type=ranged(int, 0), default=0)
+    parser.add_argument("--seed", type=ranged(int, 0), default=0, help="other images (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help=".png, or .pt for a "
                         "uint8 tensor (default: samples.png)")
     parser.add_argument("--no-clip", action="store_true", help="leave x̂_0 as it is, as Algorithm "
@@ -119,6 +121,8 @@ def parse(argv):
                   None)
     if args.out.suffix not in (".png", ".pt") or (figure and args.out.suffix == ".pt"):
         raise UsageError(f"--out {args.out} must end in .png" + ("" if figure else " or .pt"))
+    if figure is not interpolation and (args.time or args.dataset):
+        raise UsageError("--time and --dataset go with --interpolate")
     args.n = args.n or (8 if figure else 64)
     return args, figure
 
@@ -142,6 +146,7 @@ def main(argv=None) -> int:
     args.choices = {**trained.choices, "clip": not args.no_clip}
     if args.variance:
         args.choices["variance"] = args.variance
+    runs.check_writable(args.out)
     if where.chief:
         print(f"{trained.source}, T = {settings['timesteps']}", file=sys.stderr)
 
@@ -157,11 +162,12 @@ def main(argv=None) -> int:
         picture = runs.grid(images)
     if where.chief:
         if args.out.suffix == ".pt":
-            with runs.written_aside(args.out) as part:
-                torch.save(images, part)
+            with runs.written_aside(args.out) as part, open(part, "wb") as file:
+                torch.save(images, file)
         else:
             runs.write_png(args.out, picture)
-        print(f"{args.out} holds {args.n} " + ("rows" if figure else "samples"), file=sys.stderr)
+        print(f"{args.out} holds {args.n} " + ("row" if figure else "sample")
+              + "s" * (args.n > 1), file=sys.stderr)
     return 0
 
 

@@ -16,6 +16,7 @@ from runs import UsageError, ranged
 
 # The defaults are the paper's CIFAR-10 run; RECIPES has what differs.
 count, positive = ranged(int, 1), ranged(float, 0, open_low=True)
+share = ranged(float, 0, 0.999, open_low=True)
 SETTINGS = {
     # name: (default, type, meaning)
     "dataset": ("cifar10", str, f"{', '.join(data.NAMES)}, a .pt file or a folder of images"),
@@ -35,8 +36,8 @@ SETTINGS = {
     "attention": ([16], count, "resolutions with self-attention"),
     "timesteps": (1000, count, "T"),
     "schedule": ("linear", ("linear", "quadratic", "constant"), "of β"),
-    "beta_start": (1e-4, positive, "β_1 at T = 1000; scaled by 1000/T for another T"),
-    "beta_end": (0.02, positive, "β_T at T = 1000; likewise"),
+    "beta_start": (1e-4, share, "β_1 at T = 1000; scaled by 1000/T for another T"),
+    "beta_end": (0.02, share, "β_T at T = 1000; likewise"),
     "predict": ("eps", ("eps", "x0", "mean"), "what the network predicts (§3.2, Table 2)"),
     "variance": ("fixed_large", ("fixed_large", "fixed_small", "learned"), "σ_t² (§3.2, Table 2)"),
     "objective": ("simple", ("simple", "vlb"), "Eq. 14, or Eq. 5 in bits/dim"),
@@ -62,7 +63,8 @@ RECIPE_256 = dict(multipliers=list(unet.SETTINGS_256["multipliers"]), dropout=0.
 
 def parse(argv, doc: str) -> dict:
     """The flags that were given, and no others: defaults depend on the data and the checkpoint."""
-    parser = runs.Parser(doc)
+    parser = runs.Parser(doc + "\nThe defaults shown are the paper's CIFAR-10 run; shapes, digits, "
+                         "clothes and\n256×256 images have recipes of their own (settings.py).")
     for name, (default, kind, what) in SETTINGS.items():
         flag, text = "--" + name.replace("_", "-"), f"{what} (default: {default})"
         if default is None:

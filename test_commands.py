@@ -101,7 +101,7 @@ def test_train_resume_sample(capsys):
     assert read_png("samples.png")[0] == (24, 16)
     for flag, size in (("--progressive", (96, 16)), ("--shared", (24, 32)),
                        ("--interpolate", (88, 16))):
-        assert sample.main(["--n", "2", flag, "--time", "10", "--out", "f.png"]) == 0
+        assert sample.main(["--n", "2", flag, "--out", "f.png"]) == 0
         assert read_png("f.png")[0] == size
     assert sample.main("--interpolate --n 1 --time 10 --steps 5 --out f.png".split()) == 0
 
@@ -130,7 +130,7 @@ def test_log_is_cut_back_to_the_checkpoint(capsys):
     assert losses()[:2] == before and [e["step"] for e in losses()] == [2, 4, 6, 8]
     assert losses()[2]["loss"] != 9
     trains("--steps", 8)
-    assert "--steps N goes on" in said(capsys)
+    assert "a larger --steps goes on" in said(capsys)
 
 
 def test_settings_that_would_change_the_run_are_refused(capsys):
@@ -141,6 +141,10 @@ def test_settings_that_would_change_the_run_are_refused(capsys):
                         (("--batch-size", 8), "--batch-size 4, not 8")):
         trains("--steps", 4, *flags, expect=2)
         assert name in said(capsys)
+    trains("--steps", 4, "--init", "runs/images", expect=2)
+    assert "--init begins a run" in said(capsys)
+    assert train.main("--dataset shapes --out runs/images".split()) == 2
+    assert "--dataset images.pt, not shapes" in said(capsys)
     assert train.main("--dataset images.pt --steps 3 --precision fp32".split()) == 0
     assert checkpoint()["settings"]["lr"] == 1e-3 and checkpoint()["step"] == 3
     payload = checkpoint()
@@ -284,9 +288,11 @@ def test_sample_and_evaluate_mistakes_are_one_line(capsys):
     for main, flags, match in (
             (sample, "--out x.jpg", ".png"), (sample, "--out x.pt --shared", ".png"),
             (sample, "--steps 21", "exceeds"), (sample, "--n 0", "--n"),
-            (sample, "--checkpoint none.pt", "no checkpoint"), (sample, "--time 21", "exceeds"),
+            (sample, "--checkpoint none.pt", "no checkpoint"), (sample, "--interpolate --time 21", "exceeds"),
             (sample, "--interpolate --dataset grey.pt --time 5", "the network's"),
-            (sample, "--shared --progressive", "not allowed"),
+            (sample, "--shared --progressive", "not allowed"), (sample, "--time 5", "go with"),
+            (sample, "--out images.pt/x.png", "cannot write"),
+            (sample, "--interpolate --n 65", "to mix"), (evaluate, "--out images.pt", "cannot write"),
             (evaluate, "--n 65", "has 64 images"), (evaluate, "--terms 0", "--terms"),
             (evaluate, "--dataset grey.pt", "the network's"), (evaluate, "--samples x.pt", "--fid"),
             (evaluate, "--fid --inception none.pt", "no Inception network")):

@@ -133,8 +133,9 @@ class Run:
         a loss is printed, and before every save, is soon enough.
         """
         if (bad := self.bad.item()) >= 0:
-            raise ValueError(f"step {bad}: the loss or its gradient is not finite. The last "
-                             f"checkpoint in {self.folder} is older; a lower --lr may help")
+            last = f"is of step {self.saved}" if self.saved >= 0 else "does not exist yet"
+            raise ValueError(f"step {bad}: the loss or its gradient is not finite. The checkpoint in "
+                             f"{self.folder} {last}; try a lower --lr with another --out")
 
     def sample(self) -> None:
         """A grid of images from the averaged weights and noise that is the same every time."""
@@ -255,12 +256,17 @@ def main(argv=None) -> int:
         resumed = path.exists() or runs.previous(path).exists()
         state = runs.load_checkpoint(path) if resumed else {}
         before = state.get("settings", {})
+        if before and before["dataset"] != given.get("dataset", before["dataset"]):
+            raise UsageError(f"this run has --dataset {before['dataset']}, not {given['dataset']}: "
+                             "give a new run another --out")
+        if given["init"] and resumed:
+            raise UsageError(f"--init begins a run, and {folder} has one: give another --out")
         with where.chief_first():
             known = {**before, **given}  # what is not said stays as the checkpoint has it
             images = data.load(known.get("dataset", name), known.get("data_dir", "data"),
                                image_size=known.get("image_size")).images
         init = None
-        if given["init"] and not resumed:
+        if given["init"]:
             init = weights.load(given["init"], given.get("data_dir", "data"), True, where)
         settings = settle(given, images, before, init.model_settings if init else {})
         if settings["batch_size"] % where.world:
@@ -284,7 +290,7 @@ def main(argv=None) -> int:
                 print(f"--warmup: the learning rate rises for {settings['warmup']} steps, longer "
                       "than the run", file=sys.stderr)
         if run.step >= settings["steps"]:
-            print(f"{folder} has had its {run.step} steps; --steps N goes on", file=sys.stderr)
+            print(f"{folder} has had its {run.step} steps; a larger --steps goes on", file=sys.stderr)
             return 0
         engine = run.net
         if given["compile"] if given["compile"] is not None else where.device.type == "cuda":
