@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bench
 import runs
 import ddpm
 import evaluate
@@ -467,6 +468,14 @@ def test_compile_falls_back(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     trains("--steps", 1, "--compile")
     assert "going on without torch.compile: no C++ compiler\n" in capsys.readouterr().err
+
+
+def test_bench_runs(capsys):
+    """The benchmark works on a tiny network: speeds, the limit, the peak of memory. No number is judged."""
+    assert bench.main("--channels 32 --multipliers 1 --repeat 1 --batch-size 1 --device cpu".split()) == 0
+    out = capsys.readouterr().out
+    for text in ("ours train", "ours sample", "convolutions, both ways", "matrix product", "peak memory"):
+        assert text in out
 
 
 # --------------------------------------------------------------------------------------- pictures
