@@ -161,8 +161,8 @@ def main(argv=None) -> int:
     """Measure: see the module's text."""
     parser = runs.Parser(__doc__)
     parser.add_argument("--batch-size", type=ranged(int, 1), default=8, help="(default: 8)")
-    parser.add_argument("--repeat", type=ranged(int, 1), default=5, help="medians are over these (5)")
-    parser.add_argument("--channels", type=ranged(int, 32), default=128, help="of the network (128)")
+    parser.add_argument("--repeat", type=ranged(int, 1), default=5, help="medians are of these (5)")
+    parser.add_argument("--channels", type=ranged(int, 32), default=128, help="base width (128)")
     parser.add_argument("--multipliers", type=ranged(int, 1), nargs="+", default=[1, 2, 2, 2],
                         help="of the network (1 2 2 2)")
     parser.add_argument("--compile", action="store_true", help="this project's network compiled")

@@ -49,7 +49,7 @@ class State(NamedTuple):
     x0: Tensor        # x̂_0(x_t), Eq. 15
 
 
-# === The noise schedule (§2, §4) ===================================================================
+# === The noise schedule (§2, §4) ==================================================================
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -144,7 +144,7 @@ def _like(c: Tensor, x: Tensor) -> Tensor:
     return c.to(x.device).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
-# === §2  The forward process: noise is added =======================================================
+# === §2  The forward process: noise is added ======================================================
 
 def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t = √(1 − β_t) x_{t−1} + √β_t ε ~ q(x_t | x_{t−1}).   [DDPM Eq. 2]
@@ -187,7 +187,7 @@ def q_posterior_mean_variance(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor) -
     return Gaussian(mean, _like((1 - before) / (1 - alpha_bar) * beta, x_t))
 
 
-# === §3.2  The reverse process: noise is removed ===================================================
+# === §3.2  The reverse process: noise is removed ==================================================
 
 def predict_x0_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x̂_0 = (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t, Eq. 4 solved for x_0.   [DDPM Eq. 15]"""
@@ -310,7 +310,7 @@ def p_sample_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int],
     return reverse_chain(s, model, x_T, draw, start, **choices)
 
 
-# === §3.3  Data scaling and the discretised decoder ================================================
+# === §3.3  Data scaling and the discretised decoder ===============================================
 
 def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """log ∫_{δ₋(x_0)}^{δ₊(x_0)} N(x; μ, σ²) dx, for each dimension.   [DDPM Eq. 13]
@@ -440,7 +440,7 @@ def _sum(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1)  # (B, …) → (B,)
 
 
-# === §4.3  Progressive coding: rate and distortion =================================================
+# === §4.3  Progressive coding: rate and distortion ================================================
 
 class Coded(NamedTuple):
     """Time t of the transmission: what the receiver holds, and what has been paid for it."""
@@ -498,7 +498,7 @@ def distortion(x0: Tensor, estimate: Tensor) -> Tensor:
     return 127.5 * (x0 - estimate).square().flatten(1).mean(1).sqrt()
 
 
-# === §4.4  Interpolation ===========================================================================
+# === §4.4  Interpolation ==========================================================================
 
 def interpolate(s: Schedule, model: Model, x0: Tensor, other: Tensor, lam: Tensor, t: int,
                 eps: Tensor, eps_other: Tensor, noise: Callable[[int], Tensor],

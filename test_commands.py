@@ -1,4 +1,5 @@
-"""train.py, sample.py and evaluate.py as people call them, on a network of a few thousand weights."""
+"""train.py, sample.py and evaluate.py as people call them, on a network of a few thousand
+weights."""
 import json
 import math
 import os
@@ -135,7 +136,8 @@ def test_log_is_cut_back_to_the_checkpoint(capsys):
 
 
 def test_settings_that_would_change_the_run_are_refused(capsys):
-    """A flag that contradicts the checkpoint is named; what was not said stays; steps may change."""
+    """A flag that contradicts the checkpoint is named; what was not said stays; steps may
+    change."""
     trains("--steps", 2)
     for flags, name in ((("--seed", 1), "--seed 0, not 1"), (("--lr", 0.1), "--lr 0.001, not 0.1"),
                         (("--channels", 64), "--channels 32, not 64"),
@@ -157,7 +159,8 @@ def test_settings_that_would_change_the_run_are_refused(capsys):
 def test_alg1_draws(capsys):
     """t is uniform on 1 … T, both ends drawn; ε standard; all of it a function of (seed, step).
 
-    Kills: the top t never drawn, t = 0 drawn, the same draws every step, (seed + step) collisions."""
+    Kills: the top t never drawn, t = 0 drawn, the same draws every step, (seed + step)
+    collisions."""
     s, g = {"seed": 0, "batch_size": 4096, "timesteps": 5}, torch.Generator()
     flips, t, eps = train.draw_step(s, 0, (2,), g)
     counts = torch.bincount(t, minlength=6)
@@ -215,9 +218,11 @@ def test_warmup_is_linear_from_zero(monkeypatch):
 
 
 def test_flips_and_clipping_happen(monkeypatch):
-    """The images that the loss sees are flipped exactly where `draw_step` says; the norm is clipped.
+    """The images that the loss sees are flipped exactly where `draw_step` says; the norm is
+    clipped.
 
-    Kills: flips drawn and not applied, or upside down; a gradient that is measured and not clipped."""
+    Kills: flips drawn and not applied, or upside down; a gradient that is measured and not
+    clipped."""
     images = torch.load("images.pt")
     images[:, :, :, 0] = 255                                   # now no image is its mirror image
     torch.save(images, "images.pt")
@@ -323,7 +328,8 @@ def test_a_step_that_is_not_finite_ends_the_run(capsys, monkeypatch):
 
 @given(st.integers(0, 2 ** 40), st.integers(1, 255), st.booleans())
 def test_a_damaged_checkpoint_is_refused(tmp_path_factory, where, flip, cut):
-    """Cut anywhere or any byte changed: ValueError that names the one before it, never other weights."""
+    """Cut anywhere or any byte changed: ValueError that names the one before it, never other
+    weights."""
     path = tmp_path_factory.mktemp("run") / "checkpoint.pt"
     for step in (1, 2):
         runs.save_checkpoint(path, {"step": step, "weights": torch.arange(50.0)})
@@ -338,7 +344,8 @@ def test_a_damaged_checkpoint_is_refused(tmp_path_factory, where, flip, cut):
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(capsys, monkeypatch):
-    """A full disk, a rename that fails, a file where the folder should be: one line, nothing lost."""
+    """A full disk, a rename that fails, a file where the folder should be: one line, nothing
+    lost."""
     trains("--steps", 2)
     good, limit = checkpoint(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
@@ -471,7 +478,8 @@ def test_compile_falls_back(capsys, monkeypatch):
 
 
 def test_bench_runs(capsys):
-    """The benchmark works on a tiny network: speeds, the limit, the peak of memory. No number is judged."""
+    """The benchmark works on a tiny network: speeds, the limit, the peak of memory. No number is
+    judged."""
     assert bench.main("--channels 32 --multipliers 1 --repeat 1 --batch-size 1 --device cpu".split()) == 0
     out = capsys.readouterr().out
     for text in ("ours train", "ours sample", "convolutions, both ways", "matrix product", "peak memory"):

@@ -1,4 +1,5 @@
-"""Every data format, on small files made here; whatever is wrong with one is a single clear line."""
+"""Every data format, on small files made here; whatever is wrong with one is a single clear
+line."""
 import gzip
 import hashlib
 import io

@@ -264,7 +264,8 @@ def test_eq11_clipping_comes_before_the_mean():
 
 @given(beta_lists(), numbers)
 def test_sec32_the_two_fixed_variances(betas, seed):
-    """β_t is Var(x_{t−1} | x_t) if x_0 ~ N(0, 1), β̃_t if x_0 is one point; σ_1² is β̃_2 (β_1 if T = 1).
+    """β_t is Var(x_{t−1} | x_t) if x_0 ~ N(0, 1), β̃_t if x_0 is one point; σ_1² is β̃_2 (β_1 if
+    T = 1).
 
     Kills: σ in place of σ², β_t for β̃_t, log β̃_1 = −∞."""
     s = ddpm.schedule_from_betas(betas)
@@ -345,7 +346,8 @@ def test_alg2_moments_of_the_sampler(betas, m, v, variance):
 
 
 def test_alg2_paper_schedule_standard_normal_data():
-    """x_0 ~ N(0, 1), σ_t² = β_t: every x_t has variance 1, and the noiseless last step leaves α_1."""
+    """x_0 ~ N(0, 1), σ_t² = β_t: every x_t has variance 1, and the noiseless last step leaves
+    α_1."""
     s = ddpm.make_schedule(40)
     model = exact_denoiser(s, 0.0, 1.0)
     asked = []
@@ -512,7 +514,8 @@ def test_eq05_prior_term(betas, seed):
 
 @given(beta_lists(), numbers, st.sampled_from(["fixed_large", "fixed_small"]))
 def test_eq05_terms_are_mean_log_ratios(betas, seed, variance):
-    """L_{t−1} = E_q[log q(x_{t−1} | x_t, x_0) / p_θ(x_{t−1} | x_t)] for t > 1, L_0 = −log p_θ(x_0 | x_1).
+    """L_{t−1} = E_q[log q(x_{t−1} | x_t, x_0) / p_θ(x_{t−1} | x_t)] for t > 1, L_0 = −log
+    p_θ(x_0 | x_1).
 
     One batch holds both kinds. Kills: L_0 without its minus sign, KL(p ‖ q), loss averaged."""
     s = ddpm.schedule_from_betas(betas)
@@ -561,7 +564,8 @@ def test_eq12_weight(betas, seed, variance):
 def test_eq16_equals_eq05_for_gaussian_data(betas, m, v, slope, sigma2):
     """KL(q(x_T) ‖ p) + Σ E KL(q(x_{t−1} | x_t) ‖ p_θ) + H(x_0) = E[L_T + Σ L_{t−1} + L_0].
 
-    x_0 ~ N(m, v), p_θ(x_{t−1} | x_t) = N(slope · x_t, σ²), L_0 a density. Expectations of quadratics
+    x_0 ~ N(m, v), p_θ(x_{t−1} | x_t) = N(slope · x_t, σ²), L_0 a density. Expectations of
+    quadratics
     are exact with two nodes for each variable."""
     s = ddpm.schedule_from_betas(betas)
     one = torch.ones(1, 1, dtype=F64)
@@ -624,7 +628,8 @@ def test_eq05_bound_is_above_the_entropy_and_approaches_it():
 
 @given(beta_lists(), numbers)
 def test_eq14_loss_simple(betas, seed):
-    """‖target − network(x_t, t)‖² / D for each image: 0 for the exact answer, D-free, one t an image.
+    """‖target − network(x_t, t)‖² / D for each image: 0 for the exact answer, D-free, one t an
+    image.
 
     Kills: loss summed over dimensions, another x_t or t shown, √ forgotten in the jump."""
     s, n = ddpm.schedule_from_betas(betas), 3

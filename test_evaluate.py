@@ -90,7 +90,8 @@ def test_draws_are_keyed_by_seed_image_and_time():
 # --------------------------------------------------------------------------------------- FID, IS
 
 def features(mean: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """Points whose mean is exactly `mean` and covariance exactly root rootᵀ (rank ≤ its columns)."""
+    """Points whose mean is exactly `mean` and covariance exactly root rootᵀ (rank ≤ its
+    columns)."""
     k = root.shape[1]
     z = torch.cat([torch.eye(k, dtype=F64), -torch.eye(k, dtype=F64)]) * math.sqrt((2 * k - 1) / 2)
     return mean + z @ root.T

@@ -1,8 +1,10 @@
 """Proof that the tests can fail: each mistake is put into the source, and its test must notice.
 
-The README's "Easy mistakes" are these. A mistake is (file, test, [(right, wrong), …]); the wrong lines
+The README's "Easy mistakes" are these. A mistake is (file, test, [(right, wrong), …]); the wrong
+lines
 are executed in the module itself, the named test runs alone, and the module is put back. A few go
-through subprocesses, on a copy of the files. With --long the tests also run alone on the right lines.
+through subprocesses, on a copy of the files. With --long the tests also run alone on the right
+lines.
 """
 import importlib
 import inspect

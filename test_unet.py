@@ -84,7 +84,8 @@ def test_time_1_is_embedded_as_0():
 
 
 def test_downsampling_pads_right_and_below():
-    """TensorFlow's SAME padding: the first output sees pixels 0 … 2, the last one zeros beyond 7."""
+    """TensorFlow's SAME padding: the first output sees pixels 0 … 2, the last one zeros beyond
+    7."""
     layer = unet.Downsample(1)
     torch.nn.init.ones_(layer.conv.weight)
     torch.nn.init.zeros_(layer.conv.bias)

@@ -1,4 +1,5 @@
-"""The diffusers layout, in and out, and the safetensors format, whose reader takes nothing on trust."""
+"""The diffusers layout, in and out, and the safetensors format, whose reader takes nothing on
+trust."""
 import json
 import math
 import struct
@@ -31,7 +32,8 @@ SCHEDULER = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_
 
 
 def layout(config: dict) -> dict[str, list[int]]:
-    """A description of UNet2DModel's state: each tensor's name and shape, written out level by level."""
+    """A description of UNet2DModel's state: each tensor's name and shape, written out level by
+    level."""
     shapes, widths = {}, config["block_out_channels"]
     n, c, time = config["layers_per_block"], config["in_channels"], 4 * widths[0]
 
@@ -166,7 +168,8 @@ def test_every_form_of_the_layout_loads(folder, tmp_path_factory):
     ("down_block_types", ["DownBlock2D", "CrossAttnDownBlock2D"]), ("block_out_channels", [32, 48]),
     ("block_out_channels", 32), ("up_block_types", ["UpBlock2D", "UpBlock2D"])])
 def test_another_architecture_is_refused(folder, key, value):
-    """A config under which UNet2DModel is another function is refused by name, never approximated."""
+    """A config under which UNet2DModel is another function is refused by name, never
+    approximated."""
     (folder / "unet" / "config.json").write_text(json.dumps({**CONFIG, key: value}))
     with pytest.raises(ValueError, match="config.json"):
         weights.load(str(folder), "data", True, CPU)
@@ -208,7 +211,8 @@ def test_wrong_weights_are_refused(folder):
 
 
 def test_hub_name(tmp_path, monkeypatch):
-    """Downloaded once, .bin where there is no safetensors; offline the files and the place are named."""
+    """Downloaded once, .bin where there is no safetensors; offline the files and the place are
+    named."""
     source, asked = tmp_path / "source", []
     source.mkdir()
     torch.save(state(), source / weights.MODEL[1])
@@ -236,7 +240,8 @@ def test_hub_name(tmp_path, monkeypatch):
 
 
 def test_export_is_read_back(folder, tmp_path, capsys):
-    """--export and load are inverse: the same function, schedule and choices; --init starts from it."""
+    """--export and load are inverse: the same function, schedule and choices; --init starts from
+    it."""
     out = tmp_path / "out"
     assert weights.main(["--export", str(out), "--checkpoint", str(folder)]) == 0
     a, b = (weights.load(str(f), "data", True, CPU) for f in (folder, out))
@@ -282,7 +287,8 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 @given(st.integers(0, 10 ** 6), st.integers(0, 255), st.sampled_from(["byte", "cut", "grow"]))
 def test_safetensors_corrupted(tmp_path_factory, where, value, how):
-    """Any byte of the header changed, cut anywhere, anything appended: an error, or the same shapes.
+    """Any byte of the header changed, cut anywhere, anything appended: an error, or the same
+    shapes.
 
     A changed byte of the names or of the data cannot be noticed; a wrong size can, always."""
     good = safetensors(SOUND)
@@ -311,7 +317,8 @@ def test_safetensors_corrupted(tmp_path_factory, where, value, how):
     lambda x: st.lists(x, max_size=3) | st.dictionaries(
         st.sampled_from(["dtype", "shape", "data_offsets"]), x, max_size=3), max_leaves=8), max_size=3))
 def test_safetensors_any_header(tmp_path_factory, header):
-    """Whatever JSON the header is: ValueError or tensors that fill the file exactly, never a crash."""
+    """Whatever JSON the header is: ValueError or tensors that fill the file exactly, never a
+    crash."""
     text = json.dumps(header).encode()
     path = tmp_path_factory.mktemp("st") / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))

@@ -134,8 +134,8 @@ class Run:
         """
         if (bad := self.bad.item()) >= 0:
             last = f"is of step {self.saved}" if self.saved >= 0 else "does not exist yet"
-            raise ValueError(f"step {bad}: the loss or its gradient is not finite. The checkpoint in "
-                             f"{self.folder} {last}; try a lower --lr with another --out")
+            raise ValueError(f"step {bad}: the loss or its gradient is not finite. The checkpoint "
+                             f"in {self.folder} {last}; try a lower --lr with another --out")
 
     def sample(self) -> None:
         """A grid of images from the averaged weights and noise that is the same every time."""
@@ -290,7 +290,8 @@ def main(argv=None) -> int:
                 print(f"--warmup: the learning rate rises for {settings['warmup']} steps, longer "
                       "than the run", file=sys.stderr)
         if run.step >= settings["steps"]:
-            print(f"{folder} has had its {run.step} steps; a larger --steps goes on", file=sys.stderr)
+            print(f"{folder} has had its {run.step} steps; a larger --steps goes on",
+                  file=sys.stderr)
             return 0
         engine = run.net
         if given["compile"] if given["compile"] is not None else where.device.type == "cuda":
