@@ -251,6 +251,20 @@ def sampler(net: nn.Module, where: Machine) -> ddpm.Model:
     return runner(net, where)
 
 
+def compiled(net: nn.Module, where: Machine, shape: tuple) -> nn.Module:
+    """net through torch.compile, tried on one batch; net itself, and a line, if it fails."""
+    fast = torch.compile(net)
+    try:
+        x = torch.zeros(shape, device=where.device)
+        t = torch.ones(len(x), dtype=torch.int64, device=where.device)
+        runner(fast, where)(x, t).sum().backward()
+        net.zero_grad()
+        return fast
+    except Exception as error:  # whatever the compiler and its compilers raise
+        print(f"going on without torch.compile: {first_line(error)}", file=sys.stderr)
+        return net
+
+
 @torch.no_grad()
 def draw_samples(trained: Trained, where: Machine, seed: int, n: int, batch_size: int,
                  steps: int | None = None, progress: Progress | None = None, **choices) -> Tensor:
@@ -487,3 +501,10 @@ def read_log(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return entries
+
+
+def cut_log(path: Path, step: int) -> None:
+    """log.jsonl as it was at `step`: a resumed run writes the later lines again."""
+    lines = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step]
+    with written_aside(path) as part:
+        part.write_text("".join(lines))

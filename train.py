@@ -219,27 +219,6 @@ class Run:
         self.save()
 
 
-def compiled(net: nn.Module, where: runs.Machine, shape: tuple) -> nn.Module:
-    """net through torch.compile, tried on one batch; net itself, and a line, if it fails."""
-    fast = torch.compile(net)
-    try:
-        x = torch.zeros(shape, device=where.device)
-        t = torch.ones(len(x), dtype=torch.int64, device=where.device)
-        runs.runner(fast, where)(x, t).sum().backward()
-        net.zero_grad()
-        return fast
-    except Exception as error:  # whatever the compiler and its compilers raise
-        print(f"going on without torch.compile: {data.first_line(error)}", file=sys.stderr)
-        return net
-
-
-def cut_log(path: Path, step: int) -> None:
-    """log.jsonl as it was at `step`: a resumed run writes the later lines again."""
-    lines = [json.dumps(entry) + "\n" for entry in runs.read_log(path) if entry["step"] <= step]
-    with runs.written_aside(path) as part:
-        part.write_text("".join(lines))
-
-
 @runs.command
 def main(argv=None) -> int:
     """Train, or go on training: see the module's text."""
@@ -281,7 +260,7 @@ def main(argv=None) -> int:
         if where.chief:
             for leftover in folder.glob("*.part"):
                 leftover.unlink()
-            cut_log(folder / "log.jsonl", run.step)
+            runs.cut_log(folder / "log.jsonl", run.step)
             parameters = sum(p.numel() for p in run.params)
             print(f"{settings['dataset']}: {len(images)} images of {tuple(images.shape[1:])}, "
                   f"{parameters:,} parameters, {where.device.type} in {where.dtype}, {where.world} "
@@ -296,7 +275,7 @@ def main(argv=None) -> int:
         engine = run.net
         if given["compile"] if given["compile"] is not None else where.device.type == "cuda":
             share = settings["batch_size"] // where.world
-            engine = compiled(engine, where, (share, *images.shape[1:]))
+            engine = runs.compiled(engine, where, (share, *images.shape[1:]))
         if where.world > 1:
             engine = nn.parallel.DistributedDataParallel(engine)
         run.train(engine, stop)
