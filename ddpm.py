@@ -8,9 +8,8 @@ these are. The network is any callable `model(x_t, t)`. Throughout:
     D        the number of dimensions of one x0
     s        a Schedule: β_t, α_t, ᾱ_t for t = 0 … T in float64, with β_0 = 0 and ᾱ_0 = 1
 
-Distributions are functions of what they condition on and return a Gaussian; a sample is a
-function of its noise, which the caller draws. Nothing here draws a random number. Every
-`variance` is σ², never σ. Likelihoods are in nats; `bits_per_dim` is the one place that converts.
+Distributions are functions of what they condition on; samples are functions of their noise, which
+the caller draws. Every `variance` is σ², never σ. Likelihoods are in nats until `bits_per_dim`.
 
     s = make_schedule()
     loss = loss_simple(s, model, x0, t, torch.randn_like(x0)).mean()            # Algorithm 1
@@ -55,9 +54,8 @@ class State(NamedTuple):
 class Schedule:
     """β_t, α_t = 1 − β_t and ᾱ_t = ∏_{s≤t} α_s (§2) for t = 0 … T, each a float64 tensor (T + 1,).
 
-    Entry 0 is β_0 = 0, ᾱ_0 = 1, so `alpha_bars[t − 1]` is right at t = 1 too. `times` (T + 1,)
-    is what the network is shown: t itself, unless `respace` made the schedule; then `full` is the
-    schedule that it was made from.
+    β_0 = 0 and ᾱ_0 = 1, so `alpha_bars[t − 1]` is right at t = 1 too. `times` is what the network
+    is shown: t itself, unless `respace` made this schedule, from `full`.
     """
     betas: Tensor
     alphas: Tensor
@@ -94,9 +92,8 @@ def make_schedule(T: int = 1000, kind: str = "linear",
                   beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """linear: β_t from 10⁻⁴ to 0.02 in equal steps.   [DDPM §4]
 
-    constant: β_t = beta_end; quadratic: √β_t in equal steps (both tried in the paper's code).
-    The ends are meant for T = 1000 and are scaled by 1000/T (at most 0.999), so that ᾱ_T stays
-    near 0: unscaled, T = 100 would leave ᾱ_T = 0.36, and x_T would show the image. ValueError if
+    constant: β_t = beta_end; quadratic: √β_t in equal steps. The ends are meant for T = 1000 and
+    are scaled by 1000/T (at most 0.999): unscaled, T = 100 would leave ᾱ_T = 0.36. ValueError if
     ᾱ_T > 10⁻³, for then p(x_T) = N(0, I) is no prior for x_T, or if an argument is out of range.
     """
     if T < 1:
@@ -123,9 +120,8 @@ def respace(s: Schedule, n: int) -> Schedule:
     """β'_i = 1 − ᾱ_{τ_i} / ᾱ_{τ_{i−1}}, for n times τ evenly spaced from τ_1 = 1 to τ_n = T.
 
     Every α'_1 ⋯ α'_i = ᾱ_{τ_i}, so x_{τ_i} has the distribution of Eq. 4 that the network knows,
-    and the sampler of Algorithm 2 runs unchanged with n network calls, showing it `times[i]` = τ_i.
-    The paper always takes all T steps; this is §3's chain with steps left out. ValueError unless
-    2 ≤ n ≤ T (n = T returns s itself).
+    and Algorithm 2 runs unchanged with n network calls, showing it `times[i]` = τ_i. Not in the
+    paper: §3's chain with steps left out. ValueError unless 2 ≤ n ≤ T (n = T returns s itself).
     """
     if n == s.T:
         return s
@@ -212,8 +208,7 @@ def p_mean_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """μ_θ(x_t, t) = (x_t − β_t / √(1 − ᾱ_t) ε_θ) / √α_t.   [DDPM Eq. 11]
 
     Eq. 7 with the x̂_0 of Eq. 15 put in. −ε_θ / √(1 − ᾱ_t) estimates the score ∇ log q(x_t), so
-    this mean is (x_t + β_t · score) / √α_t, and adding σ_t z to it is a step of Langevin dynamics
-    (§3.2).
+    this is (x_t + β_t · score) / √α_t: with σ_t z added, a step of Langevin dynamics (§3.2).
     """
     factor = s.betas[t] / (1 - s.alpha_bars[t]).sqrt()
     return (x_t - _like(factor, x_t) * eps) / _like(s.alphas[t].sqrt(), x_t)
@@ -243,9 +238,8 @@ def p_mean_variance(s: Schedule, model: Model, x_t: Tensor, t: Tensor, predict: 
     itself (Table 2). variance: "fixed_large", "fixed_small" (`p_variance`) or "learned": then the
     network has twice the channels, and the second half is log σ², a number for each dimension.
     Ho et al.'s code, not the paper: with `clip`, x̂_0 is clipped to [−1, 1] and put into Eq. 7,
-    which equals Eq. 11 when nothing clips; a predicted mean stays as it is, and only the x̂_0
-    reported with it is clipped. ValueError: learned variance on a respaced schedule, of whose
-    steps the network knows nothing.
+    which equals Eq. 11 when nothing clips; a predicted mean stays as it is. ValueError: learned
+    variance on a respaced schedule, of whose steps the network knows nothing.
     """
     out = model(x_t, s.times[t])
     if variance == "learned":
@@ -285,10 +279,10 @@ def reverse_chain(s: Schedule, model: Model, x_t: Tensor, draw: Callable[[State,
                   start: int | None = None, **choices) -> Iterator[State]:
     """p(x_T) ∏_t p_θ(x_{t−1} | x_t), walked from `start` to 0.   [DDPM Eq. 1; Algs. 2, 3 and 4]
 
-    The one loop that the sampler, the sender and the receiver share: at each t the network gives
-    p_θ(x_{t−1} | x_t), and `draw(state, p)` → x_{t−1} is the sampler's fresh sample, the sender's
-    choice or what the receiver decodes. x_t: x_start, start = T unless given; choices: `predict`,
-    `variance`, `clip` of `p_mean_variance`. Yields the State at t = start … 1, and at t = 0 x_0.
+    The one loop of sampler, sender and receiver: at each t the network gives p_θ(x_{t−1} | x_t),
+    and `draw(state, p)` → x_{t−1} is a fresh sample, the sender's choice or what the receiver
+    decodes. x_t: x_start, start = T unless given; choices: those of `p_mean_variance`. Yields the
+    State at t = start … 1, and at t = 0 x_0.
     """
     for t in range(s.T if start is None else start, 0, -1):
         p = p_mean_variance(s, model, x_t, torch.full((len(x_t),), t, device=x_t.device), **choices)
@@ -302,8 +296,8 @@ def p_sample_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int],
                   start: int | None = None, **choices) -> Iterator[State]:
     """x_T ~ N(0, I); for t = T … 1: x_{t−1} = μ_θ(x_t, t) + σ_t z, z = 0 at t = 1.   [DDPM Alg. 2]
 
-    x_T ~ N(0, I), and noise(t) → z ~ N(0, I) of its shape, come from the caller; noise(1) is never
-    asked for. `start` < T continues from an x_start. Yields t, x_t and x̂_0 as `reverse_chain`.
+    noise(t) → z ~ N(0, I), never asked for at t = 1; `start` < T continues from an x_start. Yields
+    t, x_t and x̂_0 as `reverse_chain`.
     """
     def draw(state: State, p: Reverse) -> Tensor:
         return p_sample(p, noise(state.t) if state.t > 1 else torch.zeros_like(x_T))
@@ -317,8 +311,7 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, variance: Tens
 
     x0: 8-bit levels k/127.5 − 1, k = 0 … 255; mean, variance: broadcast against it → nats ≤ 0 in
     float64, the shape of x0. The bins δ± = x_0 ± 1/255 meet halfway between levels, and the two
-    outermost reach to ∓∞, so the 256 probabilities sum to 1: a codelength for 8-bit data, with no
-    noise added to them and no Jacobian of the scaling.
+    outermost reach to ∓∞, so the 256 probabilities sum to 1: a codelength for 8-bit data.
 
     Φ(b) − Φ(a) would lose every digit in a tail. With a < b moved to the left tail by symmetry,
     log(Φ(b) − Φ(a)) = log Φ(b) + log(1 − e^{log Φ(a) − log Φ(b)}) keeps them, and its gradient.
@@ -462,10 +455,9 @@ def progressive_coding(s: Schedule, model: Model, x0: Tensor, noise: Callable[[i
     """Send x_T, then x_{T−1}, …, x_1, then x_0, each by the code of p_θ.   [DDPM Algs. 3, 4]
 
     The sender picks x_T ~ q(x_T | x_0), then x_{t−1} ~ q(x_{t−1} | x_t, x_0), with noise(t) for
-    x_t; the expected cost of picking from q and coding with p is KL(q ‖ p). The receiver runs the
-    same `reverse_chain`, its `draw` decoding x_{t−1}, and so sees the same x̂_0. x0: 8-bit images.
-    Yields t = T … 0. Summed over time it is Eq. 5: rate at t = 1 is L_T + L_{T−1} + … + L_1, and
-    sending x_0 adds L_0, the cost of the distortion that is left.
+    x_t; picking from q and coding with p costs KL(q ‖ p). The receiver runs the same
+    `reverse_chain`, its `draw` decoding x_{t−1}, and so sees the same x̂_0. x0: 8-bit images. It
+    yields t = T … 0: the rate at t = 1 is L_T + … + L_1, and sending x_0 adds L_0 (Eq. 5).
     """
     rate, t_T = prior_kl(s, x0), torch.full((len(x0),), s.T, device=x0.device)
 
@@ -486,8 +478,7 @@ def variational_bound(s: Schedule, model: Model, x0: Tensor, noise: Callable[[in
                       **choices) -> Bound:
     """L = L_T + Σ_{t=2}^{T} L_{t−1} + L_0, with one draw of x_t for each t.   [DDPM Eq. 5]
 
-    x0: 8-bit images; noise and choices as in `progressive_coding`. In expectation over the noise
-    sum(bound) ≥ −log p_θ(x_0), for every network.
+    Arguments as in `progressive_coding`. In expectation sum(bound) ≥ −log p_θ(x_0) (Eq. 3).
     """
     rates = {c.t: c.rate for c in progressive_coding(s, model, x0, noise, **choices)}
     return Bound(rates[s.T], rates[1] - rates[s.T], rates[0] - rates[1])
@@ -505,8 +496,8 @@ def interpolate(s: Schedule, model: Model, x0: Tensor, other: Tensor, lam: Tenso
                 **choices) -> Iterator[State]:
     """x̄_t = (1 − λ) x_t + λ x'_t, decoded by p_θ from that same t.   [DDPM §4.4]
 
-    x0, other: (B, …) the two sources; lam: (B,) in [0, 1]; eps, eps_other: the noise that encodes
-    them by Eq. 4, the same for every λ of a row. Yields the states of `p_sample_loop` from t on.
+    x0, other: (B, …); lam: (B,) in [0, 1]; eps, eps_other: the noise that encodes them by Eq. 4,
+    the same for every λ of a row. Yields the states of `p_sample_loop` from t on.
     """
     at_t, lam = torch.full((len(x0),), t, device=x0.device), _like(lam, x0)
     mixed = (1 - lam) * q_sample(s, x0, at_t, eps) + lam * q_sample(s, other, at_t, eps_other)
