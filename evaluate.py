@@ -109,7 +109,7 @@ def likelihood(trained: runs.Trained, images: Tensor, where: runs.Machine, args)
     empty = torch.zeros(0, 3, dtype=torch.float64)
     parts = where.gather(torch.cat([empty, *parts]), len(images))
     bits = ddpm.bits_per_dim(parts, images)
-    if curves or not terms:
+    if not terms:
         curve = where.gather(torch.cat([torch.zeros(0, s.T, 2, dtype=torch.float64), *curves]),
                              len(images))
     if not where.chief:
@@ -332,7 +332,7 @@ def main(argv=None) -> int:
         args.n = args.n or 50_000
         scores(trained, source.images, name, where, args)
     else:
-        if not args.terms:
+        if not args.terms and where.chief:
             runs.check_writable(args.out / "rate-distortion.csv")
         if args.n and args.n > len(source.images):
             raise ValueError(f"--n {args.n}: the {args.split} split of {name} has "

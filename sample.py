@@ -106,19 +106,18 @@ def parse(argv):
                         "2 does; the authors' code clips it to [−1, 1]")
     parser.add_argument("--no-ema", action="store_true", help="the weights as trained, unaveraged")
     figure = parser.add_mutually_exclusive_group()
-    for flag, what in (("--progressive", "x̂_0 over time (Figure 6)"),
-                       ("--shared", "samples that share x_t (Figure 7)"),
-                       ("--interpolate", "between two images (Figure 8)")):
-        figure.add_argument(flag, action="store_true", help=what)
+    for flag, function, what in (
+            ("--progressive", progressive, "x̂_0 over time (Figure 6)"),
+            ("--shared", shared, "samples that share x_t (Figure 7)"),
+            ("--interpolate", interpolation, "between two images (Figure 8)")):
+        figure.add_argument(flag, action="store_const", dest="figure", const=function, help=what)
     parser.add_argument("--time", type=ranged(int, 1), help="the t at which --interpolate encodes "
                         "(default: T/2)")
     parser.add_argument("--dataset", help="for --interpolate (default: the run's)")
     parser.add_argument("--data-dir", help="data sets and downloads (default: the run's, or data)")
     parser.machine_flags()
     args = parser.parse_args(argv)
-    figure = next((f for f in (progressive, shared, interpolation)
-                   if getattr(args, {"interpolation": "interpolate"}.get(f.__name__, f.__name__))),
-                  None)
+    figure = args.figure
     if args.out.suffix not in (".png", ".pt") or (figure and args.out.suffix == ".pt"):
         raise UsageError(f"--out {args.out} must end in .png" + ("" if figure else " or .pt"))
     if figure is not interpolation and (args.time or args.dataset):
@@ -146,8 +145,8 @@ def main(argv=None) -> int:
     args.choices = {**trained.choices, "clip": not args.no_clip}
     if args.variance:
         args.choices["variance"] = args.variance
-    runs.check_writable(args.out)
     if where.chief:
+        runs.check_writable(args.out)
         print(f"{trained.source}, T = {settings['timesteps']}", file=sys.stderr)
 
     if figure:

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import bench
 import runs
-import ddpm
 import evaluate
 import sample
 import train

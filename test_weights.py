@@ -4,7 +4,6 @@ import json
 import math
 import struct
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ import ddpm
 import runs
 import sample
 import train
-import unet
 import weights
 
 CPU = runs.Machine(torch.device("cpu"), torch.float32)

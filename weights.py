@@ -12,7 +12,6 @@ import math
 import re
 import struct
 import sys
-import urllib.error
 from pathlib import Path
 
 import runs  # before torch: it quiets a warning of torch's import
