@@ -1,174 +1,157 @@
-"""Table 1: the bound in bits/dim, rate and distortion (§4.3, Table 4), FID and Inception score.
+"""Table 1, Figure 5 and Table 4: bits/dim, rate and distortion, FID and Inception score.
 
-    python evaluate.py --terms 20                      bits/dim, a stratified estimate
+    python evaluate.py --terms 20                      bits/dim from 21 network calls an image
     python evaluate.py --n 64                          all T terms; rate-distortion.csv, Table 4
     python evaluate.py --fid --n 50000                 FID and Inception score of 50,000 samples
-    python evaluate.py --fid --samples samples.pt      of images made before
+    python evaluate.py --fid --samples samples.pt      the same for images made before
 
-A draw is a function of (seed, image, t), so two evaluations of one image agree term by term.
+Every noise is a function of (seed, image, t), so the same command gives the same numbers.
 """
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import sys
 import warnings
 from pathlib import Path
 
-import runs  # before torch: it quiets a warning of torch's import
+import common  # before torch, because it silences a warning of torch's import
 
 import torch
 from torch import Tensor
 
 import data
 import ddpm
-import weights
-from runs import UsageError, ranged
+import sample
+from common import Machine, Progress, UsageError, number, seed_of
+from data import say
 
 INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
              "inception-2015-12-05.pt", 95_607_719,
              "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4")
 
-
-# ------------------------------------------------------------------------------------- likelihood
+# === Bits/dim, rate and distortion ================================================================
 
 def strata(T: int, K: int) -> list[tuple[int, int]]:
-    """2 … T cut into at most K ranges (first, last), their ends spaced as the logarithm of t.
+    """2 … T cut into at most K ranges (first, last), whose ends are spaced as the logarithm of t.
 
-    Σ over ranges of length · L_{t−1}, with t uniform in each, is unbiased for Σ_{t=2}^{T} L_{t−1}
-    whatever the cuts; these make the ranges' sums about equal, L_{t−1} falling roughly as 1/t.
+    L_{t−1} falls roughly as 1/t, so the sums of the ranges are about equal.
     """
     ends = [2]
     for k in range(1, K + 1):
         ends.append(max(ends[-1], round(2 * ((T + 1) / 2) ** (k / K))))
-    return [(a, b - 1) for a, b in zip(ends, ends[1:]) if b > a]
+    return [(first, end - 1) for first, end in zip(ends, ends[1:]) if end > first]
 
-
-def keyed_noise(seed: int, images: list[int], t: int | list[int], shape, device) -> Tensor:
-    """ε for each image at its t, from (seed, image, t) alone."""
-    times = t if isinstance(t, list) else [t] * len(images)
-    keys = [("bound", i, u) for i, u in zip(images, times)]
-    return runs.Noise(seed, keys, shape, device)()
-
+def keyed_noise(seed: int, images: list[int], times: list[int], shape, device) -> Tensor:
+    """ε for each image at its time, a function of (seed, image, t)."""
+    keys = [("bound", i, t) for i, t in zip(images, times)]
+    return common.Noise(seed, keys, shape, device)()
 
 def estimate(s: ddpm.Schedule, model: ddpm.Model, x0: Tensor, index: list[int], seed: int, K: int,
              **choices) -> ddpm.Bound:
-    """Eq. 5 for each image from L_T, L_0 and one draw of t in each of K strata: unbiased.
+    """L_T + Σ_k length_k · L_{t_k−1} + L_0, t_k uniform in the k-th of K strata.   [DDPM Eq. 5]
 
-    x0: 8-bit images (B, …), the index-th of the data set → (B,) nats each.
+    It is unbiased for Eq. 5, whatever the strata are. x0: 8-bit images (B, …); index: their numbers
+    in the data set → (B,) nats each.
     """
-    total = torch.zeros(len(x0), dtype=torch.float64)
-    pieces = [(1, 1), *strata(s.T, K)]
-    for k, (first, last) in enumerate(pieces):
-        t = [first + runs.seed_of(seed, "stratum", i, k) % (last - first + 1) for i in index]
-        times = torch.tensor(t, device=x0.device)
-        x_t = ddpm.q_sample(s, x0, times, keyed_noise(seed, index, t, x0.shape[1:], x0.device))
-        p = ddpm.p_mean_variance(s, model, x_t, times, **choices)
-        term = ddpm.vlb_term(s, x0, x_t, times, p).cpu()
-        if k == 0:
-            L_0 = term
-        else:
-            total += (last - first + 1) * term
-    return ddpm.Bound(ddpm.prior_kl(s, x0).cpu(), total, L_0)
+    terms = []
+    for k, (first, last) in enumerate([(1, 1), *strata(s.T, K)]):
+        length = last - first + 1
+        times = [first + seed_of(seed, "stratum", i, k) % length for i in index]
+        t = torch.tensor(times, device=x0.device)
+        x_t = ddpm.q_sample(s, x0, t, keyed_noise(seed, index, times, x0.shape[1:], x0.device))
+        p = ddpm.p_mean_variance(s, model, x_t, t, **choices)
+        terms.append(length * ddpm.vlb_term(s, x0, x_t, t, p))
+    return ddpm.Bound(ddpm.prior_kl(s, x0), sum(terms[1:], torch.zeros_like(terms[0])), terms[0])
 
-
-def spread(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error."""
-    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return values.mean().item(), error
-
+def spread(values: Tensor) -> str:
+    """Mean ± standard error of the mean."""
+    error = f" ± {values.std().item() / math.sqrt(len(values)):.6f}" if len(values) > 1 else ""
+    return f"{values.mean().item():.6f}{error}"
 
 @torch.no_grad()
-def likelihood(trained: runs.Trained, images: Tensor, where: runs.Machine, args) -> None:
-    """Print Eq. 5 in bits/dim by parts; with all terms, write rate and distortion for every t."""
-    s, model = trained.schedule.to(where.device), runs.sampler(trained.net, where)
-    choices = {**trained.choices, "clip": not args.no_clip}
-    mine, terms = where.share(len(images)), args.terms and min(args.terms, s.T - 1)
-    calls = len(strata(s.T, terms)) + 1 if terms else s.T
-    progress = runs.Progress(len(images), "images", quiet=not where.chief)
-    parts, curves = [], []
+def likelihood(trained: sample.Trained, images: Tensor, machine: Machine, args) -> None:
+    """Prints the parts of Eq. 5 in bits/dim. With all T terms, also rate and distortion over t."""
+    s, model = trained.schedule.to(machine.device), sample.inference_model(trained.net, machine)
+    choices = {**trained.choices, **({"clip": False} if args.no_clip else {})}
+    n, mine = len(images), machine.share(len(images))
+    progress = Progress(n, "images", quiet=not machine.chief)
+    parts = [torch.zeros(0, 3, dtype=torch.float64)]
+    curves = [torch.zeros(0, s.T, 2, dtype=torch.float64)]
     for i in range(0, len(mine), args.batch_size):
         index = list(mine[i:i + args.batch_size])
-        x0 = data.to_model(images[index]).to(where.device)
-        if terms:
-            bound = estimate(s, model, x0, index, args.seed, terms, **choices)
+        x0 = data.to_model(images[index]).to(machine.device)
+        if args.terms:
+            bound = estimate(s, model, x0, index, args.seed, args.terms, **choices)
         else:
             def noise(t: int) -> Tensor:
-                return keyed_noise(args.seed, index, t, x0.shape[1:], where.device)
-            curve = []
-            for coded in ddpm.progressive_coding(s, model, x0, noise, **choices):
-                if coded.t:
-                    curve.append((coded.rate.cpu(), ddpm.distortion(x0, coded.x0).cpu().double()))
-                    progress.update((i + len(index) * (1 - coded.t / calls)) * where.world)
-            L_T, rate = curve[0][0], curve[-1][0]
-            bound = ddpm.Bound(L_T, rate - L_T, coded.rate.cpu() - rate)
-            curves.append(torch.stack([torch.stack(point, 1) for point in curve], 1))  # (B, T, 2)
-        parts.append(torch.stack([part.cpu() for part in bound], 1))
-        progress.update(min((i + len(index)) * where.world, len(images)))
-    empty = torch.zeros(0, 3, dtype=torch.float64)
-    parts = where.gather(torch.cat([empty, *parts]), len(images))
-    bits = ddpm.bits_per_dim(parts, images)
-    if not terms:
-        curve = where.gather(torch.cat([torch.zeros(0, s.T, 2, dtype=torch.float64), *curves]),
-                             len(images))
-    if not where.chief:
+                return keyed_noise(args.seed, index, [t] * len(index), x0.shape[1:], x0.device)
+            rates, curve = {}, []
+            for t, _, x0_hat, rate in ddpm.send(s, model, x0, noise, **choices):
+                rates[t] = rate
+                if t:
+                    curve.append(torch.stack([rate.cpu(), ddpm.distortion(x0, x0_hat).cpu()], 1))
+                progress.update(min(n - 1, (i + len(index) * (1 - t / s.T)) * machine.world))
+            bound = ddpm.Bound(rates[s.T], rates[1] - rates[s.T], rates[0] - rates[1])
+            curves.append(torch.stack(curve, 1))                            # (B, T, 2)
+        parts.append(torch.stack(bound, 1).cpu())                           # (B, 3)
+        progress.update(min((i + len(index)) * machine.world, n))
+    bits = ddpm.bits_per_dim(machine.gather(torch.cat(parts), n), images)
+    curve = None if args.terms else machine.gather(torch.cat(curves), n)
+    if not machine.chief:
         return
-    (mean, error), each = spread(bits.sum(1)), [spread(column) for column in bits.T]
-    how = f"{calls - 1} strata, {calls} network calls an image" if terms else f"all {s.T} terms"
-    print(f"bits/dim ≤ {mean:.4f} ± {error:.4f} (standard error; {len(images)} images, {how})")
-    print("".join(f"  {name} {m:.6f} ± {e:.6f}" for name, (m, e) in
-                  zip(("L_T", "L_1 + … + L_{T−1}", "L_0"), each)))
-    if not terms:
-        rate_distortion(curve, images, args)
+    calls = len(strata(s.T, args.terms)) + 1 if args.terms else s.T
+    how = f"{calls - 1} strata, {calls} network calls an image"
+    if not args.terms:
+        how = f"all {s.T} terms"
+    print(f"bits/dim ≤ {spread(bits.sum(1))} (± standard error; {n} images; {how})")
+    for name, column in zip(("L_T", "L_1 + … + L_{T−1}", "L_0"), bits.T):
+        print(f"  {name:17} {spread(column)}")
+    if curve is not None:
+        rate_distortion(curve, images, args.out)
 
-
-def rate_distortion(curve: Tensor, images: Tensor, args) -> None:
-    """§4.3: rate in bits/dim and RMSE at every t, as CSV and as a plot; Table 4's rows."""
+def rate_distortion(curve: Tensor, images: Tensor, out: Path) -> None:
+    """§4.3: rate (bits/dim) and distortion (RMSE) at every t, as CSV and plot; Table 4's rows."""
     T = curve.shape[1]
     rate = ddpm.bits_per_dim(curve[..., 0].mean(0), images).tolist()
-    rmse = curve[..., 1].square().mean(0).sqrt().tolist()  # the root of the mean over images
-    path = args.out / "rate-distortion.csv"
-    with runs.written_aside(path) as part, open(part, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["t", "rate_bits_per_dim", "distortion_rmse"])
-        rows.writerows([T - i, f"{r:.8f}", f"{d:.5f}"] for i, (r, d) in enumerate(zip(rate, rmse)))
+    rmse = curve[..., 1].square().mean(0).sqrt().tolist()  # the root of the mean over all images
     print(f"rate {rate[-1]:.4f} bits/dim at a distortion of RMSE {rmse[-1]:.4f} of 255\n"
           "  reverse step T−t+1   rate bits/dim   RMSE   (Table 4)")
     for step in sorted({max(1, round(T * part)) for part in (1, 0.9, 0.8, 0.5, 0.1)}, reverse=True):
         print(f"  {step:18d}   {rate[step - 1]:13.5f}   {rmse[step - 1]:6.2f}")
+    path = out / "rate-distortion.csv"
+    with data.written(path) as file:
+        file.write(b"t,rate_bits_per_dim,distortion_rmse\n")
+        for i, (r, d) in enumerate(zip(rate, rmse)):
+            file.write(f"{T - i},{r:.8f},{d:.5f}\n".encode())
     try:
         import matplotlib
     except ImportError:
-        print(f"{path} has every t (a plot needs matplotlib: pip install matplotlib)")
+        print(f"{path} has every t (for a plot: pip install matplotlib)")
         return
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    steps = range(1, T + 1)
-    time, bits, error = "reverse step T − t + 1", "rate (bits/dim)", "distortion (RMSE)"
-    for ax, x, y, labels in ((axes[0], steps, rmse, (time, error)),
-                             (axes[1], steps, rate, (time, bits)),
-                             (axes[2], rate, rmse, (bits, error))):
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    step = ("reverse step T − t + 1", range(1, T + 1))
+    error, bits = ("distortion (RMSE)", rmse), ("rate (bits/dim)", rate)
+    for ax, (x_label, x), (y_label, y) in zip(axes, (step, step, bits), (error, bits, error)):
         ax.plot(x, y)
-        ax.set_xlabel(labels[0])
-        ax.set_ylabel(labels[1])
+        ax.set(xlabel=x_label, ylabel=y_label)
         ax.grid(alpha=0.3)
-    with runs.written_aside(args.out / "rate-distortion.png") as part:
-        figure.savefig(part, dpi=110, format="png")
-    plt.close(figure)
+    with data.written(path.with_suffix(".png")) as file:
+        figure.savefig(file, dpi=110, format="png")
+    pyplot.close(figure)
     print(f"{path} and {path.with_suffix('.png')} have every t")
 
-
-# ---------------------------------------------------------------------------- FID, Inception score
+# === FID and Inception score ======================================================================
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """‖μ_a − μ_b‖² + tr(C_a + C_b − 2 (C_a C_b)^½), a and b features (N, F).   [Heusel et al. 2017]
 
-    With centred features A/√(N−1), (A may have fewer rows than columns), C_a = AᵀA and
-    tr (C_a C_b)^½ is the sum of the singular values of A Bᵀ, since those squared are C_a C_b's
-    eigenvalues: no matrix square root, nothing to regularise, exact for singular covariances.
-    Each A is first reduced to at most F rows by a QR factorisation. ValueError for N < 2.
+    With centred features A/√(N − 1), whose rows are images, C_a = AᵀA. Then tr (C_a C_b)^½ is the
+    sum of the singular values of A Bᵀ, since their squares are the eigenvalues of C_a C_b. This
+    needs no matrix square root, and is exact for singular covariances too. A QR factorisation first
+    reduces each A to at most F rows. ValueError for N < 2.
     """
     roots, means = [], []
     for x in (a.double(), b.double()):
@@ -178,14 +161,13 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         roots.append(torch.linalg.qr(centred, mode="r").R if len(x) > x.shape[1] else centred)
         means.append(x.mean(0))
     cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    squares = sum(r.square().sum() for r in roots)
-    return ((means[0] - means[1]).square().sum() + squares - 2 * cross).clamp(min=0).item()
-
+    traces = sum(root.square().sum() for root in roots)
+    return ((means[0] - means[1]).square().sum() + traces - 2 * cross).clamp(min=0).item()
 
 def inception_score(p: Tensor, splits: int = 10) -> tuple[float, float]:
-    """exp E KL(p(y | x) ‖ p(y)), p (N, classes): mean and deviation over splits.   [Salimans 2016]
+    """exp E KL(p(y | x) ‖ p(y)) for p (N, classes), in splits: mean, deviation.   [Salimans 2016]
 
-    ValueError for fewer images than splits.
+    ValueError if there are fewer images than splits.
     """
     if len(p) < splits:
         raise ValueError(f"the Inception score in {splits} splits needs {splits} images or more, "
@@ -195,151 +177,149 @@ def inception_score(p: Tensor, splits: int = 10) -> tuple[float, float]:
         for q in torch.tensor_split(p.double(), splits)])
     return scores.mean().item(), scores.std(correction=0).item()
 
-
-def load_inception(path: str | None, data_dir: str, where: runs.Machine):
+def load_inception(path: str | None, data_dir: str, machine: Machine):
     """The original Inception network as TorchScript, given or downloaded; and its file."""
     file = Path(path or Path(data_dir, Path(INCEPTION[0]).name))
     if not path:
-        with where.chief_first():  # every rank comes here, or the chief would wait for ever
+        with machine.chief_first():
             if not file.exists():
                 data.fetch(INCEPTION[0], file, *INCEPTION[1:])
     if not file.is_file():
         raise ValueError(f"no Inception network at {file}")
     warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")
     try:
-        return torch.jit.load(str(file), map_location=where.device).eval(), file
+        return torch.jit.load(str(file), map_location=machine.device).eval(), file
     except RuntimeError as error:
-        raise ValueError(f"{file} is no TorchScript file, or cut short: it should be "
+        raise ValueError(f"{file} is no TorchScript file, or is cut short: it should be "
                          f"{INCEPTION[0]}") from error
 
-
 @torch.no_grad()
-def inception_outputs(net, images: Tensor, where: runs.Machine, batch: int,
-                      what: str) -> tuple[Tensor, Tensor]:
-    """Features (N, F) and class probabilities (N, classes) of uint8 images; grey is repeated."""
-    if len(images) < where.world:
-        raise ValueError(f"{len(images)} images cannot be shared by {where.world} ranks")
-    features, probabilities = [], []
-    progress = runs.Progress(len(images), what, quiet=not where.chief)
-    mine = where.share(len(images))
+def inception_outputs(net, images: Tensor, machine: Machine, batch: int, what: str) -> list[Tensor]:
+    """Features (N, F) and class probabilities (N, classes) of uint8 images, grey ones as RGB."""
+    if len(images) < machine.world:
+        raise ValueError(f"{len(images)} images cannot be shared by {machine.world} processes")
+    rows, mine = [], machine.share(len(images))
+    progress = Progress(len(images), what, quiet=not machine.chief)
     for i in range(0, len(mine), batch):
-        x = images[list(mine[i:i + batch])].to(where.device).expand(-1, 3, -1, -1)
+        x = images[list(mine[i:i + batch])].to(machine.device).expand(-1, 3, -1, -1)
         try:
-            f, p = net(x, return_features=True), net(x, no_output_bias=True)
+            rows.append([net(x, return_features=True).cpu().double(),
+                         net(x, no_output_bias=True).cpu().double()])
         except RuntimeError as error:
             raise ValueError("the Inception file is not the network expected: "
                              f"{str(error).strip().splitlines()[-1]}") from error
-        features.append(f.cpu().double())
-        probabilities.append(p.cpu().double())
-        progress.update(min((i + len(x)) * where.world, len(images)))
-    outputs = [where.gather(torch.cat(x), len(images)) for x in (features, probabilities)]
+        progress.update(min((i + len(x)) * machine.world, len(images)))
+    outputs = [machine.gather(torch.cat(x), len(images)) for x in zip(*rows)]
     if not all(x.dim() == 2 and x.isfinite().all() for x in outputs):
         raise ValueError("the Inception network's outputs are not finite rows of numbers")
-    return outputs[0], outputs[1]
+    return outputs
 
-
-def scores(trained, images: Tensor, name: str, where: runs.Machine, args) -> None:
-    """Print the FID against `images` and the Inception score of samples read or made here."""
+def scores(trained, images: Tensor, name: str, split: str, machine: Machine, args) -> None:
+    """Prints FID against `images` and the Inception score, of samples that were read or made here.
+    """
     made = data.read_tensor(args.samples) if args.samples else None
-    net, file = load_inception(args.inception, args.data_dir, where)
-    if made is not None:
-        if made.shape[1:] != images.shape[1:]:
-            raise ValueError(f"{args.samples} has images of {tuple(made.shape[1:])}, {name} of "
-                             f"{tuple(images.shape[1:])}")
-    else:
-        progress = runs.Progress(args.n, "samples", quiet=not where.chief)
-        made = runs.draw_samples(trained, where, args.seed, args.n, args.batch_size, args.steps,
-                                 progress, clip=not args.no_clip)
+    net, file = load_inception(args.inception, args.data_dir, machine)
+    if made is None:
+        progress = Progress(args.n, "samples", quiet=not machine.chief)
+        made = sample.draw_samples(trained, args.n, args.seed, args.batch_size, args.steps, machine,
+                                   progress, **({"clip": False} if args.no_clip else {}))
+    if made.shape[1:] != images.shape[1:]:
+        raise ValueError(f"{args.samples} has images of {tuple(made.shape[1:])}, {name} of "
+                         f"{tuple(images.shape[1:])}")
     if min(len(made), len(images)) < 2:
         raise ValueError("FID needs two images or more on either side")
-    features, probabilities = inception_outputs(net, made, where, args.batch_size, "samples seen")
-    key = runs.seed_of(name, args.split, tuple(images.shape),
-                       hashlib.sha256(file.read_bytes()).hexdigest(),
-                       data.raw_bytes(images[torch.linspace(0, len(images) - 1, 64).long()]))
-    cache = Path(args.data_dir, f"inception-{Path(name).stem}-{args.split}-{key:x}.pt")
+    features, probabilities = inception_outputs(net, made, machine, args.batch_size, "samples seen")
+    key = seed_of(name, split, tuple(images.shape), hashlib.sha256(file.read_bytes()).hexdigest(),
+                  data.raw_bytes(images[torch.linspace(0, len(images) - 1, 64).long()]))
+    cache = Path(args.data_dir, f"inception-{Path(name).stem}-{split}-{key:x}.pt")
     real = None
     if cache.exists():
         try:
             real = torch.load(cache, weights_only=True)
-        except Exception as error:  # torch.load meets a damaged file in a dozen ways
-            print(f"{cache} is damaged ({data.first_line(error)}): computed anew", file=sys.stderr)
+        except Exception as error:  # torch.load raises many kinds of error for a damaged file
+            say(f"{cache} is damaged ({data.first_line(error)}): computed anew")
     if real is None:
-        real, _ = inception_outputs(net, images, where, args.batch_size, "images seen")
-        if where.chief:
-            with runs.written_aside(cache) as part:
-                torch.save(real, part)
-    if not where.chief:
+        real, _ = inception_outputs(net, images, machine, args.batch_size, "images seen")
+        if machine.chief:
+            with data.written(cache) as out:
+                torch.save(real, out)
+    if not machine.chief:
         return
     count = f"{len(made)} samples, rounded to 8 bits"
     print(f"FID {frechet_distance(features, real):.4f} ({count}; {len(images)} images of {name}, "
-          f"{args.split} split, 8 bits)")
+          f"{split + ' split' if split else 'which has no splits'}, 8 bits)")
     if len(made) >= 10:
         mean, deviation = inception_score(probabilities)
         print(f"Inception score {mean:.3f} ± {deviation:.3f} ({count}; deviation over 10 splits)")
     if min(len(made), len(images)) < 50_000:
-        print(f"warning: the paper's scores are of 50,000 samples; with {len(made)} samples and "
-              f"{len(images)} images FID is biased upwards", file=sys.stderr)
+        say(f"warning: the paper's scores are of 50,000 samples; with {len(made)} samples and "
+            f"{len(images)} images FID is biased upwards")
 
+# === The command ==================================================================================
 
-@runs.command
-def main(argv=None) -> int:
-    """Evaluate a trained network: see the module's text."""
-    parser = runs.Parser(__doc__)
-    parser.add_argument("--checkpoint", help="as in sample.py (default: the newest run)")
-    parser.add_argument("--dataset", help="default: the run's")
-    parser.add_argument("--data-dir", help="data sets and downloads (default: the run's, or data)")
-    parser.add_argument("--split", choices=("train", "test"), help="default: test; train for --fid")
-    parser.add_argument("--n", type=ranged(int, 1), help="images (default: all of the split), or "
-                        "with --fid samples (default: 50,000)")
-    parser.add_argument("--terms", type=ranged(int, 1), help="estimate the bound from L_0 and "
-                        "draws of t from this many strata at most (default: all T terms)")
-    parser.add_argument("--no-clip", action="store_true", help="leave x̂_0 unclipped")
-    parser.add_argument("--no-ema", action="store_true", help="the weights as trained")
-    parser.add_argument("--batch-size", type=ranged(int, 1), default=64, help="(default: 64)")
-    parser.add_argument("--seed", type=ranged(int, 0), default=0, help="of the draws (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of rate-distortion.csv "
-                        "(default: here)")
+def parse(argv):
+    """The flags of evaluate.py."""
+    parser = common.Parser(__doc__)
+    parser.add("--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip", "--seed",
+               "--batch-size", "--device", "--precision")
+    parser.add_argument("--dataset", help="as in train.py (default: that of the run)")
+    parser.add_argument("--split", choices=("train", "test"), help="which images of the data set "
+                        "(default: test; train for --fid)")
+    parser.add_argument("--n", type=number(int, 1), help="images (default: all of the split); with "
+                        "--fid, samples (default: 50,000)")
+    parser.add_argument("--terms", type=number(int, 1), help="estimate the bound from L_0 and one "
+                        "t in each of this many ranges of t (default: compute all T terms)")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of "
+                        "rate-distortion.csv (default: the current one)")
     parser.add_argument("--fid", action="store_true", help="FID and Inception score")
-    parser.add_argument("--samples", type=Path, help="with --fid: images of sample.py --out X.pt")
-    parser.add_argument("--steps", type=ranged(int, 2), help="with --fid: network calls a sample")
-    parser.add_argument("--inception", help="with --fid: the TorchScript file, if not downloaded")
-    parser.machine_flags()
+    parser.add_argument("--samples", type=Path, help="with --fid: the images, from sample.py --out "
+                        "X.pt (default: draw them)")
+    parser.add_argument("--inception", help="with --fid: the TorchScript file (default: download "
+                        "it)")
     args = parser.parse_args(argv)
     if not args.fid and (args.samples or args.inception or args.steps):
         raise UsageError("--samples, --steps and --inception go with --fid")
     if args.fid and args.terms:
-        raise UsageError("--terms is of the bound: leave out --fid")
-    precision = "fp32" if args.precision == "auto" and not args.fid else args.precision
-    where = runs.machine(args.device, precision)
-    trained = None
+        raise UsageError("--terms estimates the bound: leave it out with --fid")
+    if args.precision == "auto" and not args.fid:
+        args.precision = "fp32"
+    args.split = args.split or ("train" if args.fid else "test")
+    return args
+
+@common.command
+def main(argv=None) -> int:
+    """Evaluates a trained network: see the text at the head of this file."""
+    args = parse(argv)
+    machine = common.find_machine(args.device, args.precision)
+    args.batch_size = args.batch_size or (256 if machine.device.type == "cuda" else 16)
+    trained, settings = None, {}
     if not (args.fid and args.samples and args.dataset):
-        trained = weights.load(args.checkpoint, args.data_dir or "data", not args.no_ema, where)
-    settings = trained.settings if trained else {}
+        trained = sample.load(args.checkpoint, args.data_dir or "data", not args.no_ema, machine)
+        settings = trained.settings
     name = args.dataset or settings.get("dataset")
     if not name:
         raise UsageError("--dataset is missing, and the checkpoint names none")
-    args.split = args.split or ("train" if args.fid else "test")
     args.data_dir = args.data_dir or settings.get("data_dir", "data")
-    with where.chief_first():
-        source = data.load(name, args.data_dir, args.split, settings.get("image_size"))
-    if trained and tuple(source.images.shape[1:]) != trained.shape:
-        raise ValueError(f"the images of {name} are {tuple(source.images.shape[1:])}, the "
-                         f"network's {trained.shape}")
-    if where.chief:
-        padded = ", the padded border counted in" if source.padded else ""
-        print(f"{trained.source if trained else args.samples}; {name}, {args.split} split{padded}")
+    with machine.chief_first():
+        images, split, padded = data.load(name, args.data_dir, args.split,
+                                          settings.get("image_size"))
+    if trained and tuple(images.shape[1:]) != trained.shape:
+        raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, the network's "
+                         f"{trained.shape}")
+    if machine.chief:
+        part = f"{split} split" if split else "which has no splits"
+        print(f"{trained.source if trained else args.samples}; {name}, {part}"
+              + (", the padded border counted in" if padded else ""))
     if args.fid:
         args.n = args.n or 50_000
-        scores(trained, source.images, name, where, args)
-    else:
-        if not args.terms and where.chief:
-            runs.check_writable(args.out / "rate-distortion.csv")
-        if args.n and args.n > len(source.images):
-            raise ValueError(f"--n {args.n}: the {args.split} split of {name} has "
-                             f"{len(source.images)} images")
-        likelihood(trained, source.images[:args.n or len(source.images)], where, args)
+        scores(trained, images, name, split, machine, args)
+        return 0
+    if args.n and args.n > len(images):
+        raise ValueError(f"--n {args.n}: {name} has {len(images)} images")
+    if not args.terms and machine.chief:
+        data.check_writable(args.out / "rate-distortion.csv")
+    likelihood(trained, images[:args.n], machine, args)
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,66 +1,169 @@
 """Algorithm 2: sample from a trained network.
 
-    python sample.py --n 64                            the newest run's EMA weights → samples.png
+    python sample.py --n 64                            averaged weights of the newest run
     python sample.py --n 50000 --out samples.pt        a uint8 tensor (n, C, H, W)
     python sample.py --steps 100                       100 network calls an image in place of T
-    python sample.py --progressive                     x̂_0 over time, a row an image (Figure 6)
+    python sample.py --progressive                     x̂_0 over time, one row an image (Figure 6)
     python sample.py --shared                          samples that share x_t (Figure 7)
     python sample.py --interpolate                     between images of the data set (Figure 8)
 
-Image i is a function of (seed, i), whatever the batch size.
+Image i is a function of (seed, i). The batch size changes it by rounding errors only.
 """
 from __future__ import annotations
 
+import copy
+import math
+import re
+import struct
 import sys
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
-import runs  # before torch: it quiets a warning of torch's import
+import common  # before torch, because it silences a warning of torch's import
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 import ddpm
 import weights
-from runs import UsageError, ranged
+from common import Machine, Noise, Progress, UsageError, number
+from data import say
+from unet import UNet
 
+# === A trained network ============================================================================
 
-def progressive(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, args, where) -> Tensor:
-    """Figure 6: x̂_0(x_t) at eleven times from T to 1, then x_0: args.n rows of 12."""
-    noise = runs.Noise(args.seed, range(args.n), trained.shape, where.device)
-    shown = set(torch.linspace(s.T, 1, min(11, s.T)).round().int().tolist()) | {0}
-    progress, cells = runs.Progress(s.T, "steps", quiet=not where.chief), []
-    for t, _, x0 in ddpm.p_sample_loop(s, model, noise(), noise, **args.choices):
+class Trained(NamedTuple):
+    """A network in evaluation mode, with what is needed to use it."""
+    net: UNet
+    schedule: ddpm.Schedule
+    settings: dict          # those of train.py
+    source: str             # where it comes from, in words
+
+    @property
+    def model_settings(self) -> dict:
+        """The settings that say which function the network is, and of which chain."""
+        return {name: self.settings[name] for name in (
+            "in_channels", "image_size", "channels", "multipliers", "blocks", "attention",
+            "timesteps", "schedule", "beta_start", "beta_end", "predict", "variance")}
+
+    @property
+    def choices(self) -> dict:
+        """predict, variance and clip of `ddpm.p_mean_variance`."""
+        return {"predict": self.settings["predict"], "variance": self.settings["variance"],
+                "clip": self.settings.get("clip_sample", True)}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of one image."""
+        side = self.settings["image_size"]
+        return (self.settings["in_channels"], side, side)
+
+def load(name: str | Path | None = None, data_dir: str | Path = "data", ema: bool = True,
+         machine: Machine | None = None) -> Trained:
+    """A trained network on the machine's device (by default the best one here).
+
+    name: a checkpoint.pt or its folder, a folder in the layout of diffusers, a .safetensors or .bin
+    file, or ORGANISATION/MODEL on the hub, which is downloaded once to data_dir/hub; by default the
+    run in runs/ that saved last. ema: take the averaged weights of a checkpoint. ValueError or
+    OSError if it cannot be used.
+    """
+    machine = machine or common.find_machine()
+    path = newest_checkpoint() if name is None else Path(name)
+    if path.suffix in (".safetensors", ".bin") or (path / "config.json").exists() or (
+            path / "unet" / "config.json").exists():
+        net, settings, source = weights.from_diffusers(path)
+    elif path.exists() or path.suffix == ".pt" or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        state = common.load_checkpoint(path)
+        settings, net = state["settings"], common.build_network(state["settings"])
+        net.load_state_dict(state["ema" if ema else "model"])
+        source = f"{path}, step {state['step']}, {'averaged' if ema else 'last'} weights"
+    else:
+        with machine.chief_first():
+            folder = weights.download(str(name), Path(data_dir) / "hub")
+        net, settings, source = weights.from_diffusers(folder)
+    net = net.to(machine.device, memory_format=torch.channels_last).eval()
+    return Trained(net, common.build_schedule(settings), settings, source)
+
+def newest_checkpoint(root: Path = Path("runs")) -> Path:
+    """The checkpoint of the run under `root` that saved last."""
+    found = sorted(root.glob("*/checkpoint*.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"no run under {root}/: train one first (python train.py --dataset shapes)"
+                         " or name a --checkpoint")
+    return found[-1].with_name("checkpoint.pt")
+
+def inference_model(net: nn.Module, machine: Machine) -> ddpm.Model:
+    """ε_θ(x_t, t) for sampling: a copy of `net` whose weights are cast once, not in every call."""
+    net = copy.deepcopy(net).eval()
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(machine.dtype)
+    return machine.model(net)
+
+# === Algorithm 2 on batches =======================================================================
+
+@torch.no_grad()
+def draw_samples(trained: Trained, n: int, seed: int = 0, batch_size: int | None = None,
+                 steps: int | None = None, machine: Machine | None = None,
+                 progress: Progress | None = None, **choices) -> Tensor:
+    """Images 0 … n − 1 of a seed, by `ddpm.p_sample_loop`: uint8 (n, C, H, W) on the CPU.
+
+    steps: network calls an image, T by default. choices: others than `trained.choices`. Under
+    torchrun the processes share the work, and each of them gets all images.
+    """
+    machine = machine or common.find_machine(str(next(trained.net.parameters()).device))
+    s = trained.schedule if steps is None else ddpm.respace(trained.schedule, steps)
+    s, model = s.to(machine.device), inference_model(trained.net, machine)
+    batch_size = batch_size or (256 if machine.device.type == "cuda" else 16)
+    mine, out = machine.share(n), []
+    for i in range(0, len(mine), batch_size):
+        noise = Noise(seed, mine[i:i + batch_size], trained.shape, machine.device)
+        x_T = noise()
+        for t, x_t, _ in ddpm.p_sample_loop(s, model, x_T, noise, **{**trained.choices, **choices}):
+            if progress:
+                progress.update(min(n, (i + len(x_T) * (1 - t / s.T)) * machine.world))
+        out.append(data.to_uint8(x_t).cpu())
+    rows = torch.cat(out) if out else torch.zeros(0, *trained.shape, dtype=torch.uint8)
+    return machine.gather(rows, n)
+
+# === The figures ==================================================================================
+
+def progressive(trained: Trained, s: ddpm.Schedule, model: ddpm.Model, args, machine) -> Tensor:
+    """Figure 6: a row is x̂_0(x_t) at eleven times from T to 1, and x_0 at its end."""
+    noise = Noise(args.seed, range(args.n), trained.shape, machine.device)
+    shown = {round(t) for t in torch.linspace(s.T, 1, min(11, s.T)).tolist()} | {0}
+    progress, columns = Progress(s.T, "steps", quiet=not machine.chief), []
+    for t, _, x0_hat in ddpm.p_sample_loop(s, model, noise(), noise, **args.choices):
         progress.update(s.T - t)
         if t in shown:
-            cells.append(data.to_uint8(x0))
-    return runs.grid(torch.stack(cells, 1).flatten(0, 1).cpu(), len(cells))
+            columns.append(data.to_uint8(x0_hat))
+    return grid(torch.stack(columns, 1).flatten(0, 1), len(columns))
 
-
-def shared(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, args, where) -> Tensor:
-    """Figure 7: for t = T, 3T/4, T/2, T/4 a row: x_t, then args.n samples that share it."""
-    noise = runs.Noise(args.seed, [0], trained.shape, where.device)
+def shared(trained: Trained, s: ddpm.Schedule, model: ddpm.Model, args, machine) -> Tensor:
+    """Figure 7: a row is x_t, and then samples that share it, for t = T, 3T/4, T/2 and T/4."""
+    noise = Noise(args.seed, [0], trained.shape, machine.device)
     times = [max(1, round(s.T * part)) for part in (1, 0.75, 0.5, 0.25)]
-    parents = {t: x_t for t, x_t, _ in ddpm.p_sample_loop(s, model, noise(), noise, **args.choices)
-               if t in times}
-    progress, cells = runs.Progress(sum(times), "steps", quiet=not where.chief), []
-    for row, t in enumerate(times):
+    x = {t: x_t for t, x_t, _ in ddpm.p_sample_loop(s, model, noise(), noise, **args.choices)
+         if t in times}
+    progress, done, rows = Progress(sum(times), "steps", quiet=not machine.chief), 0, []
+    for t in times:
         names = [("shared", t, i) for i in range(args.n)]
-        each = runs.Noise(args.seed, names, trained.shape, where.device)
-        x_t = parents[t].expand(args.n, *trained.shape)
-        for state in ddpm.p_sample_loop(s, model, x_t, each, start=t, **args.choices):
-            progress.update(sum(times[:row]) + t - state.t)
-        cells.append(data.to_uint8(torch.cat([parents[t], state.x_t])))
-    return runs.grid(torch.cat(cells).cpu(), 1 + args.n)
+        own = Noise(args.seed, names, trained.shape, machine.device)
+        for state in ddpm.p_sample_loop(s, model, x[t].expand(args.n, *trained.shape), own, start=t,
+                                        **args.choices):
+            progress.update(done + t - state.t)
+        done += t
+        rows.append(data.to_uint8(torch.cat([x[t], state.x_t])))
+    return grid(torch.cat(rows), 1 + args.n)
 
-
-def interpolation(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, args,
-                  where) -> Tensor:
-    """Figure 8: args.n rows: an image, its decodings mixed with another's (λ = 0 … 1), that one."""
+def interpolation(trained: Trained, s: ddpm.Schedule, model: ddpm.Model, args, machine) -> Tensor:
+    """Figure 8: a row is an image, decoded mixtures for λ = 0, ⅛, …, 1, and the other image."""
     name = args.dataset or trained.settings.get("dataset")
     if not name:
         raise UsageError("--interpolate needs --dataset: the checkpoint names none")
-    with where.chief_first():
+    with machine.chief_first():
         images = data.load(name, args.data_dir or trained.settings.get("data_dir", "data"), "test",
                            trained.settings["image_size"]).images
     if tuple(images.shape[1:]) != trained.shape:
@@ -69,106 +172,120 @@ def interpolation(trained: runs.Trained, s: ddpm.Schedule, model: ddpm.Model, ar
     if args.n > len(images):
         raise ValueError(f"--n {args.n}: {name} has {len(images)} images to mix")
     start = int((s.times - args.time).abs()[1:].argmin()) + 1
-    progress, rows = runs.Progress(args.n * start, "steps", quiet=not where.chief), []
-    pick = torch.Generator().manual_seed(runs.seed_of(args.seed, "pairs"))
-    pairs = torch.randint(len(images), (args.n, 2), generator=pick)
-    for row, pair in enumerate(pairs):
-        x0, other = data.to_model(images[pair]).to(where.device)[:, None]
-        lam = torch.linspace(0, 1, 9, device=where.device)
-        names = [("end", row, 0), ("end", row, 1)]
-        ends = runs.Noise(args.seed, names, trained.shape, where.device)
-        eps, eps_other = ends()[:, None]     # the same two draws for every λ
-        fresh = runs.Noise(args.seed, [("row", row)], trained.shape, where.device)
+    progress, rows = Progress(args.n * start, "steps", quiet=not machine.chief), []
+    pick = torch.Generator().manual_seed(common.seed_of(args.seed, "pairs"))
+    for row, pair in enumerate(torch.randint(len(images), (args.n, 2), generator=pick)):
+        x0, other = data.to_model(images[pair]).to(machine.device)[:, None]
+        lam = torch.linspace(0, 1, 9, device=machine.device)
+        ends = [("end", row, 0), ("end", row, 1)]
+        eps, eps_other = Noise(args.seed, ends, trained.shape, machine.device)()[:, None]
+        noise = Noise(args.seed, [("row", row)], trained.shape, machine.device)
         many = (len(lam), *trained.shape)
         for state in ddpm.interpolate(s, model, x0.expand(many), other.expand(many), lam, start,
-                                      eps, eps_other, fresh, **args.choices):
+                                      eps, eps_other, noise, **args.choices):
             progress.update(row * start + start - state.t)
         rows.append(data.to_uint8(torch.cat([x0, state.x_t, other])))
-    return runs.grid(torch.cat(rows).cpu(), len(lam) + 2)
+    return grid(torch.cat(rows), len(lam) + 2)
 
+# === Pictures =====================================================================================
+
+def grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """uint8 (N, C, H, W) → one picture (C, …) in rows of `columns`; as square as possible."""
+    n, c, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    cells = torch.zeros(rows * columns, c, height, width, dtype=torch.uint8)
+    cells[:n] = images
+    cells = cells.view(rows, columns, c, height, width).permute(2, 0, 3, 1, 4)
+    return cells.reshape(c, rows * height, columns * width)
+
+def write_png(path: Path, image: Tensor) -> None:
+    """Writes uint8 (1 or 3, H, W) as an 8-bit PNG, grey or RGB."""
+    c, height, width = image.shape
+    if image.dtype != torch.uint8 or c not in (1, 3) or not height * width:
+        raise ValueError(f"a picture is uint8 (1 or 3, H, W), not {image.dtype} "
+                         f"{tuple(image.shape)}")
+    lines = torch.zeros(height, 1 + width * c, dtype=torch.uint8)  # byte 0 of a line: no filter
+    lines[:, 1:] = image.permute(1, 2, 0).reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0 if c == 1 else 2, 0, 0, 0)
+    with data.written(path) as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(data.raw_bytes(lines), 9)),
+                           (b"IEND", b"")):
+            check = zlib.crc32(kind + body)
+            file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check))
+
+# === The command ==================================================================================
 
 def parse(argv):
     """The flags of sample.py."""
-    parser = runs.Parser(__doc__)
-    parser.add_argument("--checkpoint", help="a checkpoint.pt, its folder, a diffusers folder, a "
-                        ".safetensors file or a hub name (default: the newest run)")
-    parser.add_argument("--n", type=ranged(int, 1), help="images (64), or rows of a figure (8)")
-    parser.add_argument("--batch-size", type=ranged(int, 1), help="images at a time (default: 256 "
-                        "on CUDA, else 16)")
-    parser.add_argument("--steps", type=ranged(int, 2), help="network calls an image, at times "
-                        "evenly spaced from 1 to T (default: all T)")
+    parser = common.Parser(__doc__)
+    parser.add("--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip", "--seed",
+               "--batch-size", "--device", "--precision")
+    parser.add_argument("--n", type=number(int, 1), help="how many images (default: 64), or rows "
+                        "or columns of a figure (default: 8)")
     parser.add_argument("--variance", choices=("fixed_large", "fixed_small"),
-                        help="σ_t² (default: as trained)")
-    parser.add_argument("--seed", type=ranged(int, 0), default=0, help="other images (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help=".png, or .pt for a "
-                        "uint8 tensor (default: samples.png)")
-    parser.add_argument("--no-clip", action="store_true", help="leave x̂_0 as it is, as Algorithm "
-                        "2 does; the authors' code clips it to [−1, 1]")
-    parser.add_argument("--no-ema", action="store_true", help="the weights as trained, unaveraged")
+                        help="σ_t²: β_t or β̃_t (default: as trained)")
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png file, or a "
+                        ".pt file for a uint8 tensor (default: samples.png)")
     figure = parser.add_mutually_exclusive_group()
     for flag, function, what in (
-            ("--progressive", progressive, "x̂_0 over time (Figure 6)"),
-            ("--shared", shared, "samples that share x_t (Figure 7)"),
-            ("--interpolate", interpolation, "between two images (Figure 8)")):
+            ("--progressive", progressive, "Figure 6: x̂_0 over time"),
+            ("--shared", shared, "Figure 7: samples that share x_t"),
+            ("--interpolate", interpolation, "Figure 8: mixtures of two images")):
         figure.add_argument(flag, action="store_const", dest="figure", const=function, help=what)
-    parser.add_argument("--time", type=ranged(int, 1), help="the t at which --interpolate encodes "
-                        "(default: T/2)")
-    parser.add_argument("--dataset", help="for --interpolate (default: the run's)")
-    parser.add_argument("--data-dir", help="data sets and downloads (default: the run's, or data)")
-    parser.machine_flags()
+    parser.add_argument("--time", type=number(int, 1), help="the t at which --interpolate encodes "
+                        "the images (default: T/2)")
+    parser.add_argument("--dataset", help="images for --interpolate (default: those of the run)")
     args = parser.parse_args(argv)
-    figure = args.figure
-    if args.out.suffix not in (".png", ".pt") or (figure and args.out.suffix == ".pt"):
-        raise UsageError(f"--out {args.out} must end in .png" + ("" if figure else " or .pt"))
-    if figure is not interpolation and (args.time or args.dataset):
+    if args.out.suffix not in (".png", ".pt") or (args.figure and args.out.suffix == ".pt"):
+        raise UsageError(f"--out {args.out} must end in .png" + ("" if args.figure else " or .pt"))
+    if args.figure is not interpolation and (args.time or args.dataset):
         raise UsageError("--time and --dataset go with --interpolate")
-    args.n = args.n or (8 if figure else 64)
-    return args, figure
+    args.n = args.n or (8 if args.figure else 64)
+    return args
 
-
-@runs.command
+@common.command
 def main(argv=None) -> int:
-    """Sample images and write them: see the module's text."""
-    args, figure = parse(argv)
-    where = runs.machine(args.device, args.precision)
-    trained = weights.load(args.checkpoint, args.data_dir or "data", not args.no_ema, where)
-    settings = trained.settings
-    if args.variance and settings["variance"] == "learned":
-        raise UsageError("--variance: this network's variance is learned, and it has no other")
-    if args.steps and settings["variance"] == "learned" and args.steps < settings["timesteps"]:
+    """Samples images and writes them: see the text at the head of this file."""
+    args = parse(argv)
+    machine = common.find_machine(args.device, args.precision)
+    trained = load(args.checkpoint, args.data_dir or "data", not args.no_ema, machine)
+    T, learned = trained.schedule.T, trained.settings["variance"] == "learned"
+    if args.variance and learned:
+        raise UsageError("--variance: this network predicts its own variance")
+    if args.steps and learned and args.steps < T:
         raise UsageError("--steps: a network with learned variance is sampled with all its steps")
-    if args.steps and args.steps > settings["timesteps"]:
-        raise UsageError(f"--steps {args.steps} exceeds the network's T = {settings['timesteps']}")
-    args.time = args.time or max(1, settings["timesteps"] // 2)
-    if args.time > settings["timesteps"]:
-        raise UsageError(f"--time {args.time} exceeds the network's T = {settings['timesteps']}")
-    args.choices = {**trained.choices, "clip": not args.no_clip}
+    args.time = args.time or max(1, T // 2)
+    for flag, value in (("--steps", args.steps), ("--time", args.time)):
+        if value and value > T:
+            raise UsageError(f"{flag} {value} exceeds the network's T = {T}")
+    args.choices = dict(trained.choices)
+    if args.no_clip:
+        args.choices["clip"] = False
     if args.variance:
         args.choices["variance"] = args.variance
-    if where.chief:
-        runs.check_writable(args.out)
-        print(f"{trained.source}, T = {settings['timesteps']}", file=sys.stderr)
+    if machine.chief:
+        data.check_writable(args.out)
+        say(f"{trained.source}, T = {T}")
 
-    if figure:
-        s = ddpm.respace(trained.schedule, args.steps or trained.schedule.T).to(where.device)
+    if args.figure:
+        s = ddpm.respace(trained.schedule, args.steps or T).to(machine.device)
         with torch.no_grad():
-            picture = figure(trained, s, runs.sampler(trained.net, where), args, where)
+            picture = args.figure(trained, s, inference_model(trained.net, machine), args, machine)
     else:
-        batch = args.batch_size or (256 if where.device.type == "cuda" else 16)
-        progress = runs.Progress(args.n, "samples", quiet=not where.chief)
-        images = runs.draw_samples(trained, where, args.seed, args.n, batch, args.steps, progress,
-                                   **args.choices)
-        picture = runs.grid(images)
-    if where.chief:
+        progress = Progress(args.n, "samples", quiet=not machine.chief)
+        images = draw_samples(trained, args.n, args.seed, args.batch_size, args.steps, machine,
+                              progress, **args.choices)
+        picture = grid(images)
+    if machine.chief:
         if args.out.suffix == ".pt":
-            with runs.written_aside(args.out) as part, open(part, "wb") as file:
+            with data.written(args.out) as file:
                 torch.save(images, file)
         else:
-            runs.write_png(args.out, picture)
-        print(f"{args.out} holds {args.n} " + ("row" if figure else "sample")
-              + "s" * (args.n > 1), file=sys.stderr)
+            write_png(args.out, picture)
+        say(f"{args.out} holds {args.n} {'row' if args.figure else 'sample'}{'s' * (args.n > 1)}")
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,290 +1,466 @@
 """Algorithm 1: train ε_θ.
 
     python train.py --dataset cifar10                  the paper's run, into runs/cifar10/
+    python train.py --dataset cifar10                  the same command again resumes it
     python train.py --dataset shapes                   minutes on a CPU, no download
-    python train.py --dataset cifar10                  again: goes on where it stopped
-    torchrun --nproc-per-node 8 train.py               the same run, its batch over 8 GPUs
+    python train.py --dataset shapes --help            every setting, with its value for shapes
+    torchrun --nproc-per-node 8 train.py               the same run with its batch spread on 8 GPUs
 
-Every image, flip, time and noise of step k is drawn from (seed, k) alone, so a run that was
-stopped and resumed is the run that was not.
+Everything random in step k is drawn from (seed, k) alone, so a resumed run is bit-identical to an
+uninterrupted one (on the same machine, with the same number of threads).
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import functools
 import hashlib
 import json
 import os
+import re
 import sys
+import textwrap
 from pathlib import Path
 
-import runs  # before torch: it quiets a warning of torch's import
+import common  # before torch, because it silences a warning of torch's import
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
 import ddpm
-import weights
-from runs import UsageError
-from settings import SETTINGS, parse, settle
+import sample
+import unet
+from common import UsageError, number, seed_of
+from data import say
 
-# ------------------------------------------------------------------------- what a step is made of
+# === Settings =====================================================================================
+# The defaults are the paper's CIFAR-10 run (§4, Appendix B). "code:" marks what only the authors'
+# released code has. RECIPES below has what other data sets change.
+
+count, positive = number(int, 1), number(float, 0, above=True)
+fraction = number(float, 0, 0.999, above=True)
+SETTINGS = {
+    # name: (default, type, meaning)
+    "dataset": ("cifar10", str, f"{', '.join(data.NAMES)}, a .pt file or a folder of pictures"),
+    "data_dir": ("data", str, "folder of the data sets, and of downloads"),
+    "image_size": (None, count, "side in pixels, for a folder of pictures (256) or shapes (32)"),
+    "flip": (True, bool, "mirror each image at random, with probability 1/2"),
+    "steps": (800_000, count, "training steps in all"),
+    "batch_size": (128, count, "images in a step, summed over all processes"),
+    "lr": (2e-4, positive, "learning rate of Adam"),
+    "warmup": (5000, number(int, 0), "code: steps in which the learning rate rises from 0"),
+    "clip": (1.0, positive, "code: largest norm of the gradient; larger ones are scaled down"),
+    "ema": (0.9999, number(float, 0, 1), "decay of the averaged weights, with which one samples"),
+    "ema_ramp": (True, bool, "begin with a smaller decay, (1 + k)/(10 + k) at step k; not theirs"),
+    "dropout": (0.1, number(float, 0, 0.99), "probability of dropout in each residual block"),
+    "channels": (128, count, "width of the U-Net's first level, a multiple of 32"),
+    "multipliers": ([1, 2, 2, 2], count, "width of each level of the U-Net over --channels"),
+    "blocks": (2, count, "residual blocks in each level"),
+    "attention": ([16], count, "resolutions in pixels with self-attention"),
+    "timesteps": (1000, number(int, 2), "T, the number of time steps"),
+    "schedule": ("linear", ("linear", "quadratic", "constant"), "how β_t rises with t"),
+    "beta_start": (1e-4, fraction, "β_1; multiplied by 1000/T if T is not 1000"),
+    "beta_end": (0.02, fraction, "β_T; multiplied by 1000/T if T is not 1000"),
+    "predict": ("eps", ("eps", "x0", "mean"), "what the network predicts: ε, x_0 or μ̃_t"),
+    "variance": ("fixed_large", ("fixed_large", "fixed_small", "learned"),
+                 "σ_t²: β_t, β̃_t, or predicted by the network (§3.2, Table 2)"),
+    "objective": ("simple", ("simple", "vlb"), "L_simple (Eq. 14), or the bound L (Eq. 5)"),
+    "seed": (0, number(int, 0), "seed of all random numbers"),
+    "log_every": (100, count, "steps between two lines of log.jsonl"),
+    "save_every": (5000, count, "steps between two checkpoints"),
+    "sample_every": (25_000, count, "steps between two grids of samples"),
+    "samples": (64, number(int, 0), "images in a grid; 0 draws no grids"),
+    "sample_steps": (None, number(int, 2), "network calls for each image of a grid (all T)"),
+}
+RECIPES = {
+    "mnist": dict(flip=False),
+    "fashion_mnist": dict(flip=False),
+    "shapes": dict(steps=2000, batch_size=32, lr=5e-4, warmup=200, ema=0.995, dropout=0.0,
+                   channels=64, multipliers=[1, 2, 2], blocks=1, variance="fixed_small",
+                   save_every=500, sample_every=1000, samples=36, sample_steps=250),
+}
+# CelebA-HQ and LSUN, 256×256 (§4, Appendix B). The paper does not flip LSUN Bedroom.
+RECIPE_256 = dict(multipliers=list(unet.SETTINGS_256["multipliers"]), dropout=0.0, steps=500_000,
+                  batch_size=64, lr=2e-5, variance="fixed_small", samples=16)
+MAY_CHANGE = {"data_dir", "steps", "log_every", "save_every", "sample_every", "samples",
+              "sample_steps"}  # when a run is resumed
+
+# === Algorithm 1 ==================================================================================
+
+def training_step(settings: dict, s: ddpm.Schedule, images: Tensor, k: int, rows: slice,
+                  model: ddpm.Model, params: list[Tensor], averages: list[Tensor],
+                  adam: torch.optim.Adam) -> tuple[Tensor, Tensor]:
+    """One pass of the loop, for step k = 0, 1, …   [DDPM Alg. 1]
+
+    images: the data set, uint8; rows: the part of the batch that this process computes; model:
+    ε_θ, whose parameters are `params`; averages: their averages, with which one samples. Returns
+    the loss and the norm of its gradient.
+    """
+    n, device = settings["batch_size"], s.betas.device
+    generator = torch.Generator(device).manual_seed(seed_of(settings["seed"], "step", k))
+    # 2: x_0 ~ q(x_0)
+    index = batch_indices(settings["seed"], len(images), k, n, images.device)
+    x0 = data.to_model(images[index[rows]].to(device, non_blocking=True))
+    flip = torch.rand(n, generator=generator, device=device) < 0.5
+    if settings["flip"]:
+        x0 = torch.where(flip[rows, None, None, None], x0.flip(3), x0)
+    # 3: t ~ Uniform({1, …, T})
+    t = torch.randint(1, s.T + 1, (n,), generator=generator, device=device)
+    # 4: ε ~ N(0, I)
+    eps = torch.randn(n, *images.shape[1:], generator=generator, device=device)
+    # 5: take a gradient descent step on ∇_θ ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖²
+    loss = loss_of(settings, s, model, x0, t[rows], eps[rows]).mean()
+    adam.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(params, settings["clip"])
+    for group in adam.param_groups:
+        group["lr"] = learning_rate(settings, k)
+    adam.step()
+    # §4: average ← decay · average + (1 − decay) · θ
+    torch._foreach_lerp_(averages, params, 1 - ema_decay(settings, k))
+    return loss.detach(), norm
+
+def loss_of(settings: dict, s: ddpm.Schedule, model: ddpm.Model, x0: Tensor, t: Tensor,
+            eps: Tensor) -> Tensor:
+    """L_simple (Eq. 14), or with --objective vlb the term of Eq. 5 for each t in bits/dim.  → (B,)
+
+    The mean of the latter over t is (L − L_T)/T, and x̂_0 is not clipped in it (Table 2's L).
+    """
+    if settings["objective"] == "simple":
+        return ddpm.loss_simple(s, model, x0, t, eps, settings["predict"])
+    x_t = ddpm.q_sample(s, x0, t, eps)
+    p = ddpm.p_mean_variance(s, model, x_t, t, settings["predict"], settings["variance"],
+                             clip=False)
+    return ddpm.bits_per_dim(ddpm.vlb_term(s, x0, x_t, t, p), x0)
+
+def learning_rate(settings: dict, k: int) -> float:
+    """lr · min(k / warmup, 1), as in the released code, which counts k from 0."""
+    return settings["lr"] * (min(k / settings["warmup"], 1) if settings["warmup"] else 1)
+
+def ema_decay(settings: dict, k: int) -> float:
+    """The decay of the averages after step k. Theirs is constant, --no-ema-ramp.
+
+    A decay of 0.9999 averages over 10,000 steps, and a shorter run would mostly average its own
+    beginning. So the decay rises here with k, and reaches 0.9999 at step 90,000.
+    """
+    return min(settings["ema"], (1 + k) / (10 + k)) if settings["ema_ramp"] else settings["ema"]
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, n: int, device) -> Tensor:
-    """Epoch e's order of the n images, drawn from (seed, e)."""
-    g = torch.Generator().manual_seed(runs.seed_of(seed, "epoch", epoch))
-    return torch.randperm(n, generator=g).to(device)
+    """The order of the n images in an epoch, drawn from (seed, epoch)."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "epoch", epoch))
+    return torch.randperm(n, generator=generator).to(device)
 
+def batch_indices(seed: int, n: int, k: int, batch: int, device="cpu") -> Tensor:
+    """The images of step k: one permutation of all n images after another, cut into batches."""
+    first, last = k * batch, (k + 1) * batch
+    return torch.cat([permutation(seed, e, n, device)[max(first - e * n, 0):last - e * n]
+                      for e in range(first // n, (last - 1) // n + 1)])
 
-def batch_indices(seed: int, n: int, step: int, batch: int, device="cpu") -> Tensor:
-    """The images of step `step`: the epochs' permutations, one after another, cut into batches."""
-    a, b = step * batch, (step + 1) * batch
-    return torch.cat([permutation(seed, e, n, device)[max(a - e * n, 0):b - e * n]
-                      for e in range(a // n, (b - 1) // n + 1)])
-
-
-def draw_step(s: dict, step: int, shape: tuple, generator: torch.Generator) -> tuple:
-    """Flips, t ~ U{1 … T} and ε ~ N(0, I) of the whole batch, from (seed, step) alone."""
-    g, n = generator.manual_seed(runs.seed_of(s["seed"], "step", step)), s["batch_size"]
-    flips = torch.rand(n, generator=g, device=g.device) < 0.5
-    t = torch.randint(1, s["timesteps"] + 1, (n,), generator=g, device=g.device)
-    return flips, t, torch.randn(n, *shape, generator=g, device=g.device)
-
-
-def loss_of(s: dict, schedule: ddpm.Schedule, model: ddpm.Model, x0: Tensor, t: Tensor,
-            eps: Tensor) -> Tensor:
-    """(B,): Eq. 14, or that t's term of Eq. 5 in bits/dim, x̂_0 not clipped (Table 2's L)."""
-    if s["objective"] == "simple":
-        return ddpm.loss_simple(schedule, model, x0, t, eps, s["predict"])
-    x_t = ddpm.q_sample(schedule, x0, t, eps)
-    p = ddpm.p_mean_variance(schedule, model, x_t, t, s["predict"], s["variance"], clip=False)
-    return ddpm.bits_per_dim(ddpm.vlb_term(schedule, x0, x_t, t, p), x0)
-
-
-def ema_decay(decay: float, step: int) -> float:
-    """The paper's decay is constant, 0.9999: it remembers 10,000 steps.
-
-    A shorter run would mostly average its own beginning, so here it ramps up as the run grows; from
-    step 90,000 on it is the paper's.
-    """
-    return min(decay, (1 + step) / (10 + step))
-
-
-# ---------------------------------------------------------------------------------------- the run
+# === The run around it ============================================================================
 
 class Run:
-    """Algorithm 1 on this machine: the state that a checkpoint holds, and the loop over it."""
+    """A training run: the state that its checkpoint holds, and the loop over `training_step`."""
 
-    def __init__(self, settings: dict, images: Tensor, folder: Path, where: runs.Machine):
-        self.s, self.folder, self.where, device = settings, folder, where, where.device
-        self.schedule = runs.build_schedule(settings).to(device)
-        torch.manual_seed(runs.seed_of(settings["seed"], "init"))
-        self.net = runs.build_net(settings).to(device, memory_format=torch.channels_last)
-        self.ema = copy.deepcopy(self.net).requires_grad_(False)
-        self.params, self.averages = list(self.net.parameters()), list(self.ema.parameters())
+    def __init__(self, settings: dict, images: Tensor, folder: Path, machine: common.Machine):
+        self.settings, self.folder, self.machine = settings, folder, machine
+        device = machine.device
+        self.schedule = common.build_schedule(settings).to(device)
+        torch.manual_seed(seed_of(settings["seed"], "init"))
+        self.model = common.build_network(settings).to(device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.params, self.averages = list(self.model.parameters()), list(self.ema.parameters())
         self.adam = torch.optim.Adam(self.params, lr=settings["lr"], fused=device.type != "mps")
-        self.step = self.summed = 0                     # steps done; steps in loss_sum
+        self.step = self.summed = 0                     # steps done; how many are in loss_sum
         self.saved = -1                                 # the step of the last checkpoint
         self.loss_sum = torch.zeros((), device=device)  # since the last line of the log
         self.bad = torch.tensor(-1, device=device)      # the first step that was not finite
         fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
         self.images = images.to(device) if fits else images
-        sample = images[torch.linspace(0, len(images) - 1, 64).long()]
-        self.data = f"{tuple(images.shape)} {hashlib.sha256(data.raw_bytes(sample)).hexdigest()}"
-        L_T = ddpm.prior_kl(self.schedule, data.to_model(sample).to(device))
-        self.L_T = ddpm.bits_per_dim(L_T, sample).mean().item()
-        self.side_channel = dist.new_group(backend="gloo") if where.world > 1 else None
+        some = images[torch.linspace(0, len(images) - 1, 64).long()]
+        self.data = f"{tuple(images.shape)} {hashlib.sha256(data.raw_bytes(some)).hexdigest()}"
+        L_T = ddpm.prior_kl(self.schedule, data.to_model(some).to(device))
+        self.L_T = ddpm.bits_per_dim(L_T, some).mean().item()
+        self.cpu_group = dist.new_group(backend="gloo") if machine.world > 1 else None
 
     def restore(self, state: dict) -> None:
-        """Take the run up where a checkpoint left it. ValueError if the images are not the same."""
+        """Continues from a checkpoint. ValueError if the images are not those of the run."""
         if state["data"] != self.data:
-            raise ValueError(f"the images of {self.s['dataset']} are not those that the run in "
-                             f"{self.folder} began with")
-        self.net.load_state_dict(state["model"])
+            raise ValueError(f"the images of {self.settings['dataset']} are not those with which "
+                             f"the run in {self.folder} began")
+        self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.adam.load_state_dict(state["adam"])
-        self.step, self.summed = state["step"], state["summed"]
+        self.step = self.saved = state["step"]
+        self.summed = state["summed"]
         self.loss_sum.copy_(state["loss_sum"])
-        self.saved = self.step
 
     def save(self) -> None:
-        """Write the checkpoint, unless it is there or a step since the last was not finite."""
+        """Writes the checkpoint of this step, unless it is there. ValueError as in `check`."""
         self.check()
         if self.saved == self.step:
             return
         self.saved, loss_sum = self.step, self.loss_sum.clone()
-        if self.where.world > 1:
+        if self.machine.world > 1:
             dist.all_reduce(loss_sum)
-        if self.where.chief:
-            runs.save_checkpoint(self.folder / "checkpoint.pt", {
-                "settings": self.s, "step": self.step, "model": self.net.state_dict(),
+        if self.machine.chief:
+            common.save_checkpoint(self.folder / "checkpoint.pt", {
+                "settings": self.settings, "step": self.step, "model": self.model.state_dict(),
                 "ema": self.ema.state_dict(), "adam": self.adam.state_dict(),
-                "loss_sum": loss_sum / self.where.world, "summed": self.summed, "data": self.data})
+                "loss_sum": loss_sum / self.machine.world, "summed": self.summed,
+                "data": self.data})
 
     def check(self) -> None:
         """ValueError naming the first step whose loss or gradient was not finite, if there is one.
 
-        Such a step leaves weights that are not finite, and every later loss shows it: asking when
-        a loss is printed, and before every save, is soon enough.
+        Asking makes the device wait, so it is done only when a loss is printed and before a save.
         """
         if (bad := self.bad.item()) >= 0:
             last = f"is of step {self.saved}" if self.saved >= 0 else "does not exist yet"
             raise ValueError(f"step {bad}: the loss or its gradient is not finite. The checkpoint "
                              f"in {self.folder} {last}; try a lower --lr with another --out")
 
-    def sample(self) -> None:
-        """A grid of images from the averaged weights and noise that is the same every time."""
-        if self.s["samples"]:
-            trained = runs.Trained(self.ema, self.schedule, self.s, "")
-            progress = runs.Progress(self.s["samples"], "samples", quiet=not self.where.chief)
-            images = runs.draw_samples(trained, self.where, self.s["seed"], self.s["samples"], 32,
-                                       self.s["sample_steps"], progress)
-            if self.where.chief:
-                path = self.folder / f"samples-{self.step:07d}.png"
-                runs.write_png(path, runs.grid(images))
-                print(f"{path} shows {len(images)} samples", file=sys.stderr)
-
     def log(self) -> None:
-        """A line of log.jsonl: the mean loss since the last, over all ranks."""
+        """Appends the mean loss since the last line, over all processes, to log.jsonl."""
         self.check()
-        if self.where.world > 1:
+        if self.machine.world > 1:
             dist.all_reduce(self.loss_sum)
-        loss = self.loss_sum.item() / self.summed / self.where.world
+        loss = self.loss_sum.item() / self.summed / self.machine.world
         entry = {"step": self.step, "loss": loss}
-        if self.s["objective"] == "vlb":
-            entry["bound"] = self.s["timesteps"] * loss + self.L_T  # bits/dim, unbiased for Eq. 5
-        if self.where.chief:
+        if self.settings["objective"] == "vlb":
+            entry["bound"] = self.settings["timesteps"] * loss + self.L_T  # estimates L, bits/dim
+        if self.machine.chief:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint that counts on it
         self.loss_sum.zero_()
         self.summed = 0
 
-    def stopped(self, stop: runs.Stop) -> bool:
-        """Whether any rank was told to stop; all learn of it at the same step."""
-        if self.where.world > 1:
-            flag = torch.tensor(stop.signal)
-            dist.all_reduce(flag, dist.ReduceOp.MAX, self.side_channel)
-            stop.signal = int(flag)
-        return stop.signal != 0
+    def grid(self) -> None:
+        """Draws a grid of samples with the averaged weights, always from the same noise."""
+        n, chief = self.settings["samples"], self.machine.chief
+        path = self.folder / f"samples-{self.step:07d}.png"
+        if not n or path.exists():
+            return
+        trained = sample.Trained(self.ema, self.schedule, self.settings, "")
+        images = sample.draw_samples(trained, n, self.settings["seed"], 32,
+                                     self.settings["sample_steps"], self.machine,
+                                     common.Progress(n, "samples", quiet=not chief))
+        if chief:
+            sample.write_png(path, sample.grid(images))
+            say(f"{path} shows {n} samples")
 
-    def train(self, engine: nn.Module, stop: runs.Stop) -> None:
-        """Algorithm 1 from step `self.step` to the last, or to a signal."""
-        s, where = self.s, self.where
-        device, model = where.device, runs.runner(engine, where)
-        generator, share = torch.Generator(device), s["batch_size"] // where.world
-        mine = slice(where.rank * share, (where.rank + 1) * share)
-        progress = runs.Progress(s["steps"], "steps", done=self.step, quiet=not where.chief)
-        while self.step < s["steps"] and not self.stopped(stop):
-            k = self.step
-            index = batch_indices(s["seed"], len(self.images), k, s["batch_size"],
-                                  self.images.device)[mine]
-            x0 = data.to_model(self.images[index].to(device, non_blocking=True))
-            flips, t, eps = draw_step(s, k, self.images.shape[1:], generator)
-            if s["flip"]:
-                x0 = torch.where(flips[mine, None, None, None], x0.flip(3), x0)
-            torch.manual_seed(runs.seed_of(s["seed"], "dropout", k, where.rank))
-
-            engine.train()
-            loss = loss_of(s, self.schedule, model, x0, t[mine], eps[mine]).mean()
-            self.adam.zero_grad()
-            loss.backward()
-            # Ho et al.'s code clips before the mean over replicas; here it is the mean's norm.
-            norm = nn.utils.clip_grad_norm_(self.params, s["clip"])
-            for group in self.adam.param_groups:
-                group["lr"] = s["lr"] * min(k / max(s["warmup"], 1), 1) if s["warmup"] else s["lr"]
-            self.adam.step()
-            with torch.no_grad():
-                get_ema_multi_avg_fn(ema_decay(s["ema"], k))(self.averages, self.params, None)
-
-            # Nothing is read back before it is printed: the device never waits for the host.
-            self.step, self.summed, loss = k + 1, self.summed + 1, loss.detach()
+    def train(self, engine: nn.Module) -> None:
+        """Algorithm 1 from step `self.step` to the last. KeyboardInterrupt after a signal."""
+        settings, machine = self.settings, self.machine
+        share = settings["batch_size"] // machine.world
+        rows = slice(machine.rank * share, (machine.rank + 1) * share)
+        model = machine.model(engine.train())
+        progress = common.Progress(settings["steps"], "steps", self.step, quiet=not machine.chief)
+        while self.step < settings["steps"]:
+            common.signals.deferred = True  # until the step is complete
+            torch.manual_seed(seed_of(settings["seed"], "dropout", self.step, machine.rank))
+            loss, norm = training_step(settings, self.schedule, self.images, self.step, rows, model,
+                                       self.params, self.averages, self.adam)
+            self.step, self.summed = self.step + 1, self.summed + 1
             self.loss_sum += loss
-            sound = loss.isfinite() & norm.isfinite()
-            self.bad = torch.where((self.bad < 0) & ~sound, self.step, self.bad)
-
-            if progress.due() or self.step == s["steps"]:
-                progress.update(self.step, f"loss {self.loss_sum.item() / self.summed:.4f}", True)
+            finite = loss.isfinite() & norm.isfinite()
+            self.bad = torch.where((self.bad < 0) & ~finite, self.step, self.bad)
+            if progress.due() or self.step == settings["steps"]:
                 self.check()
-            if self.step % s["log_every"] == 0:
+                mean = self.loss_sum.item() / self.summed
+                progress.update(self.step, f"loss {mean:.4f}", force=True)
+            if self.step % settings["log_every"] == 0:
                 self.log()
-            if self.step % s["save_every"] == 0:
+            if self.step % settings["save_every"] == 0 or self.step == settings["steps"]:
                 self.save()
-            if self.step % s["sample_every"] == 0 and self.step < s["steps"]:
-                self.sample()
-        self.save()
+            common.signals.deferred = False
+            stop = torch.tensor(common.signals.number)
+            if machine.world > 1:  # all processes learn it in the same step
+                dist.all_reduce(stop, dist.ReduceOp.MAX, self.cpu_group)
+            if stop:
+                raise KeyboardInterrupt
+            if self.step % settings["sample_every"] == 0 and self.step < settings["steps"]:
+                self.grid()
 
+def cut_log(path: Path, step: int) -> None:
+    """Removes the lines after `step` from log.jsonl, since the resumed run writes them again.
 
-@runs.command
+    If there are lines that the log cannot have, the file as it was is kept under another name.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()  # half a line, as a kill leaves it
+    steps = [re.match(rb'\{"step": (\d+), .*\}\n$', line) for line in lines]
+    if not all(steps):
+        aside = path.with_name("log.damaged.jsonl")
+        say(f"{path} has damaged lines: they are left out, and the file is kept as {aside}")
+        path.replace(aside)
+    with data.written(path) as file:
+        file.writelines(line for line, at in zip(lines, steps) if at and int(at[1]) <= step)
+
+def compiled(net: nn.Module, machine: common.Machine, shape: tuple) -> nn.Module:
+    """net through torch.compile, tried on one batch; net itself, with a message, if that fails."""
+    fast = torch.compile(net)
+    try:
+        x = torch.zeros(shape, device=machine.device)
+        t = torch.ones(len(x), dtype=torch.int64, device=machine.device)
+        machine.model(fast)(x, t).sum().backward()
+        net.zero_grad()
+        return fast
+    except Exception as error:  # the compilers raise many kinds of error
+        say(f"training without torch.compile: {data.first_line(error)}")
+        return net
+
+# === The command ==================================================================================
+
+def recipe(dataset: str, side: int | None) -> dict:
+    """The settings of a data set whose images have this side, unless flags change them."""
+    if side is None and Path(dataset).is_dir():
+        side = 256
+    changes = RECIPE_256 if (side or 0) >= 256 else RECIPES.get(dataset, {})
+    return {**{name: default for name, (default, *_) in SETTINGS.items()}, **changes}
+
+def parse(argv) -> dict:
+    """The flags that were given, and no others: defaults depend on the data and the checkpoint."""
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--dataset", default=SETTINGS["dataset"][0])
+    dataset = named.parse_known_args(argv)[0].dataset
+    parser = common.Parser(f"{__doc__}\nThe defaults below are those for --dataset {dataset}.")
+    for name, value in recipe(dataset, None).items():
+        _, kind, meaning = SETTINGS[name]
+        options = {"default": argparse.SUPPRESS}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(kind, tuple):
+            options["choices"] = kind
+        else:
+            options["type"] = kind
+        if isinstance(value, list):
+            options["nargs"], value = "+", " ".join(map(str, value))
+        options["help"] = meaning if value is None else f"{meaning} (default: {value})"
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATASET)")
+    parser.add_argument("--init", help="begin with these weights: all that --checkpoint of "
+                        "sample.py takes")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="use torch.compile (default: on CUDA only)")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="bit-identical results on CUDA too, at some loss of speed")
+    parser.add("--device", "--precision")
+    return vars(parser.parse_args(argv))
+
+def settle(given: dict, images: Tensor, before: dict, init: dict) -> dict:
+    """The settings of the run: those of its checkpoint, else the recipe; and the flags.
+
+    init: the settings of the network of --init. UsageError if a flag contradicts the checkpoint or
+    --init, or if settings contradict each other.
+    """
+    name, side = given.get("dataset", SETTINGS["dataset"][0]), images.shape[2]
+    given = {key: value for key, value in given.items() if key in SETTINGS}
+    shape = dict(in_channels=images.shape[1], image_size=side)
+    settings = {**recipe(name, side), **init, **before, **given, **shape}
+    T, steps = settings["timesteps"], settings["sample_steps"]
+    learned = settings["variance"] == "learned"
+    if "sample_steps" not in given and steps and (learned or steps > T):
+        settings["sample_steps"] = steps = None  # the recipe's value does not fit
+    for key in init:
+        if settings[key] != init[key]:
+            raise UsageError(f"--init has {key} {init[key]}, this run {settings[key]}")
+    for key in before:
+        if key not in MAY_CHANGE and settings[key] != before[key]:
+            raise UsageError(f"this run has --{key.replace('_', '-')} {before[key]}, not "
+                             f"{settings[key]}: give a new run another --out")
+    if learned and (settings["objective"] != "vlb" or settings["predict"] == "x0"):
+        raise UsageError("--variance learned needs --objective vlb and --predict eps or mean "
+                         "(Table 2): L_simple does not depend on the variance")
+    if learned and steps and steps < T:
+        raise UsageError("--sample-steps: a learned variance can only be sampled with all steps")
+    if steps and steps > T:
+        raise UsageError(f"--sample-steps {steps} exceeds T = {T}")
+    levels = len(settings["multipliers"])
+    if images.shape[3] != side or side % 2 ** (levels - 1):
+        raise UsageError(f"images of {side}×{images.shape[3]}: a U-Net of {levels} levels needs "
+                         f"squares whose side is a multiple of {2 ** (levels - 1)}")
+    return settings
+
+@common.command
 def main(argv=None) -> int:
-    """Train, or go on training: see the module's text."""
-    given = parse(argv, __doc__)
+    """Trains, or resumes training: see the text at the head of this file."""
+    given = parse(argv)
     name = given.get("dataset", SETTINGS["dataset"][0])
-    folder = given.get("out") or Path("runs", Path(name).stem)
-    where = runs.machine(given.pop("device"), given.pop("precision"))
+    folder = given["out"] or Path("runs", Path(name).stem)
+    machine = common.find_machine(given["device"], given["precision"])
     if given["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    with runs.Stop() as stop, runs.locked(folder) if where.chief else contextlib.nullcontext():
+    with common.locked(folder) if machine.chief else contextlib.nullcontext():
         path = folder / "checkpoint.pt"
-        resumed = path.exists() or runs.previous(path).exists()
-        state = runs.load_checkpoint(path) if resumed else {}
-        before = state.get("settings", {})
+        resumed = path.exists() or common.previous(path).exists()
+        state = common.load_checkpoint(path) if resumed else {}
+        before, init = state.get("settings", {}), None
         if before and before["dataset"] != given.get("dataset", before["dataset"]):
             raise UsageError(f"this run has --dataset {before['dataset']}, not {given['dataset']}: "
                              "give a new run another --out")
-        if given["init"] and resumed:
-            raise UsageError(f"--init begins a run, and {folder} has one: give another --out")
-        with where.chief_first():
-            known = {**before, **given}  # what is not said stays as the checkpoint has it
+        with machine.chief_first():
+            known = {**before, **given}  # a flag that is not given keeps the checkpoint's value
             images = data.load(known.get("dataset", name), known.get("data_dir", "data"),
                                image_size=known.get("image_size")).images
-        init = None
-        if given["init"]:
-            init = weights.load(given["init"], given.get("data_dir", "data"), True, where)
+        if given["init"] and not resumed:
+            init = sample.load(given["init"], given.get("data_dir", "data"), machine=machine)
         settings = settle(given, images, before, init.model_settings if init else {})
-        if settings["batch_size"] % where.world:
+        if settings["batch_size"] % machine.world:
             raise UsageError(f"--batch-size {settings['batch_size']} cannot be shared evenly by "
-                             f"{where.world} ranks")
-        run = Run(settings, images, folder, where)
+                             f"{machine.world} processes")
+        run = Run(settings, images, folder, machine)
         if resumed:
             run.restore(state)
         elif init:
-            run.net.load_state_dict(init.net.state_dict())
+            run.model.load_state_dict(init.net.state_dict())
             run.ema.load_state_dict(init.net.state_dict())
-        if where.chief:
-            for leftover in folder.glob("*.part"):
-                leftover.unlink()
-            runs.cut_log(folder / "log.jsonl", run.step)
-            parameters = sum(p.numel() for p in run.params)
-            print(f"{settings['dataset']}: {len(images)} images of {tuple(images.shape[1:])}, "
-                  f"{parameters:,} parameters, {where.device.type} in {where.dtype}, {where.world} "
-                  f"rank{'s' * (where.world > 1)}, from step {run.step}", file=sys.stderr)
-            if run.step < settings["steps"] < settings["warmup"]:
-                print(f"--warmup: the learning rate rises for {settings['warmup']} steps, longer "
-                      "than the run", file=sys.stderr)
-        if run.step >= settings["steps"]:
-            print(f"{folder} has had its {run.step} steps; a larger --steps goes on",
-                  file=sys.stderr)
-            return 0
-        engine = run.net
-        if given["compile"] if given["compile"] is not None else where.device.type == "cuda":
-            share = settings["batch_size"] // where.world
-            engine = runs.compiled(engine, where, (share, *images.shape[1:]))
-        if where.world > 1:
+        if machine.chief:
+            begin(run)
+        engine = run.model
+        if given["compile"] or (given["compile"] is None and machine.device.type == "cuda"):
+            share = settings["batch_size"] // machine.world
+            engine = compiled(engine, machine, (share, *images.shape[1:]))
+        if machine.world > 1:
             engine = nn.parallel.DistributedDataParallel(engine)
-        run.train(engine, stop)
-        if run.stopped(stop):
-            print(f"stopped at step {run.step}; the same command goes on", file=sys.stderr)
-            return 128 + stop.signal
-        run.sample()
+        try:
+            run.train(engine)
+            run.grid()
+        except KeyboardInterrupt:
+            run.save()
+            if machine.chief:
+                say(f"stopped at step {run.step}; the same command resumes")
+            return 128 + common.signals.number
     return 0
 
+def begin(run: Run) -> None:
+    """Cleans up after a kill, and shows the settings: on stderr and in settings.json."""
+    settings, machine, folder = run.settings, run.machine, run.folder
+    for leftover in folder.glob("*.part"):
+        leftover.unlink()
+    cut_log(folder / "log.jsonl", run.step)
+    with data.written(folder / "settings.json") as file:
+        file.write((json.dumps(settings, indent=2) + "\n").encode())
+    parameters = sum(p.numel() for p in run.params)
+    say(f"{settings['dataset']}: {len(run.images):,} images of "
+        f"{'×'.join(map(str, run.images.shape[1:]))}; network of {parameters:,} parameters; "
+        f"{machine.device} in {str(machine.dtype)[6:]}; {machine.world} process"
+        + "es" * (machine.world > 1))
+    text = ", ".join(f"{name} {value}" for name, value in settings.items())
+    say(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  "))
+    if run.step >= settings["steps"]:
+        say(f"{folder} has done all its {run.step} steps; a larger --steps goes on")
+    elif settings["steps"] < settings["warmup"]:
+        say(f"warning: the learning rate rises for --warmup {settings['warmup']} steps, longer "
+            "than the whole run")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,10 @@
-"""ε_θ(x_t, t): the U-Net of Ho, Jain, Abbeel 2020 (Appendix B), to the letter of their code.
+"""ε_θ(x_t, t): the U-Net of Ho, Jain, Abbeel 2020 (Appendix B), as in their released code.
 
-A PixelCNN++-shaped U-Net of wide residual blocks with group normalisation; self-attention at
-16×16; the time t enters every residual block through a sinusoidal embedding. `UNet()` is the
-CIFAR-10 network (35,746,307 parameters), `UNet(**SETTINGS_256)` that of the 256×256 data sets.
+A U-Net of residual blocks with group normalisation. It has self-attention at 16×16, and the time t
+enters every residual block through a sinusoidal embedding. `UNet()` is the network for CIFAR-10
+with 35,746,307 parameters, `UNet(**SETTINGS_256)` the one for 256×256 images with 113,673,219. It
+computes the same function as the released code. Only the initialisation differs, where 0 replaces
+a scale of 10⁻¹⁰ (`initialize`).
 """
 from __future__ import annotations
 
@@ -14,16 +16,15 @@ from torch import Tensor, nn
 
 SETTINGS_256 = dict(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
 
-
 class UNet(nn.Module):
-    """ε_θ(x_t, t) of Eq. 11: (B, in_channels, H, W), (B,) → (B, out_channels, H, W), float32.
+    """ε_θ(x_t, t) of Eq. 11: x (B, in_channels, H, W), t (B,) → (B, out_channels, H, W).
 
-    channels: the base width, a multiple of 32 (with 32 itself the groups of the first level are
-    single channels, whose normalisation takes away what t has added: 64 and more train better);
-    multipliers: the width of each level over it;
-    blocks: residual blocks a level; attention: the resolutions with self-attention, given as
-    those of an image of side image_size (which levels attend is fixed then, whatever the size of
-    the image that comes). H and W: divisible by 2^(levels − 1). ValueError if they are not.
+    channels: width of the first level, a multiple of 32. Take 64 or more: with 32 each group of the
+    first level is one channel, and its normalisation removes what the time embedding has added.
+    multipliers: width of each level over `channels`. blocks: residual blocks in each level on the
+    way down; there is one more on the way up. attention: the resolutions with self-attention, for
+    an image of side image_size. They select levels once and for all, whatever image comes later.
+    H and W must be divisible by 2^(levels − 1). ValueError if they, or the channels, are not.
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, channels: int = 128,
@@ -31,8 +32,8 @@ class UNet(nn.Module):
                  attention: tuple[int, ...] = (16,), image_size: int = 32, dropout: float = 0.1):
         super().__init__()
         if channels < 32 or channels % 32:
-            raise ValueError(f"{channels} channels: the 32 groups of the normalisation need a "
-                             "multiple of 32")
+            raise ValueError(f"{channels} channels: the normalisation has 32 groups, so it must be "
+                             "a multiple of 32")
         self.channels, self.levels = channels, len(multipliers)
         width_time = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, width_time), nn.SiLU(),
@@ -67,7 +68,7 @@ class UNet(nn.Module):
                 c = channels * multiplier
             if level > 0:
                 self.up.append(Upsample(c))
-        assert not skips, "every skip connection has its consumer"
+        assert not skips, "a skip connection is left over"
 
         self.norm_out = Norm(c)
         self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
@@ -78,8 +79,8 @@ class UNet(nn.Module):
             raise ValueError(f"an image of {x.shape[2]}×{x.shape[3]} cannot be halved "
                              f"{self.levels - 1} times: its sides must be divisible by "
                              f"{2 ** (self.levels - 1)}")
-        # Every block's time projection begins with SiLU; it is taken once, here.
-        emb = F.silu(self.time(time_embedding(t, self.channels)))
+        # SiLU comes before the time projection of every block. It is computed once, here.
+        emb = F.silu(self.time(time_embedding(t, self.channels, x.dtype)))
         h = self.conv_in(x)
         skips = [h]
 
@@ -94,27 +95,27 @@ class UNet(nn.Module):
             if isinstance(module, Block):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = module(h, emb)
-        assert not skips, "every skip connection is consumed"
+        assert not skips, "a skip connection is left over"
 
         return self.conv_out(F.silu(self.norm_out(h)))
 
+def time_embedding(t: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[sin(ω_i (t − 1)), cos(ω_i (t − 1))] with ω_i = 10000^(−i/(half − 1)), half = width/2.
 
-def time_embedding(t: Tensor, width: int) -> Tensor:
-    """[sin(ω_i t'), cos(ω_i t')], ω_i = 10000^(−i/(half − 1)).   [Transformer §3.5]  → (B, width)
-
-    Ho et al.'s code counts time 0 … T − 1 and embeds that number, so the paper's t is embedded as
-    t' = t − 1. This is the only place where the two counts meet.
+    t: (B,) → (B, width). This is the released code's variant of the Transformer's position
+    encoding, which interleaves sines and cosines and divides by half. The released code counts
+    time from 0 to T − 1. This is the only place where its count and the paper's t = 1 … T meet.
     """
     half = width // 2
-    omega = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
-    angles = (t - 1)[:, None].float() * omega
+    i = torch.arange(half, device=t.device, dtype=dtype)
+    omega = torch.exp(-math.log(10000) / (half - 1) * i)
+    angles = (t - 1)[:, None].to(dtype) * omega
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-
 class Block(nn.Module):
-    """A residual block, and self-attention after it at the levels that have it.
+    """A residual block, followed by self-attention in the levels that have it.
 
-    h = conv(SiLU(norm(x))) + time;  x ← shortcut(x) + conv(dropout(SiLU(norm(h))))
+    h = conv(SiLU(norm(x))) + time;   output = shortcut(x) + conv(dropout(SiLU(norm(h))))
     """
 
     def __init__(self, c_in: int, c_out: int, width_time: int, dropout: float, attend: bool):
@@ -134,9 +135,8 @@ class Block(nn.Module):
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.attention(self.shortcut(x) + h)
 
-
 class Attention(nn.Module):
-    """x + W softmax(QᵀK / √C) V over the pixels, one head of C channels."""
+    """x + W softmax(QᵀK / √C) V over all pixels, with one head of C channels."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -151,9 +151,8 @@ class Attention(nn.Module):
         h = v @ weights.transpose(1, 2)                                    # (B, C, N queries)
         return x + self.out(h.unflatten(2, x.shape[2:]))
 
-
 class Downsample(nn.Module):
-    """A 3×3 convolution of stride 2. TensorFlow's SAME padding puts the zeros right and below."""
+    """A 3×3 convolution of stride 2, padded as TensorFlow's SAME: right and bottom only."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -162,9 +161,8 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
-
 class Upsample(nn.Module):
-    """The nearest pixel, twice as large, and a 3×3 convolution."""
+    """Every pixel becomes 2×2 equal pixels (nearest neighbour); then a 3×3 convolution."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -173,25 +171,23 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
-
 class Norm(nn.GroupNorm):
-    """Group normalisation as in the released code: 32 groups, ε = 10⁻⁶; computed in float32.
+    """Group normalisation with 32 groups and ε = 10⁻⁶, computed in float32 or float64.
 
-    In bfloat16 its backward pass is several times slower on the CPU.
+    It is never computed in bfloat16, where its backward pass is several times slower on a CPU.
     """
 
     def __init__(self, c: int):
         super().__init__(32, c, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
-
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 class Dropout(nn.Dropout):
-    """Dropout before a residual block's second convolution; off when sampling.
+    """Dropout. On a CPU one random 64-bit word decides on four elements.
 
-    On the CPU torch draws one number for an element, one after another, several per cent of a
-    training step; here a 64-bit word serves four elements, and p is a multiple of 2⁻¹⁶.
+    torch draws one number for every element there, in one thread; this makes a training step of the
+    CIFAR-10 network 5 % faster on two cores. p is rounded to a multiple of 2⁻¹⁶.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,16 +196,16 @@ class Dropout(nn.Dropout):
         level = round(self.p * 65536)
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None)
         keep = (words.view(torch.int16) >= level - 32768)[:x.numel()]
-        b, c, height, width = x.shape  # as x lies in memory: the channels last
+        b, c, height, width = x.shape  # in memory the channels are the last dimension
         keep = keep.view(b, height, width, c).permute(0, 3, 1, 2)
         return x * keep * (65536 / (65536 - level))
 
-
 def initialize(net: UNet) -> None:
-    """Uniform of variance 1/fan_avg, biases 0; 0 for the last layer of each residual branch.
+    """Weights uniform with variance 2/(fan_in + fan_out), biases 0; some last layers are 0.
 
-    So every block begins as its shortcut, and the network's first output is zero. (The released
-    code scales those layers by 10⁻¹⁰ in place of 0.)
+    These are the last layer of each residual block, of each attention and of the network, so every
+    block begins as its shortcut and the first output is 0. (The released code gives these weights a
+    variance scaled by 10⁻¹⁰, so that they are of the order 10⁻⁵ times the others.)
     """
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -1,9 +1,9 @@
-"""Weights from elsewhere and for elsewhere: safetensors, and the layout of the library diffusers.
+"""Weights in the layout of the library diffusers, in and out, and the safetensors format.
 
     python sample.py --checkpoint google/ddpm-cifar10-32          the authors' weights, converted
     python weights.py --export FOLDER --checkpoint runs/cifar10   for DDPMPipeline.from_pretrained
 
-No pickle is executed here: .bin files are read by torch.load(weights_only=True).
+No pickled code is run: .bin files are read by torch.load(weights_only=True).
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import struct
 import sys
 from pathlib import Path
 
-import runs  # before torch: it quiets a warning of torch's import
+import common  # before torch, because it silences a warning of torch's import
 
 import torch
 from torch import Tensor
@@ -25,105 +25,87 @@ from unet import Attention, Block, UNet
 HUB = "https://huggingface.co"
 MODEL = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
-
-def load(name: str | None, data_dir: str | Path, ema: bool, where: runs.Machine) -> runs.Trained:
-    """The network that `name` names, on the machine's device.
-
-    None: the newest run's checkpoint. Else a checkpoint.pt or its folder, a diffusers folder
-    (unet/ and scheduler/, or flat), a .safetensors or .bin file, or a hub name, ORGANISATION/MODEL,
-    downloaded once to data_dir/hub. ValueError or OSError where that cannot be used.
-    """
-    path = Path(name) if name else runs.newest_checkpoint()
-    if path.suffix in (".safetensors", ".bin") or (path / "config.json").exists() or (
-            path / "unet" / "config.json").exists():
-        trained = from_diffusers(path)
-    elif path.exists() or path.suffix == ".pt" or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        trained = runs.load_trained(path, ema)
-    else:
-        trained = from_diffusers(download(str(name), Path(data_dir) / "hub", where))
-    net = trained.net.to(where.device, memory_format=torch.channels_last)
-    return trained._replace(net=net)
-
-
-def download(name: str, folder: Path, where: runs.Machine) -> Path:
-    """The files of hub model `name` in folder/name, fetched unless they are there."""
-    target, files = folder / name, ["config.json", "scheduler_config.json"]
-    with where.chief_first():
-        try:
-            for file in files:
-                if not (target / file).exists():
-                    data.fetch(f"{HUB}/{name}/resolve/main/{file}", target / file)
-            if not any((target / file).exists() for file in MODEL):
-                address = f"{HUB}/{name}/resolve/main/"
-                try:
-                    data.fetch(address + MODEL[0], target / MODEL[0])
-                except OSError as error:  # older models have only the second
-                    if getattr(error.__cause__, "code", None) != 404:
-                        raise
-                    data.fetch(address + MODEL[1], target / MODEL[1])
-        except OSError as error:
-            reason = getattr(error.__cause__, "reason", None) or error
-            raise OSError(f"cannot fetch {HUB}/{name} ({reason}); put its files config.json, "
-                          f"scheduler_config.json and {MODEL[0]} (or .bin) into {target}"
-                          ) from error
-    return target
-
-
-# ------------------------------------------------------------------------ the layout of diffusers
-
-# The configuration of UNet2DModel under which it is this network: key → (value, its default there).
-FIXED = {
+# The entries of UNet2DModel's config.json that must have one value, so that it is this network,
+# and the value that diffusers takes for a missing entry.
+CONFIG = {
     "act_fn": ("silu", "silu"), "attention_head_dim": (None, 8), "norm_eps": (1e-6, 1e-5),
     "downsample_padding": (0, 1), "flip_sin_to_cos": (False, True), "freq_shift": (1, 0),
     "norm_num_groups": (32, 32), "time_embedding_type": ("positional", "positional"),
     "center_input_sample": (False, False), "mid_block_scale_factor": (1, 1),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"), "time_embedding_dim": (None, None),
     "resnet_time_scale_shift": ("default", "default"), "add_attention": (True, True),
     "downsample_type": ("conv", "conv"), "upsample_type": ("conv", "conv"),
     "class_embed_type": (None, None), "num_class_embeds": (None, None),
-    "attn_norm_num_groups": (None, None), "time_embedding_dim": (None, None),
+    "attn_norm_num_groups": (None, None),
 }
+# The same for DDPMScheduler's scheduler_config.json.
+SCHEDULER = {"trained_betas": (None, None), "thresholding": (False, False),
+             "clip_sample_range": (1.0, 1.0), "rescale_betas_zero_snr": (False, False)}
 SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic"}
 PREDICTS = {"epsilon": "eps", "sample": "x0"}
+VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large"}
 
+def download(name: str, folder: Path) -> Path:
+    """The files of the model `name` on the hub in folder/name, fetched unless they are there."""
+    target, address = folder / name, f"{HUB}/{name}/resolve/main/"
+    try:
+        for file in ("config.json", "scheduler_config.json"):
+            if not (target / file).exists():
+                data.fetch(address + file, target / file)
+        if not any((target / file).exists() for file in MODEL):
+            try:
+                data.fetch(address + MODEL[0], target / MODEL[0])
+            except OSError as error:  # older models have only the second file
+                if getattr(error.__cause__, "code", None) != 404:
+                    raise
+                data.fetch(address + MODEL[1], target / MODEL[1])
+    except OSError as error:
+        reason = getattr(error.__cause__, "reason", None) or error
+        raise OSError(f"cannot fetch {HUB}/{name} ({reason}); put its files config.json, "
+                      f"scheduler_config.json and {MODEL[0]} (or .bin) into {target}") from error
+    return target
 
-def from_diffusers(path: Path) -> runs.Trained:
-    """A UNet2DModel's weights as a UNet, with the schedule of its scheduler. ValueError if unlike.
+# === From the layout of diffusers =================================================================
 
-    Without a config.json the architecture is read off the shapes (`inferred`), and the schedule is
-    the paper's.
+def from_diffusers(path: Path) -> tuple[UNet, dict, str]:
+    """A UNet2DModel and its scheduler as a UNet, settings and the file's name.
+
+    path: a folder (unet/ and scheduler/, or flat), or a file of weights. Without a config.json the
+    architecture is read off the shapes, and the schedule is the paper's. ValueError if the model is
+    not one that the U-Net here can express.
     """
     folder = path if path.is_dir() else path.parent
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     file = path
     if path.is_dir():
-        file = next((unet / f for f in MODEL if (unet / f).exists()), None)
+        file = next((unet / name for name in MODEL if (unet / name).exists()), None)
         if file is None:
-            raise ValueError(f"{unet} holds neither {MODEL[0]} nor .bin")
-    state = {rename_old(k): v for k, v in read_weights(file).items()}
-    config = read_json(unet / "config.json")
-    settings = from_config(config, unet) if config else inferred(state, file)
+            raise ValueError(f"{unet} holds neither {MODEL[0]} nor {MODEL[1]}")
+    state = {current_name(key): value for key, value in read_weights(file).items()}
+    config = read_json(unet / "config.json") or inferred(state, file)
+    settings = from_config(config, str(unet / "config.json"))
     places = (folder / "scheduler", folder.parent / "scheduler", folder)
     scheduler = next(filter(None, (read_json(p / "scheduler_config.json") for p in places)), None)
     settings.update(from_scheduler(scheduler or {"variance_type": "fixed_large" if
                                                  settings["image_size"] < 256 else "fixed_small"}))
-    net = runs.build_net(settings)
+    net = common.build_network(settings)
     ours, fitted = net.state_dict(), {}
-    for key, other in names(net).items():
+    for here, there in names(net).items():
         for leaf in ("weight", "bias"):
-            if (value := state.pop(f"{other}.{leaf}", None)) is None:
-                raise ValueError(f"{file} lacks {other}.{leaf}")
-            if value.squeeze().shape != ours[f"{key}.{leaf}"].squeeze().shape:
-                raise ValueError(f"{file}: {other}.{leaf} is {tuple(value.shape)}, where the "
-                                 f"network has {tuple(ours[f'{key}.{leaf}'].shape)}")
-            fitted[f"{key}.{leaf}"] = value.float().reshape(ours[f"{key}.{leaf}"].shape)
+            if (value := state.pop(f"{there}.{leaf}", None)) is None:
+                raise ValueError(f"{file} lacks {there}.{leaf}")
+            shape = ours[f"{here}.{leaf}"].shape
+            if value.squeeze().shape != ours[f"{here}.{leaf}"].squeeze().shape:
+                raise ValueError(f"{file}: {there}.{leaf} is {tuple(value.shape)}, where the "
+                                 f"network has {tuple(shape)}")
+            fitted[f"{here}.{leaf}"] = value.float().reshape(shape)
     if state:
         raise ValueError(f"{file} has weights that this network lacks, such as {min(state)}")
     net.load_state_dict(fitted)
-    return runs.Trained(net, runs.build_schedule(settings), settings, str(file))
-
+    return net, settings, str(file)
 
 def names(net: UNet) -> dict[str, str]:
-    """Each layer's name here → its name in UNet2DModel, found by walking the network."""
+    """The name of each layer here → its name in UNet2DModel, found by walking the network."""
     found = {"conv_in": "conv_in", "time.0": "time_embedding.linear_1",
              "time.2": "time_embedding.linear_2", "norm_out": "conv_norm_out",
              "conv_out": "conv_out"}
@@ -140,7 +122,7 @@ def names(net: UNet) -> dict[str, str]:
                 level, j = level + 1, 0
                 continue
             for ours, theirs in in_block.items():
-                if any(True for _ in getattr(module, ours).parameters()):
+                if not isinstance(getattr(module, ours), torch.nn.Identity):
                     found[f"{here}.{ours}"] = f"{there}.resnets.{j}.{theirs}"
             if isinstance(module.attention, Attention):
                 for ours, theirs in in_attention.items():
@@ -148,145 +130,142 @@ def names(net: UNet) -> dict[str, str]:
             j += 1
     return found
 
-
-def rename_old(key: str) -> str:
-    """The attention's weights were called query, key, value and proj_attn until 2022."""
+def current_name(key: str) -> str:
+    """Until 2022 the weights of attention were called query, key, value and proj_attn."""
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"),
                      ("proj_attn", "to_out.0")):
         key = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", key)
     return key
 
-
-def from_config(config: dict, place: Path) -> dict:
-    """UNet2DModel's config.json → settings. ValueError naming the first entry that differs."""
-    for key, (needed, default) in FIXED.items():
+def required(config: dict, table: dict, place: str) -> None:
+    """ValueError naming an entry of `config` whose value is not the one that `table` requires."""
+    for key, (needed, default) in table.items():
         if config.get(key, default) != needed:
-            raise ValueError(f"{place / 'config.json'}: {key} is {config.get(key, default)!r}; "
-                             f"this network is UNet2DModel with {needed!r}")
-    try:
-        widths, down, up = (list(config[k]) for k in
-                            ("block_out_channels", "down_block_types", "up_block_types"))
-        size, c, out = config["sample_size"], config["in_channels"], config["out_channels"]
-        attend = [kind == "AttnDownBlock2D" for kind in down]
-        mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
-        if (set(down) - {"DownBlock2D", "AttnDownBlock2D"} or up != mirrored
-                or out not in (c, 2 * c) or len(widths) != len(down)
-                or any(w % widths[0] for w in widths)
-                or not isinstance(size, int)):
-            raise ValueError("blocks, widths, channels or sample_size of another network")
-        return architecture(c, size, widths, int(config.get("layers_per_block", 2)), attend)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{place / 'config.json'} does not describe this network: "
-                         f"{error!r}") from error
+            raise ValueError(f"{place}: {key} is {config.get(key, default)!r}; here it can only be "
+                             f"{needed!r}")
 
+def from_config(config: dict, place: str) -> dict:
+    """UNet2DModel's config.json → settings. ValueError naming the first entry that differs."""
+    required(config, CONFIG, place)
+    try:
+        widths, down = list(config["block_out_channels"]), list(config["down_block_types"])
+        size, c = config["sample_size"], config.get("in_channels", 3)
+        mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
+        if (set(down) - {"DownBlock2D", "AttnDownBlock2D"} or config["up_block_types"] != mirrored
+                or config.get("out_channels", 3) != c or len(widths) != len(down)
+                or any(w % widths[0] for w in widths) or not isinstance(size, int)):
+            raise ValueError("blocks, widths, channels or sample_size of another network")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{place} does not describe this network: {error!r}") from error
+    return dict(in_channels=c, image_size=size, channels=widths[0], dropout=0.0,
+                blocks=int(config.get("layers_per_block", 2)),
+                multipliers=[w // widths[0] for w in widths],
+                attention=[size // 2 ** level for level, kind in enumerate(down) if "Attn" in kind])
 
 def inferred(state: dict[str, Tensor], file: Path) -> dict:
-    """The settings that the shapes of a UNet2DModel's weights imply; ValueError if they do not.
+    """A config.json that fits the shapes of a UNet2DModel's weights, or ValueError.
 
-    Shapes do not tell the size of the images: it is known if just one level attends, at 16×16.
+    Shapes do not tell the size of the images. It is known if one level attends, at 16×16.
     """
-    def indices(pattern: str) -> list[int]:
-        return sorted({int(m[1]) for k in state if (m := re.match(pattern, k))})
-    levels = indices(r"down_blocks\.(\d+)\.")
-    attend = [bool(indices(rf"down_blocks\.{i}\.attentions\.(\d+)\.")) for i in levels]
-    try:
-        conv_in = state["conv_in.weight"]
-        widths = [len(state[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in levels]
-        if sum(attend) != 1 or any(w % len(conv_in) for w in widths) or widths[0] != len(conv_in):
-            raise ValueError
-        return architecture(conv_in.shape[1], 16 * 2 ** attend.index(True), widths,
-                            len(indices(r"down_blocks\.0\.resnets\.(\d+)\.")), attend)
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"the shapes in {file} do not tell the architecture for certain: put its "
-                         "config.json beside it") from error
-
-
-def architecture(c: int, size: int, widths: list[int], blocks: int, attend: list[bool]) -> dict:
-    """Settings of the network from UNet2DModel's terms."""
-    return dict(in_channels=c, image_size=size, channels=widths[0], blocks=blocks, dropout=0.0,
-                multipliers=[w // widths[0] for w in widths],
-                attention=[size // 2 ** level for level, yes in enumerate(attend) if yes])
-
+    found = {m.groups() for m in map(re.compile(
+        r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.").match, state) if m}
+    levels = range(len({level for level, *_ in found}))
+    down = ["AttnDownBlock2D" if (str(level), "attentions", "0") in found else "DownBlock2D"
+            for level in levels]
+    if down.count("AttnDownBlock2D") != 1 or "conv_in.weight" not in state:
+        raise ValueError(f"the shapes in {file} do not determine the architecture: put its "
+                         "config.json beside it")
+    blocks = sum(level == "0" and kind == "resnets" for level, kind, _ in found)
+    c = state["conv_in.weight"].shape[1]
+    widths = [len(state.get(f"down_blocks.{i}.resnets.0.conv1.weight", ())) for i in levels]
+    return {**{key: needed for key, (needed, _) in CONFIG.items()}, "in_channels": c,
+            "out_channels": c, "sample_size": 16 * 2 ** down.index("AttnDownBlock2D"),
+            "layers_per_block": blocks, "block_out_channels": widths, "down_block_types": down,
+            "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)]}
 
 def from_scheduler(config: dict) -> dict:
-    """DDPMScheduler's config (or another with β's) → settings. ValueError for other chains."""
-    T = config.get("num_train_timesteps", 1000)
-    schedule = SCHEDULES.get(config.get("beta_schedule", "linear"))
-    predict = PREDICTS.get(config.get("prediction_type", "epsilon"))
-    variance = config.get("variance_type", "fixed_small")
-    if (not schedule or not predict or variance not in ("fixed_small", "fixed_large")
-            or config.get("trained_betas") or not isinstance(T, int) or T < 1
-            or not all(isinstance(config.get(k, 1e-4), float) for k in ("beta_start", "beta_end"))):
-        raise ValueError("scheduler_config.json: this sampler knows beta_schedule linear and "
-                         "scaled_linear, prediction_type epsilon and sample, variance_type "
-                         f"fixed_small and fixed_large, not {config}")
-    # `make_schedule` scales the ends by 1000/T; these are not scaled.
-    return dict(timesteps=T, schedule=schedule, predict=predict, variance=variance,
-                beta_start=config.get("beta_start", 1e-4) * T / 1000,
-                beta_end=config.get("beta_end", 0.02) * T / 1000)
+    """DDPMScheduler's scheduler_config.json → settings. ValueError for another chain."""
+    required(config, SCHEDULER, "scheduler_config.json")
+    T, clip = config.get("num_train_timesteps", 1000), config.get("clip_sample", True)
+    ends = [config.get("beta_start", 1e-4), config.get("beta_end", 0.02)]
+    found = dict(beta_schedule=SCHEDULES.get(config.get("beta_schedule", "linear")),
+                 prediction_type=PREDICTS.get(config.get("prediction_type", "epsilon")),
+                 variance_type=VARIANCES.get(config.get("variance_type", "fixed_small")),
+                 num_train_timesteps=T if type(T) is int and T > 1 else None,
+                 beta_start=ends[0] if type(ends[0]) is float else None,
+                 beta_end=ends[1] if type(ends[1]) is float else None,
+                 clip_sample=clip if type(clip) is bool else None)
+    for key, value in found.items():
+        if value is None:
+            raise ValueError(f"scheduler_config.json: {key} {config[key]!r} is not known here")
+    # `make_schedule` multiplies the ends by 1000/T; diffusers takes them as they are.
+    return dict(timesteps=T, schedule=found["beta_schedule"], predict=found["prediction_type"],
+                variance=found["variance_type"], beta_start=ends[0] * T / 1000,
+                beta_end=ends[1] * T / 1000, clip_sample=clip)
 
+# === To the layout of diffusers ===================================================================
 
-def export(trained: runs.Trained, folder: Path) -> None:
-    """A folder that DDPMPipeline.from_pretrained opens. ValueError for what it cannot express."""
-    s = trained.settings
-    if s["predict"] == "mean" or s["variance"] == "learned":
-        raise ValueError("diffusers has no DDPM scheduler for a predicted mean or log-variance: "
-                         "this network cannot be exported")
-    scale = 1000 / s["timesteps"]
-    first, last = (min(s[k] * scale, 0.999) for k in ("beta_start", "beta_end"))
+def export(net: UNet, s: dict, folder: Path) -> None:
+    """Writes a folder that DDPMPipeline.from_pretrained opens; s are the settings of the network.
+
+    ValueError if diffusers cannot express them.
+    """
+    schedules = {**{ours: theirs for theirs, ours in SCHEDULES.items()}, "constant": "linear"}
+    predicts = {ours: theirs for theirs, ours in PREDICTS.items()}
+    for key, known in (("schedule", schedules), ("predict", predicts), ("variance", VARIANCES)):
+        if s[key] not in known:
+            raise ValueError(f"diffusers has no {key} {s[key]}: this network cannot be exported")
+    if s["multipliers"][0] != 1:
+        raise ValueError(f"diffusers has no first multiplier {s['multipliers'][0]}, only 1: this "
+                         "network cannot be exported")
+    first, last = (min(s[key] * 1000 / s["timesteps"], 0.999) for key in ("beta_start", "beta_end"))
     down = [("Attn" if s["image_size"] // 2 ** level in s["attention"] else "") + "DownBlock2D"
             for level in range(len(s["multipliers"]))]
-    config = {"_class_name": "UNet2DModel", **{k: v for k, (v, _) in FIXED.items()},
+    config = {"_class_name": "UNet2DModel", **{key: value for key, (value, _) in CONFIG.items()},
               "sample_size": s["image_size"], "in_channels": s["in_channels"],
               "out_channels": s["in_channels"], "layers_per_block": s["blocks"],
               "block_out_channels": [s["channels"] * m for m in s["multipliers"]],
               "down_block_types": down, "dropout": 0.0,
               "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)]}
-    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": s["timesteps"],
-                 "beta_start": last if s["schedule"] == "constant" else first, "beta_end": last,
-                 "beta_schedule": "scaled_linear" if s["schedule"] == "quadratic" else "linear",
-                 "variance_type": s["variance"], "clip_sample": True, "clip_sample_range": 1.0,
-                 "prediction_type": {v: k for k, v in PREDICTS.items()}[s["predict"]],
-                 "trained_betas": None, "thresholding": False, "timestep_spacing": "leading",
-                 "steps_offset": 0}
+    scheduler = {"_class_name": "DDPMScheduler", **{k: v for k, (v, _) in SCHEDULER.items()},
+                 "num_train_timesteps": s["timesteps"], "beta_end": last,
+                 "beta_start": last if s["schedule"] == "constant" else first,
+                 "beta_schedule": schedules[s["schedule"]], "variance_type": s["variance"],
+                 "clip_sample": s.get("clip_sample", True), "timestep_spacing": "leading",
+                 "steps_offset": 0, "prediction_type": predicts[s["predict"]]}
     index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
              "unet": ["diffusers", "UNet2DModel"]}
-    own = trained.net.state_dict()
-    state = {}
-    for ours, theirs in names(trained.net).items():
-        weight = own[f"{ours}.weight"]
-        linear = ".attentions." in theirs and weight.dim() == 4  # a 1×1 convolution here
-        state[f"{theirs}.weight"] = weight.flatten(1) if linear else weight
-        state[f"{theirs}.bias"] = own[f"{ours}.bias"]
+    own, state = net.state_dict(), {}
+    for here, there in names(net).items():
+        weight = own[f"{here}.weight"]
+        linear = ".attentions." in there and weight.dim() == 4  # a 1×1 convolution here
+        state[f"{there}.weight"] = weight.flatten(1) if linear else weight
+        state[f"{there}.bias"] = own[f"{here}.bias"]
     write_safetensors(folder / "unet" / MODEL[0], state)
     for file, content in (("unet/config.json", config), ("model_index.json", index),
                           ("scheduler/scheduler_config.json", scheduler)):
-        with runs.written_aside(folder / file) as part:
-            part.write_text(json.dumps(content, indent=2) + "\n")
+        with data.written(folder / file) as out:
+            out.write((json.dumps(content, indent=2) + "\n").encode())
 
+# === The formats ==================================================================================
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def read_json(path: Path) -> dict | None:
-    """A JSON object, or None where there is no file. ValueError for anything else."""
+    """A JSON object, or None if there is no such file. ValueError for anything else."""
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
     return content
 
-
-# ------------------------------------------------------------------------------------ the formats
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A .safetensors or .bin file: name → tensor, every float in it finite. ValueError if not."""
+    """A .safetensors or .bin file: name → tensor of finite floating-point numbers, or ValueError.
+    """
     if path.suffix == ".safetensors":
         state = read_safetensors(path)
     else:
@@ -294,76 +273,62 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise
-        except Exception as error:  # torch.load meets a damaged file in a dozen ways
+        except Exception as error:  # torch.load raises many kinds of error for a damaged file
             raise ValueError(f"{path} is no file of weights: {data.first_line(error)}") from error
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             raise ValueError(f"{path} is no dictionary of tensors")
     for key, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{path}: {key} has values that are not finite")
+        if not value.is_floating_point() or not value.float().isfinite().all():
+            raise ValueError(f"{path}: {key} has values that are not finite numbers")
     return state
-
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file: 8 bytes of header length, a JSON header, the tensors' bytes end to end.
 
-    All of the header is checked before a tensor is made. ValueError says what is wrong.
+    The whole header is checked before a tensor is made. ValueError says what is wrong.
     """
     raw = memoryview(Path(path).read_bytes())
 
-    def wrong(what: str) -> ValueError:
-        return ValueError(f"{path} is no sound safetensors file: {what}")
+    def check(sound: bool, what: str) -> None:
+        if not sound:
+            raise ValueError(f"{path} is no sound safetensors file: {what}")
 
     def unique(pairs: list) -> dict:
-        if len({key for key, _ in pairs}) < len(pairs):
-            raise ValueError("a name stands twice")
+        check(len(dict(pairs)) == len(pairs), "a name stands twice in its header")
         return dict(pairs)
 
-    if len(raw) < 8:
-        raise wrong(f"it has {len(raw)} bytes")
-    length, = struct.unpack("<Q", raw[:8])
-    if length > min(len(raw) - 8, 100_000_000):
-        raise wrong(f"its header of {length} bytes does not fit")
+    length = struct.unpack("<Q", raw[:8])[0] if len(raw) >= 8 else math.inf
+    check(length <= min(len(raw) - 8, 100_000_000), "its header is cut")
     try:
-        header = json.loads(bytes(raw[8:8 + length]).decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise wrong(f"its header is not JSON ({data.first_line(error)})") from error
-    if not isinstance(header, dict):
-        raise wrong("its header is no JSON object")
+        header = json.loads(bytes(raw[8:8 + length]), object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        check(False, f"its header is not JSON ({data.first_line(error)})")
+    check(isinstance(header, dict), "its header is no JSON object")
     header.pop("__metadata__", None)
     body, spans = raw[8 + length:], []
     for name, entry in header.items():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise wrong(f"{name!r} lacks dtype, shape or data_offsets")
+        check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"},
+              f"{name!r} lacks dtype, shape or data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise wrong(f"{name!r} has the unknown type {dtype!r}")
-        for numbers in (shape, offsets):
-            if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2 ** 63
-                                                    for n in numbers):
-                raise wrong(f"{name!r} has a shape or offsets that are not lists of sizes")
-        if (len(offsets) != 2 or not offsets[0] <= offsets[1] <= len(body)
-                or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize):
-            raise wrong(f"{name!r} has offsets {offsets}, which do not fit its type and shape")
-        spans.append((offsets, name))
-    end = 0
-    for (begin, stop), name in sorted(spans):
-        if begin != end:
-            raise wrong(f"the bytes of {name!r} overlap others or leave a gap")
-        end = stop
-    if end != len(body):
-        raise wrong(f"{len(body) - end} bytes belong to no tensor")
+        check(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} is no float, but {dtype!r}")
+        check(all(isinstance(sizes, list) and len(sizes) <= 8 and all(
+            type(n) is int and 0 <= n < 2 ** 63 for n in sizes) for sizes in (shape, offsets)),
+              f"{name!r} has a shape or offsets that are not lists of sizes")
+        size = math.prod(shape) * DTYPES[dtype].itemsize
+        check(len(offsets) == 2 and offsets[0] + size == offsets[1],
+              f"{name!r} has offsets that do not fit its type and shape")
+        spans.append(offsets)
+    ends = [0] + [end for _, end in sorted(spans)]
+    check([begin for begin, _ in sorted(spans)] == ends[:-1] and ends[-1] == len(body),
+          "its tensors overlap or leave a gap")
     tensors = {}
-    for (begin, stop), name in spans:
-        dtype, shape = DTYPES[header[name]["dtype"]], header[name]["shape"]
-        flat = (torch.frombuffer(bytearray(body[begin:stop]), dtype=torch.uint8).view(dtype)
-                if stop > begin else torch.empty(0, dtype=dtype))
-        tensors[name] = flat.reshape(shape)
+    for (name, entry), (begin, end) in zip(header.items(), spans):
+        flat = torch.frombuffer(bytearray(body[begin:end] or 8), dtype=DTYPES[entry["dtype"]])
+        tensors[name] = flat[:math.prod(entry["shape"])].reshape(entry["shape"])
     return tensors
 
-
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The tensors as a safetensors file, the header padded to a multiple of 8."""
+    """Writes the tensors as a safetensors file, its header padded to a multiple of 8 bytes."""
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
@@ -373,26 +338,24 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         offset += x.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with runs.written_aside(path) as part, open(part, "wb") as file:
+    with data.written(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, x in ordered:
             file.write(data.raw_bytes(x))
 
-
-@runs.command
+@common.command
 def main(argv=None) -> int:
-    """Export a trained network to the layout of diffusers."""
-    parser = runs.Parser(__doc__)
+    """Exports a trained network to the layout of diffusers."""
+    import sample  # here, because sample imports this module
+    parser = common.Parser(__doc__)
     parser.add_argument("--export", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--checkpoint", help="what to export (default: the newest run)")
-    parser.add_argument("--data-dir", default="data", help="downloads (default: data)")
-    parser.add_argument("--no-ema", action="store_true", help="the weights as trained")
+    parser.add("--checkpoint", "--no-ema", "--data-dir")
     args = parser.parse_args(argv)
-    trained = load(args.checkpoint, args.data_dir, not args.no_ema, runs.machine("cpu", "fp32"))
-    export(trained, args.export)
-    print(f"{args.export} holds {trained.source} for DDPMPipeline.from_pretrained", file=sys.stderr)
+    machine = common.find_machine("cpu", "fp32")
+    trained = sample.load(args.checkpoint, args.data_dir or "data", not args.no_ema, machine)
+    export(trained.net, trained.settings, args.export)
+    data.say(f"{args.export} holds {trained.source} for DDPMPipeline.from_pretrained")
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 import data
 import ddpm
-import runs
+import common
 import sample
 import train
 import weights
 
-CPU = runs.Machine(torch.device("cpu"), torch.float32)
+CPU = common.Machine(torch.device("cpu"), torch.float32)
 CONFIG = {
     "_class_name": "UNet2DModel", "sample_size": 16, "in_channels": 3, "out_channels": 3,
     "block_out_channels": [32, 64], "down_block_types": ["AttnDownBlock2D", "DownBlock2D"],
@@ -139,7 +139,7 @@ def test_golden_outputs_of_diffusers(folder):
     """The same function as UNet2DModel, weights loaded from its layout.
 
     Kills: a missing nonlinearity before the time projection, symmetric padding, another order."""
-    trained = weights.load(str(folder), "data", True, CPU)
+    trained = sample.load(str(folder), "data", machine=CPU)
     torch.testing.assert_close(outputs(trained.net.eval()), torch.tensor(GOLDEN), rtol=1e-4, atol=1e-5)
     assert trained.settings["variance"] == "fixed_large" and trained.settings["attention"] == [16]
     assert trained.schedule.T == 1000 and abs(trained.schedule.betas[1000] - 0.02) < 1e-12
@@ -147,7 +147,7 @@ def test_golden_outputs_of_diffusers(folder):
 
 def test_every_form_of_the_layout_loads(folder, tmp_path_factory):
     """Flat or nested, .safetensors or .bin, attention by its old names, and without a config."""
-    want = outputs(weights.load(str(folder), "data", True, CPU).net.eval())
+    want = outputs(sample.load(str(folder), "data", machine=CPU).net.eval())
     flat = tmp_path_factory.mktemp("flat")
     old = {k.replace("to_q", "query").replace("to_k", "key").replace("to_v", "value").replace(
         "to_out.0", "proj_attn"): v for k, v in state().items()}
@@ -156,7 +156,7 @@ def test_every_form_of_the_layout_loads(folder, tmp_path_factory):
     bare = tmp_path_factory.mktemp("bare") / "model.safetensors"
     bare.write_bytes((folder / "unet" / weights.MODEL[0]).read_bytes())
     for name in (flat, flat / weights.MODEL[1], bare, folder / "unet"):
-        trained = weights.load(str(name), "data", True, CPU)
+        trained = sample.load(str(name), "data", machine=CPU)
         assert torch.equal(outputs(trained.net.eval()), want), name
 
 
@@ -170,7 +170,7 @@ def test_another_architecture_is_refused(folder, key, value):
     approximated."""
     (folder / "unet" / "config.json").write_text(json.dumps({**CONFIG, key: value}))
     with pytest.raises(ValueError, match="config.json"):
-        weights.load(str(folder), "data", True, CPU)
+        sample.load(str(folder), "data", machine=CPU)
 
 
 @pytest.mark.parametrize("change", [
@@ -181,7 +181,7 @@ def test_another_schedule_is_refused(folder, change):
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**SCHEDULER, **change}))
     with pytest.raises(ValueError, match="scheduler_config"):
-        weights.load(str(folder), "data", True, CPU)
+        sample.load(str(folder), "data", machine=CPU)
 
 
 def test_wrong_weights_are_refused(folder):
@@ -197,15 +197,15 @@ def test_wrong_weights_are_refused(folder):
         change(bad)
         path.write_bytes(safetensors(bad))
         with pytest.raises(ValueError, match=match):
-            weights.load(str(folder), "data", True, CPU)
+            sample.load(str(folder), "data", machine=CPU)
     path.unlink()
     with pytest.raises(ValueError, match="neither"):
-        weights.load(str(folder), "data", True, CPU)
+        sample.load(str(folder), "data", machine=CPU)
     lone = {k: v for k, v in good.items() if ".attentions" not in k}
     path.write_bytes(safetensors(lone))
     (folder / "unet" / "config.json").unlink()
     with pytest.raises(ValueError, match="put its config.json beside it"):
-        weights.load(str(path), "data", True, CPU)
+        sample.load(str(path), "data", machine=CPU)
 
 
 def test_hub_name(tmp_path, monkeypatch):
@@ -227,14 +227,14 @@ def test_hub_name(tmp_path, monkeypatch):
     real = data.urllib.request.urlopen
     monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
     for _ in range(2):
-        trained = weights.load("someone/model", tmp_path / "data", True, CPU)
+        trained = sample.load("someone/model", tmp_path / "data", machine=CPU)
     assert len(asked) == 4 and asked[0] == (
         "https://huggingface.co/someone/model/resolve/main/config.json")
     assert trained.settings["channels"] == 32
     monkeypatch.setattr(data.urllib.request, "urlopen",
                         lambda *a, **k: (_ for _ in ()).throw(data.urllib.error.URLError("offline")))
     with pytest.raises(OSError, match="offline.*put its files config.json.*hub/some/other"):
-        weights.load("some/other", tmp_path / "data", True, CPU)
+        sample.load("some/other", tmp_path / "data", machine=CPU)
 
 
 def test_export_is_read_back(folder, tmp_path, capsys):
@@ -242,7 +242,7 @@ def test_export_is_read_back(folder, tmp_path, capsys):
     it."""
     out = tmp_path / "out"
     assert weights.main(["--export", str(out), "--checkpoint", str(folder)]) == 0
-    a, b = (weights.load(str(f), "data", True, CPU) for f in (folder, out))
+    a, b = (sample.load(str(f), "data", machine=CPU) for f in (folder, out))
     assert torch.equal(outputs(a.net), outputs(b.net))
     assert a.settings == b.settings and torch.equal(a.schedule.betas, b.schedule.betas)
     assert json.loads((out / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
@@ -253,16 +253,17 @@ def test_export_is_read_back(folder, tmp_path, capsys):
     flags = ["--dataset", str(tmp_path / "x.pt"), "--init", str(out), "--steps", "1", "--out",
              str(tmp_path / "run"), "--batch-size", "2", "--samples", "0", "--device", "cpu"]
     assert train.main(flags) == 0
-    tuned = weights.load(str(tmp_path / "run"), "data", True, CPU)
+    tuned = sample.load(tmp_path / "run", machine=CPU)
     assert tuned.model_settings == a.model_settings  # warm-up: lr is 0 at the first step
     torch.testing.assert_close(outputs(tuned.net.eval()), outputs(a.net.eval()))
     assert train.main([*flags[:-6], "--out", str(tmp_path / "other"), "--channels", "64",
                        "--steps", "1"]) == 2
     assert sample.main(["--checkpoint", str(out), "--n", "1", "--steps", "3", "--out",
                         str(tmp_path / "x.png")]) == 0
-    learned = a._replace(settings={**a.settings, "variance": "learned"})
-    with pytest.raises(ValueError, match="cannot be exported"):
-        weights.export(learned, out)
+    for change in ({"variance": "learned"}, {"predict": "mean"}, {"predict": "v"},
+                   {"schedule": "cosine"}, {"multipliers": [2, 4]}):
+        with pytest.raises(ValueError, match="cannot be exported"):
+            weights.export(a.net, {**a.settings, **change}, out)
 
 
 # --------------------------------------------------------------------------- the safetensors format
@@ -372,7 +373,7 @@ def test_diffusers_weights_load_here(tmp_path, config, sizes):
         p.data += 0.02 * torch.randn_like(p)
     theirs.save_pretrained(tmp_path)
     assert {k: list(v.shape) for k, v in theirs.state_dict().items()} == layout(config)
-    ours = weights.load(str(tmp_path), "data", True, CPU).net.eval()
+    ours = sample.load(str(tmp_path), "data", machine=CPU).net.eval()
     for n, side in sizes:
         x, t = torch.randn(n, 3, side, side), torch.randint(1, 1001, (n,))
         with torch.no_grad():
@@ -405,7 +406,7 @@ def test_diffusers_opens_what_is_exported(folder, tmp_path, monkeypatch):
     weights.main(["--export", str(out), "--checkpoint", str(folder)])
     pipe = diffusers().DDPMPipeline.from_pretrained(str(out))
     pipe.set_progress_bar_config(disable=True)
-    trained = weights.load(str(out), "data", True, CPU)
+    trained = sample.load(str(out), "data", machine=CPU)
     start, draws = torch.randn(2, 3, 16, 16), torch.randn(50, 2, 3, 16, 16)
     feed = iter(draws)
     monkeypatch.setattr("diffusers.pipelines.ddpm.pipeline_ddpm.randn_tensor", lambda *a, **k: start)

@@ -98,7 +98,7 @@ def test_cifar10_is_read_inside_the_archive(tmp_path):
 def test_cifar10_damaged(tmp_path):
     """A missing file, a cut archive, records of another length, labels above 9."""
     cifar(tmp_path, drop="data_batch_4.bin")
-    with pytest.raises(ValueError, match="no data_batch_4.bin"):
+    with pytest.raises(ValueError, match="no whole data_batch_4.bin"):
         data.load("cifar10", tmp_path)
     path = cifar(tmp_path, label=10)
     with pytest.raises(ValueError, match="label above 9"):
@@ -157,7 +157,7 @@ def test_no_such_data(tmp_path):
 def test_shapes_are_the_same_always():
     """Made by the code: a function of n, size and split; test images are not training images."""
     a, b = data.shapes(16), data.shapes(16)
-    assert torch.equal(a, b) and a.shape == (16, 3, 32, 32) and a.dtype == torch.uint8
+    assert torch.equal(a, b) and a.shape == (16, 3, 16, 16) and a.dtype == torch.uint8
     assert not torch.equal(a, data.shapes(16, split="test"))
     assert a.float().std() > 20 and len(a.flatten(1).unique(dim=0)) == 16
 

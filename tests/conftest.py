@@ -1,4 +1,4 @@
-"""Every test file's hypothesis profile, and the flag for the long forms."""
+"""Settings of all tests, and the flag for the long forms."""
 import warnings
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the networks are tiny, and sums of the same order are the same bits
+torch.set_num_threads(1)  # the networks are tiny, and sums in the same order are the same bits
 
 hypothesis.settings.register_profile("ddpm", deadline=None, derandomize=True, database=None,
                                      max_examples=50)

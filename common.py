@@ -1,0 +1,351 @@
+"""What the scripts share: flags, errors, the machine, random numbers, checkpoints, progress.
+
+A mistake of the user is raised as a ValueError or an OSError whose text is one line. `command`
+prints that line, and nothing else.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import io
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+# torch says this once in an environment without NumPy, which nothing here needs.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import ddpm
+from data import check_writable, first_line, say, written
+from unet import UNet
+
+# === Flags, errors and signals ====================================================================
+
+class UsageError(ValueError):
+    """A mistake in the arguments: exit status 2."""
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors as UsageError. The text at the head of a script begins its --help."""
+
+    def __init__(self, text: str):
+        super().__init__(description=text, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+    def add(self, *names: str) -> None:
+        """Adds flags of FLAGS, which several scripts have."""
+        for name in names:
+            self.add_argument(name, **FLAGS[name])
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+    """A type for argparse: an int or a float from `low` (not `low` itself if `above`) to `high`."""
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high if above else low <= value <= high) or math.isinf(value):
+            limit = f" and ≤ {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole number' if kind is int else 'a number'} "
+                f"{'>' if above else '≥'} {low:g}{limit}")
+        return value
+    return convert
+
+FLAGS = {
+    "--checkpoint": dict(help="a checkpoint.pt, its folder, a diffusers folder, a .safetensors "
+                         "file or a name on the hub (default: the newest run)"),
+    "--no-ema": dict(action="store_true", help="the last weights, not their average"),
+    "--data-dir": dict(help="folder of data sets and downloads (default: the run's, or data)"),
+    "--steps": dict(type=number(int, 2), help="network calls for each sample, at times evenly "
+                    "spaced from T to 1 (default: all T)"),
+    "--no-clip": dict(action="store_true", help="do not clip x̂_0 to [−1, 1]; the paper does not, "
+                      "the authors' code does"),
+    "--seed": dict(type=number(int, 0), default=0, help="seed of all random numbers (default: 0)"),
+    "--batch-size": dict(type=number(int, 1), help="images computed at a time (default: 256 on "
+                         "CUDA, else 16)"),
+    "--device": dict(default="auto", help="cuda, cuda:N, mps or cpu (default: the first of cuda, "
+                     "mps, cpu that is there)"),
+    "--precision": dict(choices=("auto", "bf16", "tf32", "fp32"), default="auto", help="number "
+                        "format of convolutions and matrix products (default: bf16 if the hardware "
+                        "has it, else tf32 on CUDA, else fp32)"),
+}
+
+def command(main: Callable) -> Callable:
+    """Wraps main(argv) → exit status, so that a failure prints one line on stderr.
+
+    The status is 2 for a mistake in the arguments, 128 + its number for a signal, and 1 for
+    anything else. With DDPM_TRACEBACK=1 in the environment a failure shows its traceback.
+    """
+    script = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def run(argv=None) -> int:
+        signals.number, signals.deferred = 0, False
+        before = {n: signal.signal(n, signals.arrive) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return main(argv) or 0
+        except SystemExit as stop:  # --help
+            return stop.code if isinstance(stop.code, int) else 0
+        except KeyboardInterrupt:
+            say(f"{script}: stopped")
+            return 128 + (signals.number or signal.SIGINT)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            if os.environ.get("DDPM_TRACEBACK"):
+                raise
+            text = first_line(error)
+            if "out of memory" in text or "can't allocate memory" in text:
+                text = "out of memory: a smaller --batch-size or smaller --channels needs less"
+            say(f"{script}: {text}")
+            return 2 if isinstance(error, UsageError) else 1
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
+    return run
+
+class Signals:
+    """SIGINT and SIGTERM: the first raises KeyboardInterrupt, a second one ends the process.
+
+    While `deferred` is true, the first only sets `number`; the program asks for it and stops later.
+    """
+    number, deferred = 0, False
+
+    def arrive(self, number: int, frame) -> None:
+        """The handler of both signals."""
+        self.number = number
+        for n in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(n, signal.SIG_DFL)
+        say("\nstopping; a second signal ends at once")
+        if not self.deferred:
+            raise KeyboardInterrupt
+
+signals = Signals()
+
+# === The machine: device, precision, processes ====================================================
+
+class Machine(NamedTuple):
+    """The device and precision of this process, and its place among the processes of torchrun."""
+    device: torch.device
+    dtype: torch.dtype  # of convolutions and matrix products
+    rank: int = 0       # the process of rank 0 is the chief, which writes files and prints
+    world: int = 1      # how many processes there are
+
+    @property
+    def chief(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def share(self, n: int) -> range:
+        """Which of n pieces of work this process does: every world-th one."""
+        return range(self.rank, n, self.world)
+
+    def gather(self, rows: Tensor, n: int) -> Tensor:
+        """The rows of all processes, each with one row for every index of its `share`: n rows."""
+        if self.world == 1:
+            return rows
+        whole = torch.zeros(n, *rows.shape[1:], dtype=rows.dtype, device=self.device)
+        whole[list(self.share(n))] = rows.to(self.device)
+        dist.all_reduce(whole)
+        return whole.to(rows.device)
+
+    @contextlib.contextmanager
+    def chief_first(self) -> Iterator[None]:
+        """The chief runs the block before the others: it downloads a file, and they find it."""
+        if self.world > 1 and not self.chief:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.chief:
+            dist.barrier()
+
+    def model(self, net: nn.Module) -> ddpm.Model:
+        """ε_θ(x_t, t): `net` computed in this machine's precision, with a float32 result."""
+        def call(x: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+                return net(x, t).float()
+        return call
+
+def find_machine(device: str = "auto", precision: str = "auto") -> Machine:
+    """The machine that --device and --precision ask for. UsageError if it is not there."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda" and world > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: there is none here ({first_line(error)})") from error
+    cuda = found.type == "cuda"
+    if precision == "tf32" and not cuda:
+        raise UsageError("--precision tf32 is a format of NVIDIA GPUs: use bf16 or fp32 here")
+    if cuda:
+        torch.cuda.set_device(found)
+        has_bf16 = torch.cuda.get_device_capability(found) >= (8, 0)
+        torch.backends.cudnn.benchmark = True
+        tf32 = precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    else:
+        cpu = getattr(torch.cpu, "get_capabilities", dict)() if found.type == "cpu" else {}
+        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo",
+                                timeout=timedelta(days=1))  # the others wait for a long download
+    return Machine(found, torch.bfloat16 if bf16 else torch.float32, rank, world)
+
+# === Random numbers ===============================================================================
+
+def seed_of(*keys) -> int:
+    """63 bits, hashed from what the seed is for, such as (seed, "step", 17). Sums would collide."""
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big") >> 1
+
+class Noise:
+    """z ~ N(0, I), (B, …). Image i is drawn from generators of its own, seeded by (seed, i).
+
+    So an image depends on its seed and index alone, and not on the batch it is computed in.
+    torch's CPU generator uses 32 bits of a seed: among 50,000 images two would often get the same
+    noise. So each image has two generators there, one for each half of its seed. If u and v are
+    uniform on [0, 1), then u + v modulo 1 is uniform too, and independent of u, and of v.
+    """
+
+    def __init__(self, seed: int, indices, shape: tuple[int, ...], device):
+        self.shape, self.device = tuple(shape), torch.device(device)
+        seeds = [seed_of(seed, "image", i) for i in indices]
+        if self.device.type == "cpu":
+            pairs = [(k % 2 ** 32, k >> 32) for k in seeds]
+        else:
+            pairs = [(k,) for k in seeds]
+        self.generators = [[torch.Generator(device).manual_seed(k) for k in pair] for pair in pairs]
+
+    def __call__(self, t: int | None = None) -> Tensor:
+        z = torch.zeros(len(self.generators), *self.shape, device=self.device)
+        if self.device.type != "cpu":
+            for row, (generator,) in zip(z, self.generators):
+                row.normal_(generator=generator)
+            return z
+        u = z.double()
+        for row, pair in zip(u, self.generators):
+            for generator in pair:
+                row += torch.rand(self.shape, dtype=torch.float64, generator=generator)
+        return torch.special.ndtri((u % 1).clamp(min=2 ** -60)).float()  # Φ⁻¹ of a uniform number
+
+# === The network and the schedule of a run's settings =============================================
+
+def build_network(settings: dict) -> nn.Module:
+    """The U-Net of `settings`. With a learned variance it has twice the output channels."""
+    c = settings["in_channels"]
+    return UNet(c, 2 * c if settings["variance"] == "learned" else c, settings["channels"],
+                tuple(settings["multipliers"]), settings["blocks"], tuple(settings["attention"]),
+                settings["image_size"], settings["dropout"])
+
+def build_schedule(settings: dict) -> ddpm.Schedule:
+    """The noise schedule of `settings`."""
+    return ddpm.make_schedule(*(settings[name] for name in (
+        "timesteps", "schedule", "beta_start", "beta_end")))
+
+# === Checkpoints ==================================================================================
+
+FORMAT = "ddpm checkpoint 1"
+
+def save_checkpoint(path: Path, payload: dict) -> None:
+    """Writes torch.save's bytes and their SHA-256; the file before it stays as checkpoint.prev.pt.
+
+    OSError if it cannot be written; then the checkpoint that was there is still there.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **payload}, buffer)
+    with written(path) as file:
+        file.write(buffer.getbuffer())
+        file.write(hashlib.sha256(buffer.getbuffer()).digest())
+        if path.exists():
+            os.replace(path, previous(path))
+
+def load_checkpoint(path: Path) -> dict:
+    """What `save_checkpoint` wrote: a file, or its folder. ValueError if a single byte changed."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.exists() and previous(path).exists():
+        path = previous(path)  # the run was killed between the two renames of a save
+    if not path.exists():
+        raise ValueError(f"no checkpoint at {path}")
+    raw = memoryview(path.read_bytes())
+    if len(raw) < 32 or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
+        way_out = ""
+        if previous(path) != path and previous(path).exists():
+            way_out = f"; delete it, and the run goes on from the one before it, {previous(path)}"
+        raise ValueError(f"{path} is damaged, or it is no checkpoint of train.py: its checksum "
+                         f"does not match{way_out}")
+    payload = torch.load(io.BytesIO(raw[:-32]), map_location="cpu", weights_only=True)
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this version of train.py")
+    return payload
+
+def previous(path: Path) -> Path:
+    """checkpoint.pt → checkpoint.prev.pt"""
+    return path if path.stem.endswith(".prev") else path.with_suffix(".prev.pt")
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Reserves the folder until this process ends, on whatever way. ValueError if another has it.
+
+    Windows has no such lock.
+    """
+    check_writable(folder / ".lock")
+    with open(folder / ".lock", "a") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another process: wait for it, or give this "
+                             "run another --out") from None
+        yield
+
+# === Progress =====================================================================================
+
+class Progress:
+    """A line on stderr with what is done, the rate and the time left.
+
+    It is drawn anew twice a second on a terminal, and printed every 10 seconds elsewhere.
+    """
+
+    def __init__(self, total: float, unit: str, done: float = 0, quiet: bool = False):
+        self.total, self.unit, self.first, self.quiet = total, unit, done, quiet
+        self.terminal = sys.stderr.isatty()
+        self.started = self.shown = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to draw the line again."""
+        return not self.quiet and time.monotonic() - self.shown >= (0.5 if self.terminal else 10)
+
+    def update(self, done: float, note: str = "", force: bool = False) -> None:
+        """Draws the line if it is due, forced or the last one, which stays."""
+        if self.quiet or not (force or done >= self.total or self.due()):
+            return
+        self.shown = time.monotonic()
+        rate = max(done - self.first, 1e-9) / max(self.shown - self.started, 1e-9)
+        left = timedelta(seconds=round((self.total - done) / rate)) if done > self.first else "?"
+        speed = f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{1 / rate:.0f} s each"
+        line = f"{done:.0f}/{self.total:.0f} {self.unit} {note} {speed}, {left} left"
+        end = "" if self.terminal and done < self.total else "\n"
+        say(("\r\x1b[K" if self.terminal else "") + " ".join(line.split()), end=end)

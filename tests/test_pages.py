@@ -1,0 +1,182 @@
+"""README and PAPER: what they show runs, what they name exists, and nothing is missing."""
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddpm
+import sample
+import train
+from test_mistakes import MISTAKES
+
+HERE = Path(__file__).resolve().parents[1]
+README, PAPER = ((HERE / name).read_text() for name in ("README.md", "PAPER.md"))
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+MODULES = ("ddpm", "train", "sample", "evaluate", "data", "unet", "weights", "common")
+TESTS = ("test_ddpm", "test_commands", "test_data", "test_evaluate", "test_unet", "test_weights")
+
+
+def block(text: str) -> str:
+    """The one Python block of the README that contains this text."""
+    found, = (code for code in BLOCKS if text in code)
+    return found
+
+
+def rows(title: str) -> list[list[str]]:
+    """The cells of the first table under a heading of PAPER.md."""
+    text = PAPER.split(f"## {title}\n")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+# ----------------------------------------------------------------------------------- the examples
+
+@pytest.fixture(scope="module")
+def circle() -> dict:
+    """The names that the README's first example leaves behind: a network that draws a circle."""
+    torch.manual_seed(0)
+    space: dict = {}
+    exec(block("points on a circle"), space)
+    return space
+
+
+def test_another_network_and_other_data(circle):
+    """Samples lie on the circle."""
+    radius = circle["last"].x_t.norm(dim=1)
+    assert abs(radius.mean() - 1) < 0.05 and radius.std() < 0.15
+
+
+def test_another_schedule(circle):
+    """ᾱ_t of the cosine schedule is cos² of a line in t, but for the last β, which is bounded."""
+    exec(block("cosine of Nichol"), circle)
+    bars = circle["cosine"].alpha_bars
+    u = (torch.arange(101, dtype=torch.float64) / 100 + 0.008) / 1.008 * torch.pi / 2
+    want = u.cos() ** 2 / u[0].cos() ** 2
+    torch.testing.assert_close(bars[:-1], want[:-1], rtol=1e-6, atol=1e-9)
+    assert 0 < bars[-1] < 1e-4
+
+
+def test_v_prediction(circle):
+    """A network of v = √ᾱ ε − √(1 − ᾱ) x_0 gives ε back, and the sampler runs on it."""
+    exec(block("v-prediction"), circle)
+    s, model = circle["s"], circle["model"]
+    x0, eps, t = torch.randn(8, 2), torch.randn(8, 2), torch.randint(1, 101, (8,))
+    x_t = ddpm.q_sample(s, x0.double(), t, eps.double())
+    circle["v_net"] = lambda x, t: circle["v_target"](x0.double(), t, eps.double())
+    torch.testing.assert_close(circle["eps_model"](x_t, t), eps.double())
+
+    def v_net(x, t):  # the trained network, asked for v
+        e = model(x.float(), t)
+        return circle["v_target"](ddpm.predict_x0_from_eps(s, x, t, e), t, e)
+    circle["v_net"] = v_net
+    with torch.no_grad():
+        *_, last = ddpm.p_sample_loop(s, circle["eps_model"], torch.randn(500, 2),
+                                      lambda t: torch.randn(500, 2))
+    assert abs(last.x_t.norm(dim=1).mean() - 1) < 0.05
+
+
+def test_ddim(circle):
+    """Twenty deterministic steps end on the circle, and the same noise gives the same points."""
+    torch.manual_seed(1)
+    exec(block("DDIM"), circle)
+    first = circle["x"]
+    torch.manual_seed(1)
+    exec(block("DDIM"), circle)
+    assert abs(first.norm(dim=1).mean() - 1) < 0.05 and first.norm(dim=1).std() < 0.15
+    assert torch.equal(first, circle["x"])
+
+
+def test_two_lines_load_and_draw(tmp_path, monkeypatch):
+    """From Python: a network in evaluation mode, and images of it."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main("--dataset shapes --channels 32 --multipliers 1 --blocks 1 --batch-size 2 "
+                      "--steps 1 --samples 0 --device cpu".split()) == 0
+    space: dict = {}
+    exec(block("sample.load"), space)
+    assert space["images"].shape == (16, 3, 16, 16) and space["images"].dtype == torch.uint8
+    assert not space["trained"].net.training
+
+
+def test_the_algorithms_are_quoted_as_they_stand():
+    """Every line of the two snippets stands in the function that it is said to be from."""
+    for text, function in (("t ~ Uniform", train.training_step), ("z ~ N(0, I) if", ddpm.p_sample_loop)):
+        assert block(text).strip() in inspect.getsource(function), function.__name__
+
+
+@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "bench", "weights"])
+def test_flags_exist(script, capsys):
+    """Every flag that README and PAPER give to a script is one of its flags."""
+    assert importlib.import_module(script).main(["--help"]) == 0
+    text = capsys.readouterr().out
+    joined = (README + PAPER).replace("\\\n", " ")
+    for line in re.findall(rf"(?:python|--) (?:tools/)?{script}\.py([^\n`#]*)", joined):
+        for flag in re.findall(r"--[a-z][a-z-]*", line):
+            assert flag in text, flag
+
+
+def test_pictures_and_links_exist():
+    """Every picture and every file that a page links to is there, and no placeholder is left."""
+    for page in (README, PAPER):
+        for target in re.findall(r"\]\(([^)#]+)\)", page):
+            assert target.startswith("http") or (HERE / target).exists(), target
+        assert not re.search(r"@[A-Z]+@", page)
+        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+                   for title in re.findall(r"^#+ (.*)", page, re.M)}
+        for anchor in re.findall(r"\]\(#([^)]+)\)", page):
+            assert anchor in anchors, anchor
+
+
+# ------------------------------------------------------------------------------- the paper in code
+
+def resolve(name: str) -> object:
+    """`function` of ddpm.py, or `module.function`."""
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module or "ddpm"), function, None)
+
+
+def test_the_map_is_complete_and_true():
+    """Every function and test in it exists, every label and public function of ddpm.py is there.
+
+    And every test in it fails on a mistake."""
+    named, labels = set(), ""
+    for label, _, functions, tests in rows("The map"):
+        labels += label.replace("Eqs.", "Eq.").replace("Algs.", "Alg.").replace("Figs.", "Fig.") + "; "
+        for name in re.findall(r"`([\w.]+)`", functions):
+            assert callable(resolve(name)), name
+            named.add(name)
+        for test in re.findall(r"`(test_\w+)`", tests) or [None]:
+            assert any(hasattr(importlib.import_module(m), test) for m in TESTS), (label, test)
+            assert any(test == entry[1].split(".")[1] for entry in MISTAKES.values()), test
+    for name, thing in vars(ddpm).items():
+        if inspect.isfunction(thing) and thing.__module__ == "ddpm" and not name.startswith("_"):
+            assert name in named, name
+    numbers = {(kind, int(n)) for kind, some in re.findall(r"(Eq|Alg|Table|Fig)\.? ([\d, ]+)", labels)
+               for n in re.findall(r"\d+", some)}
+    wanted = {("Eq", range(1, 17)), ("Alg", range(1, 5)), ("Table", (1, 2, 4)), ("Fig", range(5, 9))}
+    assert {(kind, n) for kind, some in wanted for n in some} <= numbers
+
+
+def test_the_easy_mistakes_are_those_that_are_tried():
+    """PAPER.md lists the mistakes of test_mistakes.py, each with the test that notices it."""
+    listed = {row[0]: re.findall(r"`(test_\w+)`", row[-1]) for row in rows("Easy mistakes")
+              if not row[0].startswith("**")}
+    assert listed == {name: [test.split(".")[1]] for name, (_, test, _) in MISTAKES.items()}
+
+
+def test_the_released_codes_flags_exist(capsys):
+    """Every function and flag in the table of differences exists."""
+    flags = ""
+    for script in (train, sample):
+        script.main(["--help"])
+        flags += capsys.readouterr().out
+    evaluate = importlib.import_module("evaluate")
+    evaluate.main(["--help"])
+    flags += capsys.readouterr().out
+    text = " ".join(row[-1] for row in rows("Where the released code differs"))
+    for flag in re.findall(r"`(--[a-z-]+)", text):
+        assert flag in flags, flag
+    for name in re.findall(r"`(\w+\.\w+)`", text):
+        assert callable(resolve(name)), name

@@ -1,0 +1,177 @@
+"""Speed: images/s in training, milliseconds an image and network call in sampling, and the limit.
+
+    python tools/bench.py                              the paper's CIFAR-10 network, batch 8
+    python tools/bench.py --batch-size 32 --precision fp32
+    python tools/bench.py --vs diffusers               UNet2DModel in the same loops, in turn
+
+A training step is forward, backward, clipping, Adam and averaging. Both networks run in the same
+precision, under torch.autocast, with channels_last. The limit is the speed of the U-Net's own
+convolutions in that precision, with nothing between them.
+"""
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # before torch, because it silences a warning of torch's import
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import sample
+import unet
+from common import UsageError, number
+
+def diffusers_network(channels: int, multipliers: list[int]) -> nn.Module:
+    """UNet2DModel with the same settings, as a function of the paper's t."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise UsageError("--vs diffusers needs diffusers: pip install diffusers") from error
+    down = ["AttnDownBlock2D" if 32 // 2 ** level == 16 else "DownBlock2D"
+            for level in range(len(multipliers))]
+
+    class Network(UNet2DModel):
+        def forward(self, x, t):
+            return super().forward(x, t - 1).sample
+
+    return Network(sample_size=32, block_out_channels=[channels * m for m in multipliers],
+                   down_block_types=down, attention_head_dim=None, norm_eps=1e-6, dropout=0.1,
+                   up_block_types=[kind.replace("Down", "Up") for kind in down[::-1]],
+                   downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
+
+def jobs_of(net: nn.Module, machine: common.Machine, x: torch.Tensor, compile: bool) -> tuple:
+    """A training step, and one network call of the sampler."""
+    net = net.to(machine.device, memory_format=torch.channels_last)
+    t = torch.randint(1, 1001, (len(x),), device=machine.device)
+    params = list(net.parameters())
+    averages = [p.detach().clone() for p in params]
+    adam = torch.optim.Adam(params, lr=1e-6, fused=machine.device.type != "mps")
+    model = machine.model(torch.compile(net) if compile else net)
+    sampler = sample.inference_model(net, machine) if isinstance(net, unet.UNet) else model
+
+    def train():
+        net.train()
+        loss = (model(x, t) - x).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        adam.step()
+        torch._foreach_lerp_(averages, params, 1e-4)
+
+    def call():
+        net.eval()
+        with torch.no_grad():
+            sampler(x, t)
+    return train, call
+
+def limits(net: unet.UNet, machine: common.Machine, x: torch.Tensor) -> tuple:
+    """The network's convolutions alone: forward and backward, and forward."""
+    work = []
+
+    def note(conv: nn.Conv2d, inputs: tuple, _) -> None:
+        alone = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                          conv.padding)
+        y = torch.randn_like(inputs[0], dtype=machine.dtype)
+        work.append((alone.to(machine.device, machine.dtype, memory_format=torch.channels_last),
+                     y.contiguous(memory_format=torch.channels_last).requires_grad_()))
+
+    hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        net(x, torch.ones(len(x), dtype=torch.int64, device=x.device))
+    for hook in hooks:
+        hook.remove()
+
+    def both_ways():
+        for conv, y in work:
+            out = conv(y)
+            out.backward(torch.ones_like(out))
+            conv.weight.grad = conv.bias.grad = y.grad = None
+
+    def forward():
+        with torch.no_grad():
+            for conv, y in work:
+                conv(y)
+    return both_ways, forward
+
+def seconds(job, machine: common.Machine) -> float:
+    """How long a job takes, the queue of the device emptied before and after."""
+    def wait():
+        if machine.device.type != "cpu":
+            getattr(torch, machine.device.type).synchronize()
+    wait()
+    start = time.perf_counter()
+    job()
+    wait()
+    return time.perf_counter() - start
+
+def saved_memory(job) -> float:
+    """GiB that a training step keeps from the forward for the backward pass, weights included."""
+    kept = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        job()
+    return sum(kept.values()) / 2 ** 30
+
+@common.command
+def main(argv=None) -> int:
+    """Measures: see the text at the head of this file."""
+    parser = common.Parser(__doc__)
+    parser.add_argument("--batch-size", type=number(int, 1), default=8, help="(default: 8)")
+    parser.add_argument("--repeat", type=number(int, 1), default=5, help="rounds (default: 5)")
+    parser.add_argument("--channels", type=number(int, 32), default=128, help="(default: 128)")
+    parser.add_argument("--multipliers", type=number(int, 1), nargs="+", default=[1, 2, 2, 2],
+                        help="(default: 1 2 2 2)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for training")
+    parser.add_argument("--vs", choices=("diffusers",), help="compare with UNet2DModel")
+    parser.add("--device", "--precision")
+    args = parser.parse_args(argv)
+    machine, n = common.find_machine(args.device, args.precision), args.batch_size
+    x = torch.randn(n, 3, 32, 32, device=machine.device)
+    net = unet.UNet(channels=args.channels, multipliers=tuple(args.multipliers))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x[:1].cpu(), torch.ones(1, dtype=torch.int64))
+    gflop = counter.get_total_flops() / 1e9
+    rivals = {"ours": jobs_of(net, machine, x, args.compile)}
+    if args.vs:
+        theirs = diffusers_network(args.channels, args.multipliers)
+        rivals["diffusers"] = jobs_of(theirs, machine, x, args.compile)
+    rivals["convolutions"] = limits(net, machine, x)
+    memory = {name: saved_memory(train) for name, (train, _) in rivals.items()}
+    times = {(name, what): [] for name in rivals for what in (0, 1)}
+    progress = common.Progress(args.repeat + 1, "rounds")
+    for turn in range(args.repeat + 1):  # in turn, so that a noisy minute slows all of them
+        for name, what in times:
+            took = seconds(rivals[name][what], machine)
+            if turn:
+                times[name, what].append(took)
+        progress.update(turn + 1)
+
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if machine.device.type == "cuda":
+        name = torch.cuda.get_device_name(machine.device)
+    elif info.exists():
+        name = info.read_text().split("model name\t: ")[-1].splitlines()[0]
+    print(f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}; {str(machine.dtype)[6:]}; batch {n}; "
+          f"{gflop:.2f} GFLOP forward an image; medians of {args.repeat} (lowest – highest)")
+    for (name, what), took in times.items():
+        values = sorted((n / t, 1e3 * t / n)[what] for t in took)
+        speed = (3, 1)[what] * n * gflop / statistics.median(took)
+        ratio = statistics.median(t / own for t, own in zip(took, times["ours", what]))
+        print(f"{name:12} {('train', 'sample')[what]:6} {statistics.median(values):8.2f} "
+              f"{('images/s', 'ms an image')[what]:11} ({values[0]:.2f} – {values[-1]:.2f})  "
+              f"{speed:6.0f} GFLOP/s  {ratio:.2f} × the time of ours")
+    print("kept for the backward pass: " + ", ".join(f"{name} {size:.2f} GiB"
+                                                     for name, size in memory.items()))
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""How many samples of `train.py --dataset shapes` are one clean disc, square, triangle or ring?
+
+    python tools/judge.py runs/shapes                  samples of this network
+    python tools/judge.py samples.pt                   images of sample.py --out samples.pt
+
+A sample is accepted if a picture of the generator's own family (one outline of any kind, place and
+size, in one colour, on a ground of another) lies within a root mean square error of LIMIT levels.
+It also judges the generator's own test images, which it must accept.
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # before torch, because it silences a warning of torch's import
+
+import torch
+from torch import Tensor
+
+import data
+import sample
+
+LIMIT = 8.0   # of 255 levels
+
+
+def residual(images: Tensor) -> Tensor:
+    """The RMS error, in levels of 255, of the best fit of shape, place, size and two colours: (N,).
+
+    A grid of all shapes, places and sizes is searched, then ever finer grids around its best.
+    """
+    n, c, size, _ = images.shape
+    pixels = images.double().flatten(2)                                      # (N, 3, P)
+    total = (pixels - pixels.mean(2, keepdim=True)).square().sum((1, 2))
+    best = torch.full((n,), float("inf"), dtype=torch.float64)
+    place = torch.zeros(n, 3, dtype=torch.float64)
+    for level in range(6):
+        if level == 0:
+            axis = torch.linspace(-0.55, 0.55, 23, dtype=torch.float64)
+            offsets = torch.cartesian_prod(axis, axis, torch.linspace(0.45, 0.8, 8).double())
+        else:
+            axis = torch.linspace(-1, 1, 5, dtype=torch.float64) * 0.05 * 0.6 ** level
+            offsets = torch.cartesian_prod(axis, axis, axis)
+        centres = place.clone()
+        for i in range(n if level else 1):
+            x, y, r = (offsets + centres[i] if level else offsets).unbind(1)
+            masks = data.covers(x, y, r, size).double().flatten(2).flatten(0, 1)     # (4K, P)
+            masks = masks - masks.mean(1, keepdim=True)
+            masks = masks / masks.square().sum(1, keepdim=True).sqrt().clamp(min=1e-9)
+            # Two free colours: what a mask explains is the squared projection on it, per channel.
+            rows = pixels[i:i + 1] if level else pixels
+            explained = (rows @ masks.T).square().sum(1)                     # (N or 1, 4K)
+            value, index = explained.max(1)
+            found = torch.stack([x, y, r], 1).repeat(4, 1)[index]
+            error = (total[i:i + 1] if level else total) - value
+            rows = slice(i, i + 1) if level else slice(None)
+            better = error < best[rows]
+            best[rows] = torch.where(better, error, best[rows])
+            place[rows] = torch.where(better[:, None], found, place[rows])
+    return (best.clamp(min=0) / (c * size * size)).sqrt()
+
+
+@common.command
+def main(argv=None) -> int:
+    """Judges samples: see the text at the head of this file."""
+    parser = common.Parser(__doc__)
+    parser.add_argument("what", help="a run's folder, a checkpoint, or a .pt file of images")
+    parser.add_argument("--n", type=common.number(int, 1), default=200, help="(default: 200)")
+    parser.add("--steps", "--seed", "--device", "--precision")
+    args = parser.parse_args(argv)
+    machine = common.find_machine(args.device, args.precision)
+    if args.what.endswith(".pt") and Path(args.what).name != "checkpoint.pt":
+        images = data.read_tensor(Path(args.what))[:args.n]
+    else:
+        trained = sample.load(args.what, machine=machine)
+        images = sample.draw_samples(trained, args.n, args.seed, 64, args.steps, machine,
+                                     common.Progress(args.n, "samples"))
+    real = data.shapes(args.n, images.shape[2], "test")
+    for name, some in (("samples", images), ("real test images", real)):
+        error = residual(some)
+        print(f"{(error < LIMIT).double().mean():.1%} of {len(some)} {name} are one clean shape "
+              f"(error: median {error.median():.1f}, 95 % below {error.quantile(0.95):.1f} levels)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
