@@ -58,7 +58,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value <= high if above else low <= value <= high) or math.isinf(value):
+        large_enough = value > low if above else value >= low
+        if not (large_enough and value <= high) or math.isinf(value):
             limit = f" and ≤ {high:g}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'a whole number' if kind is int else 'a number'} "
@@ -82,7 +83,7 @@ FLAGS = {
                      "mps, cpu that is there)"),
     "--precision": dict(choices=("auto", "bf16", "tf32", "fp32"), default="auto", help="number "
                         "format of convolutions and matrix products (default: bf16 if the hardware "
-                        "has it, else tf32 on CUDA, else fp32)"),
+                        "has it, else tf32 on CUDA, else fp32; for bits/dim always fp32)"),
 }
 
 def command(main: Callable) -> Callable:
@@ -96,7 +97,7 @@ def command(main: Callable) -> Callable:
     @functools.wraps(main)
     def run(argv=None) -> int:
         signals.number, signals.deferred = 0, False
-        before = {n: signal.signal(n, signals.arrive) for n in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {n: signal.signal(n, signals.arrive) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             return main(argv) or 0
         except SystemExit as stop:  # --help
@@ -113,8 +114,8 @@ def command(main: Callable) -> Callable:
             say(f"{script}: {text}")
             return 2 if isinstance(error, UsageError) else 1
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for n, handler in handlers.items():
+                signal.signal(n, handler)
             if dist.is_available() and dist.is_initialized():
                 dist.destroy_process_group()
     return run
@@ -214,16 +215,21 @@ def find_machine(device: str = "auto", precision: str = "auto") -> Machine:
 # === Random numbers ===============================================================================
 
 def seed_of(*keys) -> int:
-    """63 bits, hashed from what the seed is for, such as (seed, "step", 17). Sums would collide."""
+    """63 bits, hashed from what the seed is for, such as (seed, "step", 17).
+
+    With a sum, seed + step, the runs of neighbouring seeds would share their random numbers. (Of
+    these bits torch's CPU generator uses 32.)
+    """
     return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big") >> 1
 
 class Noise:
     """z ~ N(0, I), (B, …). Image i is drawn from generators of its own, seeded by (seed, i).
 
-    So an image depends on its seed and index alone, and not on the batch it is computed in.
-    torch's CPU generator uses 32 bits of a seed: among 50,000 images two would often get the same
-    noise. So each image has two generators there, one for each half of its seed. If u and v are
-    uniform on [0, 1), then u + v modulo 1 is uniform too, and independent of u, and of v.
+    So its noise does not depend on the batch it is computed in (but on the kind of device).
+    torch's CPU generator uses 32 bits of a seed, with which two among 50,000 images get the same
+    noise with a probability of 25 %. So each image has two generators there, one for each half of
+    its seed. If u and v are independent and uniform on [0, 1), then u + v modulo 1 is uniform too,
+    and independent of u, and of v.
     """
 
     def __init__(self, seed: int, indices, shape: tuple[int, ...], device):
@@ -291,7 +297,7 @@ def load_checkpoint(path: Path) -> dict:
     if len(raw) < 32 or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
         way_out = ""
         if previous(path) != path and previous(path).exists():
-            way_out = f"; delete it, and the run goes on from the one before it, {previous(path)}"
+            way_out = f"; delete it to continue from the one before it, {previous(path)}"
         raise ValueError(f"{path} is damaged, or it is no checkpoint of train.py: its checksum "
                          f"does not match{way_out}")
     payload = torch.load(io.BytesIO(raw[:-32]), map_location="cpu", weights_only=True)
@@ -305,9 +311,9 @@ def previous(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Reserves the folder until this process ends, on whatever way. ValueError if another has it.
+    """Locks the folder while the block runs. ValueError if another process has locked it.
 
-    Windows has no such lock.
+    The lock ends with the process, even with a kill. Windows has no such lock.
     """
     check_writable(folder / ".lock")
     with open(folder / ".lock", "a") as file:

@@ -13,7 +13,6 @@ import gzip
 import hashlib
 import http.client
 import io
-import math
 import os
 import sys
 import tarfile
@@ -60,10 +59,10 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
          image_size: int | None = None) -> Data:
     """The images of `name`: one of NAMES, a .pt file with a uint8 tensor, or a folder of pictures.
 
-    split: "train" or "test". A .pt file has no such parts; a folder has those of its subfolders
-    that bear these names. image_size: side of the images of a folder (256 unless given) and of
-    shapes (16); the other data have a size of their own. ValueError if the data are not what they
-    should be, OSError if they cannot be had.
+    split: "train" or "test", the part of the data to take. A .pt file has no such parts, and a
+    folder only if it has subfolders with these names. image_size: side of the images of a folder
+    (256 unless given) and of shapes (16); the other data have a size of their own. ValueError if
+    the data are not what they should be, OSError if they cannot be had.
     """
     folder = Path(data_dir)
     if name == "shapes":
@@ -80,8 +79,10 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
     elif name.endswith(".pt"):
         data = Data(read_tensor(Path(name)), "")
     elif Path(name).is_dir():
-        part = Path(name, split)
-        source, split = (part, split) if part.is_dir() else (Path(name), "")
+        parts = [part for part in ("train", "test") if Path(name, part).is_dir()]
+        if parts and split not in parts:
+            raise ValueError(f"{name} has a folder {parts[0]}/, but none called {split}/")
+        source, split = (Path(name, split), split) if parts else (Path(name), "")
         return Data(read_folder(source, folder, image_size or 256), split)
     else:
         raise ValueError(f"no data set is called {name!r}: choose {', '.join(NAMES)}, a .pt file "
@@ -129,6 +130,13 @@ def say(text: str, end: str = "\n") -> None:
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr, flush=True)
 
+def fingerprint(images: Tensor, shape: tuple) -> str:
+    """`shape`, and a hash of all bytes of the images."""
+    digest = hashlib.sha256()
+    for part in images.split(max(1, 2 ** 26 // images[0].numel())):  # some 64 MB at a time
+        digest.update(raw_bytes(part))
+    return f"{shape} {digest.hexdigest()}"
+
 def raw_bytes(x: Tensor) -> bytes:
     """The bytes of a tensor as they lie in memory, without the help of NumPy."""
     x = x.cpu().contiguous()
@@ -143,7 +151,7 @@ def _local(folder: Path, name: str, entry: tuple) -> Path:
     file, (address, size, checksum) = entry
     # MNIST and Fashion-MNIST share file names: a folder of one is not taken for the other.
     bare = name not in IDX or ("fashion" in folder.resolve().name.lower()) == ("fashion" in name)
-    for path in (folder / name / file, folder / file)[:1 + bare]:
+    for path in [folder / name / file] + [folder / file] * bare:
         if path.exists():
             return path
     return fetch(address, folder / name / file, size, checksum)
@@ -206,7 +214,7 @@ def read_cifar10(path: Path, split: str = "train") -> Tensor:
         with tarfile.open(fileobj=io.BytesIO(gunzip(path, 200_000_000))) as archive:
             for member in archive:
                 name = Path(member.name).name
-                if name in names and member.isreg() and member.size % 3073 == 0 < member.size:
+                if name in names and member.isreg() and member.size and not member.size % 3073:
                     raw = bytearray(archive.extractfile(member).read())
                     found[name] = torch.frombuffer(raw, dtype=torch.uint8).view(-1, 3073)
     except tarfile.TarError as error:
@@ -285,13 +293,11 @@ def decode(file: Path, size: int) -> Tensor:
     try:
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I"):
-            picture = picture.convert("I")
-            if picture.getextrema()[1] > 65535:
-                raise ValueError("32-bit grey has no known range")
-            picture = picture.point(lambda level: level * (1 / 257) + 0.5).convert("L")
-        if picture.mode == "F":
-            raise ValueError("floating-point grey has no known range")
+            if picture.mode.startswith("I;16") or (picture.mode, opened.format) == ("I", "PNG"):
+                picture = picture.convert("I").point(lambda level: level * (1 / 257) + 0.5)
+                picture = picture.convert("L")
+        if picture.mode in ("I", "F"):
+            raise ValueError("grey of 32 bits has no known range")
         if picture.has_transparency_data:
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))

@@ -3,7 +3,8 @@
 Read it from top to bottom beside the paper (arXiv 2006.11239): sections, equations, algorithms and
 symbols are the paper's, in the paper's order. The network is any function `model(x_t, t)`.
 
-    t         (B,) int64, the paper's time 1 … T, one number for each image of the batch
+    t         the paper's time 1 … T: (B,) int64, one number for each image of the batch; in the
+              algorithms, where all images have the same time, one int
     x0, x_t   (B, …) floating point: images (B, C, H, W) in [−1, 1], or data of any other shape
     eps, z    noise ~ N(0, I) of the same shape, which the caller draws
     x0_hat    x̂_0, an estimate of x_0 (Eq. 15)
@@ -11,14 +12,14 @@ symbols are the paper's, in the paper's order. The network is any function `mode
     D         the number of dimensions of one x0; for images C · H · W
 
 A function `*_mean_variance` returns a distribution. A function that returns a sample takes its
-noise as an argument. A `variance` is always σ², never σ. Likelihoods are in nats, sums over all
-dimensions; `bits_per_dim` converts them.
+noise as an argument. A tensor called `variance` is σ², never σ. Likelihoods are in nats, and sums
+over all dimensions unless the docstring says otherwise; `bits_per_dim` converts them.
 
     s = make_schedule()
     t = torch.randint(1, s.T + 1, (len(x0),))
     loss = loss_simple(s, model, x0, t, torch.randn_like(x0)).mean()          # Algorithm 1, line 5
-    for t, x_t, x0_hat in p_sample_loop(s, model, x_T, lambda t: torch.randn_like(x_T)):
-        ...                                                                   # Algorithm 2
+    for state in p_sample_loop(s, model, x_T, lambda t: torch.randn_like(x_T)):
+        print(state.t, state.x_t, state.x0_hat)                               # Algorithm 2
 """
 from __future__ import annotations
 
@@ -41,15 +42,15 @@ Model = Callable[[Tensor, Tensor], Tensor]
 # One factor of the product is `p_mean_variance` in §3.2; `p_sample_loop` walks the whole chain.
 
 class Gaussian(NamedTuple):
-    """N(mean, variance · I), the form of every distribution in Eqs. 1, 2, 4 and 6."""
+    """A Gaussian with a diagonal covariance, as are all distributions of Eqs. 1, 2, 4 and 6."""
     mean: Tensor      # (B, …)
-    variance: Tensor  # σ², of a shape that broadcasts against the mean
+    variance: Tensor  # σ², for each image or each dimension; it broadcasts against the mean
 
 # --- Eq. 2: the forward process adds noise --------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """β_t, α_t = 1 − β_t and ᾱ_t = ∏_{s≤t} α_s for t = 0 … T: float64 tensors (T + 1,).   [DDPM §2]
+    """β_t, α_t = 1 − β_t and ᾱ_t = ∏_{i≤t} α_i for t = 0 … T: float64 tensors (T + 1,).   [DDPM §2]
 
     β_0 = 0 and ᾱ_0 = 1, so that `alpha_bars[t − 1]` is right at t = 1 too. `times[t]` is the time
     that is passed to the network. It is t, unless `respace` made this schedule from the one in
@@ -75,7 +76,7 @@ class Schedule:
                         self.alpha_bars.to(device, dtype), self.times.to(device), full)
 
 def schedule_from_betas(betas) -> Schedule:
-    """ᾱ_t = ∏_{s=1}^{t} (1 − β_s).   [DDPM §2]
+    """ᾱ_t = ∏_{i=1}^{t} (1 − β_i).   [DDPM §2]
 
     betas: β_1 … β_T, a sequence of numbers in (0, 1). ValueError for anything else.
     """
@@ -111,7 +112,7 @@ def make_schedule(T: int = 1000, kind: str = "linear",
     s = schedule_from_betas(betas)
     if s.alpha_bars[T] > 1e-3:
         raise ValueError(f"ᾱ_T = {s.alpha_bars[T]:.3g} exceeds 10⁻³, so x_T would still show the "
-                         "image: raise beta_end")
+                         "image: the schedule needs a larger beta_end")
     return s
 
 def _like(c: Tensor, x: Tensor) -> Tensor:
@@ -135,8 +136,9 @@ def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 #
 #     −log p_θ(x_0) ≤ E_q[ −log p(x_T) − Σ_{t≥1} log [p_θ(x_{t−1} | x_t) / q(x_t | x_{t−1})] ] =: L
 #
-# by Jensen's inequality (derived in PAPER.md). L is the negative evidence lower bound (ELBO) of a
-# variational autoencoder with a fixed encoder q, whose latents x_1 … x_T have the data's shape.
+# by Jensen's inequality (derived in PAPER.md), here for one x_0; the paper's L is the mean over the
+# data. L is the negative evidence lower bound (ELBO) of a variational autoencoder with a fixed
+# encoder q, whose latents x_1 … x_T have the shape of the data.
 
 # --- Eq. 4: from x_0 to any x_t in one jump -------------------------------------------------------
 
@@ -220,10 +222,10 @@ def _sum(x: Tensor) -> Tensor:
 def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
     """Σ_θ = σ_t² I with σ_t² = β_t ("fixed_large") or σ_t² = β̃_t ("fixed_small").   [DDPM §3.2]
 
-    → (B,) float64. The first is optimal for x_0 ~ N(0, I), the second for x_0 a single point.
-    Ho et al.'s CIFAR-10 code, not the paper: σ_1² is β̃_2 in both cases, because β̃_1 = 0 has no
-    logarithm (T = 1 has no β̃_2: there it is β_1). Only L_0 depends on σ_1², since Algorithm 2 adds
-    no noise at t = 1.
+    → (B,) float64. β_t is optimal if x_0 ~ N(0, I), β̃_t if x_0 is always the same point.
+    Except at t = 1: there σ_1² = β̃_2 in both cases, because β̃_1 = 0 has no logarithm. This is Ho
+    et al.'s CIFAR-10 code, not the paper. (A schedule of one step has no β̃_2: σ_1² = β_1.) Only
+    L_0 depends on σ_1², since Algorithm 2 adds no noise at t = 1.
     """
     if variance not in ("fixed_large", "fixed_small"):
         raise ValueError(f"no fixed variance is called {variance!r}: choose fixed_large or "
@@ -238,7 +240,7 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 
 # --- Eqs. 8 to 12: from L_{t−1} to a prediction of the noise --------------------------------------
 #
-# For a fixed σ_t² the divergence L_{t−1} of two Gaussians depends on θ through the mean alone:
+# For t > 1 and a fixed σ_t² the divergence L_{t−1} depends on θ through the mean μ_θ alone:
 #
 #     L_{t−1} = E_q[ ‖μ̃_t − μ_θ(x_t, t)‖² / (2σ_t²) ] + C,                                  [Eq. 8]
 #     C = D/2 · (log(σ_t²/β̃_t) + β̃_t/σ_t² − 1).
@@ -269,7 +271,7 @@ def vlb_weight(s: Schedule, t: Tensor, variance: str = "fixed_large") -> Tensor:
     return weight / (2 * p_variance(s, t, variance))
 
 class Reverse(NamedTuple):
-    """p_θ(x_{t−1} | x_t) = N(mean, variance · I) of Eq. 1, with the x̂_0 that belongs to it."""
+    """p_θ(x_{t−1} | x_t) of Eq. 1 as a Gaussian, with the x̂_0 that belongs to it."""
     mean: Tensor
     variance: Tensor
     x0_hat: Tensor
@@ -283,7 +285,8 @@ def p_mean_variance(s: Schedule, model: Model, x_t: Tensor, t: Tensor, predict: 
     channels, and the second half is log σ², one number for each dimension.
     clip: Ho et al.'s code, not the paper: x̂_0 is clipped to [−1, 1] and put into Eq. 7. That is
     Eq. 11 again wherever nothing was clipped. A predicted mean is not clipped.
-    ValueError for "learned" with a schedule of `respace`, because it belongs to the original steps.
+    ValueError for "learned" with a schedule of `respace`: the network knows the variance of its own
+    steps only.
     """
     out = model(x_t, s.times[t])
     if variance == "learned":
@@ -309,7 +312,7 @@ def p_mean_variance(s: Schedule, model: Model, x_t: Tensor, t: Tensor, predict: 
     else:
         raise ValueError(f"no network predicts {predict!r}: choose eps, x0 or mean")
 
-    if clip:
+    if clip:  # Eq. 7 replaces Eq. 11, to which it is equal where nothing is clipped
         x0_hat = x0_hat.clamp(-1, 1)
         if predict != "mean" or s.full is not None:
             mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean
@@ -331,9 +334,9 @@ def p_sample_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int],
                   start: int | None = None, **choices) -> Iterator[State]:
     """x_{t−1} = μ_θ(x_t, t) + σ_t z for t = T … 1, with z = 0 at t = 1.   [DDPM Alg. 2]
 
-    x_T: (B, …) ~ N(0, I). noise(t): returns z ~ N(0, I), and is not called at t = 1. start: begin
-    at this time in place of T; x_T is then x_start. choices: predict, variance and clip of
-    `p_mean_variance`. Yields the states at t = T … 0; the last one holds x_0.
+    x_T: (B, …) ~ N(0, I). noise(t): returns the z ~ N(0, I) of the step from t to t − 1, and is not
+    called at t = 1. start: begin at this time in place of T; x_T is then x_start. choices: predict,
+    variance and clip of `p_mean_variance`. Yields the states at t = T … 0; the last one holds x_0.
     """
     if start is None:
         start = s.T
@@ -343,7 +346,8 @@ def p_sample_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int],
     for t in range(start, 0, -1):
         # 3: z ~ N(0, I) if t > 1, else z = 0
         z = noise(t) if t > 1 else torch.zeros_like(x_t)
-        # 4: x_{t−1} = (x_t − (1 − α_t)/√(1 − ᾱ_t) ε_θ(x_t, t)) / √α_t + σ_t z
+        # 4: x_{t−1} = (x_t − (1 − α_t)/√(1 − ᾱ_t) ε_θ(x_t, t)) / √α_t + σ_t z, where p.mean is the
+        #    first part (Eq. 11; if something is clipped, Eq. 7 with the clipped x̂_0)
         p = p_mean_variance(s, model, x_t, _all(t, x_t), **choices)
         yield State(t, x_t, p.x0_hat)
         x_t = p_sample(p, z)
@@ -375,10 +379,11 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, variance: Tens
     return log_b + torch.log(-torch.expm1(log_a - log_b))
 
 def _log_cdf(x: Tensor) -> Tensor:
-    """log Φ(x), the logarithm of the standard normal distribution function.
+    """log Φ(x), where Φ(x) = erfc(−x/√2)/2 = e^{−x²/2} erfcx(−x/√2)/2.
 
-    `torch.special.log_ndtr` has the same value, but its gradient has a relative error of 10⁻⁴ at
-    x = −10⁶. Here erfcx(x) = e^{x²} erfc(x) varies slowly, and −x²/2 is differentiated exactly.
+    The second form is for x < −1: erfcx varies slowly there, so that value and gradient are exact
+    (the gradient of `torch.special.log_ndtr` is off by 10⁻⁴ at x = −10⁶). `clamp` keeps each form
+    away from where the other one is used, because `torch.where` differentiates both.
     """
     tail, rest = x.clamp(max=-1), x.clamp(min=-1)
     log_tail = (torch.special.erfcx(-tail / math.sqrt(2)) / 2).log() - tail ** 2 / 2
@@ -388,14 +393,15 @@ def vlb_term(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, p: Gaussian | Reve
     """L_{t−1} = KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)); L_0 at t = 1.   [DDPM Eq. 5]
 
     x_t ~ q(x_t | x_0); p: p_θ(x_{t−1} | x_t) as `p_mean_variance` returns it; t may differ between
-    images. Where t = 1, x0 must be 8-bit images (Eq. 13). → (B,) nats in float64, with a gradient
-    in p.
+    images. Where t = 1, x0 must lie on the 256 levels of Eq. 13. → (B,) nats in float64, with a
+    gradient in p.
     """
     x0, x_t = _float64(x0), _float64(x_t)
     p = Gaussian(_float64(p.mean), _float64(p.variance))
     q = q_posterior_mean_variance(s, x0, x_t, t)
-    is_first = _like(t, x0) == 1
-    # At t = 1 no KL is taken. Its variance β̃_1 = 0 is replaced, or the gradient would be NaN.
+    is_first = _like(t == 1, x0).bool()
+    # The KL at t = 1 is not used, but `torch.where` differentiates it, and β̃_1 = 0 would make its
+    # gradient NaN. So a 1 is put in its place.
     q = Gaussian(q.mean, torch.where(is_first, 1.0, q.variance))
     L_0 = -discretized_gaussian_log_likelihood(x0, p.mean, p.variance)
     return _sum(torch.where(is_first, L_0, normal_kl(q, p)))
@@ -410,10 +416,11 @@ def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
                 predict: str = "eps") -> Tensor:
     """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖² / D.   [DDPM Eq. 14; Alg. 1, line 5]
 
-    → (B,), to be averaged over a batch in which t is uniform on 1 … T. For t > 1 it is Eq. 12
-    without its weight, which is largest at small t. So L_simple counts the errors at small t, where
-    x_t has little noise, less than the bound does. At t = 1 it corresponds to L_0 with the integral
-    of Eq. 13 approximated by the density times the width of the bin, σ_1² and the edges ignored.
+    → (B,), to be averaged over a batch in which t is uniform on 1 … T. The factor 1/D is the
+    released code's; the paper has none. For t > 1 it is Eq. 12 without its weight, which is largest
+    at small t. So L_simple counts the errors at small t, where x_t has little noise, less than the
+    bound does. At t = 1 it corresponds to L_0 with the integral of Eq. 13 approximated by the
+    density times the width of the bin, σ_1² and the edges ignored.
     predict: "x0" and "mean" compare the network with x_0 and with μ̃_t in place of ε (Table 2).
     """
     x_t = q_sample(s, x0, t, eps)
@@ -431,27 +438,30 @@ def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
 #
 # A sender who knows x_0 transmits x_T, x_{T−1}, …, x_1 and at last x_0 to a receiver who knows only
 # the model. With reverse channel coding a sample of q can be sent to somebody who knows p in about
-# KL(q ‖ p) nats, on average and approximately, which the paper assumes. (To draw from q first and
-# to code that value with the density of p would cost E_q[−log p], which is more.) L_T, then
-# L_{T−1}, …, L_1 are then the lengths of the messages, and L_0 is the length of the last one, which
-# makes the code lossless. At every time t the receiver has an estimate x̂_0 of the image (Eq. 15).
+# KL(q ‖ p) nats, on average and approximately, which the paper assumes. (To draw a value from q and
+# then to code it with p, to a precision δ in each dimension, would cost E_q[−log p] − D log δ. That
+# grows without limit as δ → 0.) So the messages have the lengths L_T, L_{T−1}, …, L_1, and the last
+# one L_0, which makes the code lossless. At each time t the receiver has an estimate x̂_0 (Eq. 15).
 
 def predict_x0_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ(x_t)) / √ᾱ_t, which is Eq. 4 solved for x_0.   [DDPM Eq. 15]"""
+    """x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t: Eq. 4 solved for x_0.   [DDPM Eq. 15]"""
     alpha_bar = s.alpha_bars[t]
     return (x_t - _like((1 - alpha_bar).sqrt(), x_t) * eps) / _like(alpha_bar.sqrt(), x_t)
 
 def predict_eps_from_x0(s: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t), which is Eq. 4 solved for ε.   [DDPM Eq. 15 inverted]"""
+    """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t): Eq. 4 solved for ε.   [DDPM Eq. 15 inverted]"""
     alpha_bar = s.alpha_bars[t]
     return (x_t - _like(alpha_bar.sqrt(), x_t) * x0) / _like((1 - alpha_bar).sqrt(), x_t)
 
 def predict_x0_from_mean(s: Schedule, x_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-    """The x_0 for which μ̃_t(x_t, x_0) = mean.   [DDPM Eq. 7 solved for x_0]"""
-    alpha_bar, alpha_bar_before = s.alpha_bars[t], s.alpha_bars[t - 1]
-    weight_x0 = alpha_bar_before.sqrt() * s.betas[t] / (1 - alpha_bar)
-    weight_x_t = s.alphas[t].sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
-    return (mean - _like(weight_x_t, x_t) * x_t) / _like(weight_x0, x_t)
+    """The x_0 for which μ̃_t(x_t, x_0) = mean.   [DDPM Eq. 7 solved for x_0]
+
+    μ̃_t is a sum of two terms: x_0 = 0 leaves that of x_t, and x_0 = 1, x_t = 0 the weight of x_0.
+    """
+    zero, one = torch.zeros_like(x_t), torch.ones_like(x_t)
+    term_x_t = q_posterior_mean_variance(s, zero, x_t, t).mean
+    weight_x0 = q_posterior_mean_variance(s, one, zero, t).mean
+    return (mean - term_x_t) / weight_x0
 
 class Sent(NamedTuple):
     """What the receiver holds at time t, and how much has been sent for it."""
@@ -464,59 +474,62 @@ def send(s: Schedule, model: Model, x0: Tensor, noise: Callable[[int], Tensor],
          **choices) -> Iterator[Sent]:
     """x_T ~ q(x_T | x_0); x_t ~ q(x_t | x_{t+1}, x_0) for t = T − 1 … 1; x_0.   [DDPM Alg. 3]
 
-    x0: 8-bit images (B, …). noise(t): returns the noise ~ N(0, I) of x_t. choices: those of
-    `p_mean_variance`. It accounts for the length of the messages and writes no bits. Yields t =
-    T … 0: the rate at t = 1 is L_T + L_{T−1} + … + L_1, and that at t = 0 is the whole of Eq. 5.
+    x0: (B, …) on the 256 levels of Eq. 13. noise(t): returns the noise ~ N(0, I) with which x_t is
+    drawn. choices: those of `p_mean_variance`. Nothing is written: the messages are only accounted
+    for, by their length. Yields t = T … 0, where the rate at t = 1 is L_T + L_{T−1} + … + L_1, and
+    that at t = 0 is the whole of Eq. 5.
     """
-    # 1: send x_T ~ q(x_T | x_0) using p(x_T)
-    x_t = q_sample(s, x0, _all(s.T, x0), noise(s.T))
+    # 1: send x_T ~ q(x_T | x_0) using p(x_T), for L_T nats
+    x = q_sample(s, x0, _all(s.T, x0), noise(s.T))
     rate = prior_kl(s, x0)
-    # 2: for t = T − 1, …, 1 do
+    # 2: for t = T − 1, …, 1 do   (here x is x_{t+1})
     for t in range(s.T - 1, 0, -1):
-        p = p_mean_variance(s, model, x_t, _all(t + 1, x0), **choices)
-        yield Sent(t + 1, x_t, p.x0_hat, rate)
-        # 3: send x_t ~ q(x_t | x_{t+1}, x_0) using p_θ(x_t | x_{t+1})
-        q = q_posterior_mean_variance(s, x0, x_t, _all(t + 1, x0))
-        rate = rate + vlb_term(s, x0, x_t, _all(t + 1, x0), p)
-        x_t = q.mean + q.variance.sqrt() * noise(t)
-    # 5: send x_0 using p_θ(x_0 | x_1)
-    p = p_mean_variance(s, model, x_t, _all(1, x0), **choices)
-    yield Sent(1, x_t, p.x0_hat, rate)
-    rate = rate + vlb_term(s, x0, x_t, _all(1, x0), p)
-    yield Sent(0, x0, x0, rate)
+        after = _all(t + 1, x0)
+        p = p_mean_variance(s, model, x, after, **choices)
+        yield Sent(t + 1, x, p.x0_hat, rate)
+        # 3: send x_t ~ q(x_t | x_{t+1}, x_0) using p_θ(x_t | x_{t+1}), for L_t nats
+        q = q_posterior_mean_variance(s, x0, x, after)
+        rate = rate + vlb_term(s, x0, x, after, p)
+        x = q.mean + q.variance.sqrt() * noise(t)
+    # 5: send x_0 using p_θ(x_0 | x_1), for L_0 nats   (here x is x_1)
+    p = p_mean_variance(s, model, x, _all(1, x0), **choices)
+    yield Sent(1, x, p.x0_hat, rate)
+    yield Sent(0, x0, x0, rate + vlb_term(s, x0, x, _all(1, x0), p))
 
 def receive(s: Schedule, model: Model, x_T: Tensor, decode: Callable[[int, Reverse], Tensor],
             **choices) -> Iterator[State]:
     """x_t, received using p_θ(x_t | x_{t+1}), for t = T − 1 … 0.   [DDPM Alg. 4]
 
-    x_T: (B, …), received using p(x_T). decode(t, p): returns the x_t that was sent, where p is the
-    p_θ(x_t | x_{t+1}) by which it is coded; at t = 0, x_0 itself. Yields the states at t = T … 0.
+    x_T: (B, …), received using p(x_T). decode(t, p): the caller's decoder, which returns the x_t
+    that was sent, where p is the p_θ(x_t | x_{t+1}) by which it was coded; at t = 0 it returns x_0.
+    Yields the states at t = T … 0.
     """
     # 1: receive x_T using p(x_T)
-    x_t = x_T
-    # 2: for t = T − 1, …, 0 do
+    x = x_T
+    # 2: for t = T − 1, …, 0 do   (here x is x_{t+1})
     for t in range(s.T - 1, -1, -1):
-        p = p_mean_variance(s, model, x_t, _all(t + 1, x_t), **choices)
-        yield State(t + 1, x_t, p.x0_hat)
+        p = p_mean_variance(s, model, x, _all(t + 1, x), **choices)
+        yield State(t + 1, x, p.x0_hat)
         # 3: receive x_t using p_θ(x_t | x_{t+1})
-        x_t = decode(t, p)
+        x = decode(t, p)
     # 5: return x_0
-    yield State(0, x_t, x_t)
+    yield State(0, x, x)
 
 class Bound(NamedTuple):
-    """The three parts of Eq. 5 in nats, (B,) each. Their sum bounds −log p_θ(x_0) from above."""
+    """The three parts of Eq. 5 in nats, (B,) each."""
     L_T: Tensor
-    L_t: Tensor   # Σ_{t=2}^{T} L_{t−1}
+    L_middle: Tensor  # Σ_{t=2}^{T} L_{t−1}
     L_0: Tensor
 
 def variational_bound(s: Schedule, model: Model, x0: Tensor, noise: Callable[[int], Tensor],
                       **choices) -> Bound:
     """L = L_T + Σ_{t=2}^{T} L_{t−1} + L_0, estimated from one path x_1 … x_T.   [DDPM Eq. 5]
 
-    The arguments are those of `send`. The expectation of the sum is L ≥ −log p_θ(x_0) (Eq. 3).
+    The arguments are those of `send`, which adds up the same terms: its rate is L_T at t = T, then
+    L_T + Σ L_{t−1} at t = 1, and all at t = 0. The expectation of the sum is L ≥ −log p_θ(x_0).
     """
     rate = {sent.t: sent.rate for sent in send(s, model, x0, noise, **choices)}
-    return Bound(L_T=rate[s.T], L_t=rate[1] - rate[s.T], L_0=rate[0] - rate[1])
+    return Bound(L_T=rate[s.T], L_middle=rate[1] - rate[s.T], L_0=rate[0] - rate[1])
 
 def distortion(x0: Tensor, x0_hat: Tensor) -> Tensor:
     """127.5 √(‖x_0 − x̂_0‖² / D), the root mean square error in pixel values.   [DDPM §4.3]  → (B,)
@@ -539,9 +552,10 @@ def interpolate(s: Schedule, model: Model, x0: Tensor, other: Tensor, lam: Tenso
                 **choices) -> Iterator[State]:
     """x̄_t = (1 − λ) x_t + λ x'_t, decoded by p_θ from the same t.   [DDPM §4.4]
 
-    x0, other: (B, …), the two images; lam: λ (B,) in [0, 1]; t: one number, 500 in the paper;
-    eps, eps_other: the noise that encodes them as x_t and x'_t (Eq. 4), the same for every λ;
-    noise, choices: as in `p_sample_loop`, whose states from t on are yielded.
+    lam: (B,), one λ in [0, 1] for each row of the batch; x0, other: (B, …), the two images in each
+    row; t: one number, 500 in the paper; eps, eps_other: the noise that encodes them as x_t and
+    x'_t (Eq. 4), the same for every λ; noise, choices: as in `p_sample_loop`, whose states from t
+    on are yielded.
     """
     x_t = q_sample(s, x0, _all(t, x0), eps)
     other_t = q_sample(s, other, _all(t, x0), eps_other)

@@ -5,7 +5,7 @@
     python evaluate.py --fid --n 50000                 FID and Inception score of 50,000 samples
     python evaluate.py --fid --samples samples.pt      the same for images made before
 
-Every noise is a function of (seed, image, t), so the same command gives the same numbers.
+All noise is a function of seed, image and t, so the same command gives the same numbers.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/
 def strata(T: int, K: int) -> list[tuple[int, int]]:
     """2 … T cut into at most K ranges (first, last), whose ends are spaced as the logarithm of t.
 
-    L_{t−1} falls roughly as 1/t, so the sums of the ranges are about equal.
+    L_{t−1} is largest at small t, and the ranges are short there.
     """
     ends = [2]
     for k in range(1, K + 1):
@@ -229,8 +229,8 @@ def scores(trained, images: Tensor, name: str, split: str, machine: Machine, arg
     if min(len(made), len(images)) < 2:
         raise ValueError("FID needs two images or more on either side")
     features, probabilities = inception_outputs(net, made, machine, args.batch_size, "samples seen")
-    key = seed_of(name, split, tuple(images.shape), hashlib.sha256(file.read_bytes()).hexdigest(),
-                  data.raw_bytes(images[torch.linspace(0, len(images) - 1, 64).long()]))
+    key = seed_of(data.fingerprint(images, tuple(images.shape)),
+                  hashlib.sha256(file.read_bytes()).hexdigest())
     cache = Path(args.data_dir, f"inception-{Path(name).stem}-{split}-{key:x}.pt")
     real = None
     if cache.exists():

@@ -6,8 +6,10 @@
     python sample.py --progressive                     x̂_0 over time, one row an image (Figure 6)
     python sample.py --shared                          samples that share x_t (Figure 7)
     python sample.py --interpolate                     between images of the data set (Figure 8)
+    torchrun --nproc-per-node 8 -- sample.py --n 50000 --out samples.pt          on 8 GPUs
 
-Image i is a function of (seed, i). The batch size changes it by rounding errors only.
+Image i is a function of the seed, of i and of the kind of device. The batch size changes it by
+rounding errors only.
 """
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ class Trained(NamedTuple):
         """The settings that say which function the network is, and of which chain."""
         return {name: self.settings[name] for name in (
             "in_channels", "image_size", "channels", "multipliers", "blocks", "attention",
-            "timesteps", "schedule", "beta_start", "beta_end", "predict", "variance")}
+            "timesteps", "schedule", "beta_start", "beta_end", "predict", "variance", "clip_sample")
+            if name in self.settings}
 
     @property
     def choices(self) -> dict:
@@ -110,8 +113,8 @@ def draw_samples(trained: Trained, n: int, seed: int = 0, batch_size: int | None
                  progress: Progress | None = None, **choices) -> Tensor:
     """Images 0 … n − 1 of a seed, by `ddpm.p_sample_loop`: uint8 (n, C, H, W) on the CPU.
 
-    steps: network calls an image, T by default. choices: others than `trained.choices`. Under
-    torchrun the processes share the work, and each of them gets all images.
+    steps: network calls for each image, T by default. choices: these replace `trained.choices`.
+    Under torchrun the processes share the work, and each of them gets all images.
     """
     machine = machine or common.find_machine(str(next(trained.net.parameters()).device))
     s = trained.schedule if steps is None else ddpm.respace(trained.schedule, steps)

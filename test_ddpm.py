@@ -129,7 +129,7 @@ def test_sec4_schedules_by_name():
     for bad in (dict(T=0), dict(kind="cosine"), dict(beta_end=0.0), dict(beta_start=1.0)):
         with pytest.raises(ValueError):
             ddpm.make_schedule(**bad)
-    with pytest.raises(ValueError, match="raise beta_end"):
+    with pytest.raises(ValueError, match="larger beta_end"):
         ddpm.make_schedule(beta_end=0.002)
     with pytest.raises(ValueError, match="T ≥ 2"):
         ddpm.make_schedule(T=1)

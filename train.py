@@ -1,13 +1,13 @@
 """Algorithm 1: train ε_θ.
 
-    python train.py --dataset cifar10                  the paper's run, into runs/cifar10/
+    python train.py --dataset cifar10                  the paper's settings, into runs/cifar10/
     python train.py --dataset cifar10                  the same command again resumes it
     python train.py --dataset shapes                   minutes on a CPU, no download
     python train.py --dataset shapes --help            every setting, with its value for shapes
-    torchrun --nproc-per-node 8 train.py               the same run with its batch spread on 8 GPUs
+    torchrun --nproc-per-node 8 train.py               the same batches, spread over 8 GPUs
 
-Everything random in step k is drawn from (seed, k) alone, so a resumed run is bit-identical to an
-uninterrupted one (on the same machine, with the same number of threads).
+What step k draws depends on the seed and on k alone (and dropout on the process), so a resumed run
+is bit-identical to an uninterrupted one on the same machine with the same number of threads.
 """
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import hashlib
 import json
 import os
 import re
@@ -37,8 +36,8 @@ from common import UsageError, number, seed_of
 from data import say
 
 # === Settings =====================================================================================
-# The defaults are the paper's CIFAR-10 run (§4, Appendix B). "code:" marks what only the authors'
-# released code has. RECIPES below has what other data sets change.
+# The defaults are the paper's CIFAR-10 run (§4, Appendix B). The warm-up and the clipping are those
+# of its released code, and ema_ramp is not in it. RECIPES has what other data change.
 
 count, positive = number(int, 1), number(float, 0, above=True)
 fraction = number(float, 0, 0.999, above=True)
@@ -46,15 +45,15 @@ SETTINGS = {
     # name: (default, type, meaning)
     "dataset": ("cifar10", str, f"{', '.join(data.NAMES)}, a .pt file or a folder of pictures"),
     "data_dir": ("data", str, "folder of the data sets, and of downloads"),
-    "image_size": (None, count, "side in pixels, for a folder of pictures (256) or shapes (32)"),
+    "image_size": (None, count, "side in pixels, for a folder of pictures (256) or shapes (16)"),
     "flip": (True, bool, "mirror each image at random, with probability 1/2"),
     "steps": (800_000, count, "training steps in all"),
     "batch_size": (128, count, "images in a step, summed over all processes"),
     "lr": (2e-4, positive, "learning rate of Adam"),
-    "warmup": (5000, number(int, 0), "code: steps in which the learning rate rises from 0"),
-    "clip": (1.0, positive, "code: largest norm of the gradient; larger ones are scaled down"),
-    "ema": (0.9999, number(float, 0, 1), "decay of the averaged weights, with which one samples"),
-    "ema_ramp": (True, bool, "begin with a smaller decay, (1 + k)/(10 + k) at step k; not theirs"),
+    "warmup": (5000, number(int, 0), "steps in which the learning rate rises from 0"),
+    "clip": (1.0, positive, "largest norm of the gradient; larger ones are scaled down"),
+    "ema": (0.9999, number(float, 0, 1), "decay of the averaged weights, which sampling uses"),
+    "ema_ramp": (True, bool, "let the decay begin at 0.1 and rise; off: the released code"),
     "dropout": (0.1, number(float, 0, 0.99), "probability of dropout in each residual block"),
     "channels": (128, count, "width of the U-Net's first level, a multiple of 32"),
     "multipliers": ([1, 2, 2, 2], count, "width of each level of the U-Net over --channels"),
@@ -73,7 +72,7 @@ SETTINGS = {
     "save_every": (5000, count, "steps between two checkpoints"),
     "sample_every": (25_000, count, "steps between two grids of samples"),
     "samples": (64, number(int, 0), "images in a grid; 0 draws no grids"),
-    "sample_steps": (None, number(int, 2), "network calls for each image of a grid (all T)"),
+    "sample_steps": (None, number(int, 2), "network calls for each image of a grid"),
 }
 RECIPES = {
     "mnist": dict(flip=False),
@@ -82,7 +81,8 @@ RECIPES = {
                    channels=64, multipliers=[1, 2, 2], blocks=1, variance="fixed_small",
                    save_every=500, sample_every=1000, samples=36, sample_steps=250),
 }
-# CelebA-HQ and LSUN, 256×256 (§4, Appendix B). The paper does not flip LSUN Bedroom.
+# CelebA-HQ and LSUN, 256×256 (§4, Appendix B). LSUN took 1.2 to 2.4 million steps, and LSUN Bedroom
+# was not flipped. The variance is that of the released code.
 RECIPE_256 = dict(multipliers=list(unet.SETTINGS_256["multipliers"]), dropout=0.0, steps=500_000,
                   batch_size=64, lr=2e-5, variance="fixed_small", samples=16)
 MAY_CHANGE = {"data_dir", "steps", "log_every", "save_every", "sample_every", "samples",
@@ -96,7 +96,7 @@ def training_step(settings: dict, s: ddpm.Schedule, images: Tensor, k: int, rows
     """One pass of the loop, for step k = 0, 1, …   [DDPM Alg. 1]
 
     images: the data set, uint8; rows: the part of the batch that this process computes; model:
-    ε_θ, whose parameters are `params`; averages: their averages, with which one samples. Returns
+    ε_θ, whose parameters are `params`; averages: their averages, which sampling uses. Returns
     the loss and the norm of its gradient.
     """
     n, device = settings["batch_size"], s.betas.device
@@ -112,6 +112,7 @@ def training_step(settings: dict, s: ddpm.Schedule, images: Tensor, k: int, rows
     # 4: ε ~ N(0, I)
     eps = torch.randn(n, *images.shape[1:], generator=generator, device=device)
     # 5: take a gradient descent step on ∇_θ ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖²
+    #    (its gradient clipped as in the released code, by Adam as in the paper)
     loss = loss_of(settings, s, model, x0, t[rows], eps[rows]).mean()
     adam.zero_grad()
     loss.backward()
@@ -119,7 +120,7 @@ def training_step(settings: dict, s: ddpm.Schedule, images: Tensor, k: int, rows
     for group in adam.param_groups:
         group["lr"] = learning_rate(settings, k)
     adam.step()
-    # §4: average ← decay · average + (1 − decay) · θ
+    # Appendix B: average ← average + (1 − decay) · (θ − average)
     torch._foreach_lerp_(averages, params, 1 - ema_decay(settings, k))
     return loss.detach(), norm
 
@@ -127,7 +128,7 @@ def loss_of(settings: dict, s: ddpm.Schedule, model: ddpm.Model, x0: Tensor, t: 
             eps: Tensor) -> Tensor:
     """L_simple (Eq. 14), or with --objective vlb the term of Eq. 5 for each t in bits/dim.  → (B,)
 
-    The mean of the latter over t is (L − L_T)/T, and x̂_0 is not clipped in it (Table 2's L).
+    Over t, the mean of that term is (L − L_T)/T. x̂_0 is not clipped in it (the L of Table 2).
     """
     if settings["objective"] == "simple":
         return ddpm.loss_simple(s, model, x0, t, eps, settings["predict"])
@@ -141,10 +142,10 @@ def learning_rate(settings: dict, k: int) -> float:
     return settings["lr"] * (min(k / settings["warmup"], 1) if settings["warmup"] else 1)
 
 def ema_decay(settings: dict, k: int) -> float:
-    """The decay of the averages after step k. Theirs is constant, --no-ema-ramp.
+    """min(decay, (1 + k)/(10 + k)) after step k, or the decay itself with --no-ema-ramp.
 
     A decay of 0.9999 averages over 10,000 steps, and a shorter run would mostly average its own
-    beginning. So the decay rises here with k, and reaches 0.9999 at step 90,000.
+    beginning. The released code's decay is constant; this one reaches 0.9999 near step 90,000.
     """
     return min(settings["ema"], (1 + k) / (10 + k)) if settings["ema_ramp"] else settings["ema"]
 
@@ -180,15 +181,17 @@ class Run:
         self.bad = torch.tensor(-1, device=device)      # the first step that was not finite
         fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
         self.images = images.to(device) if fits else images
-        some = images[torch.linspace(0, len(images) - 1, 64).long()]
-        self.data = f"{tuple(images.shape)} {hashlib.sha256(data.raw_bytes(some)).hexdigest()}"
+        last = len(images) - 1
+        some = images[torch.linspace(0, last, 64).long().clamp(max=last)]
+        shape = tuple(images.shape)
+        self.fingerprints = [data.fingerprint(images, shape), data.fingerprint(some, shape)]
         L_T = ddpm.prior_kl(self.schedule, data.to_model(some).to(device))
         self.L_T = ddpm.bits_per_dim(L_T, some).mean().item()
         self.cpu_group = dist.new_group(backend="gloo") if machine.world > 1 else None
 
     def restore(self, state: dict) -> None:
         """Continues from a checkpoint. ValueError if the images are not those of the run."""
-        if state["data"] != self.data:
+        if state["data"] not in self.fingerprints:  # the second is that of older checkpoints
             raise ValueError(f"the images of {self.settings['dataset']} are not those with which "
                              f"the run in {self.folder} began")
         self.model.load_state_dict(state["model"])
@@ -199,7 +202,7 @@ class Run:
         self.loss_sum.copy_(state["loss_sum"])
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, unless it is there. ValueError as in `check`."""
+        """Writes the checkpoint of this step, if it was not written yet. ValueError of `check`."""
         self.check()
         if self.saved == self.step:
             return
@@ -211,12 +214,12 @@ class Run:
                 "settings": self.settings, "step": self.step, "model": self.model.state_dict(),
                 "ema": self.ema.state_dict(), "adam": self.adam.state_dict(),
                 "loss_sum": loss_sum / self.machine.world, "summed": self.summed,
-                "data": self.data})
+                "data": self.fingerprints[0]})
 
     def check(self) -> None:
         """ValueError naming the first step whose loss or gradient was not finite, if there is one.
 
-        Asking makes the device wait, so it is done only when a loss is printed and before a save.
+        To ask makes the device wait. So this is called only to print a loss, and before a save.
         """
         if (bad := self.bad.item()) >= 0:
             last = f"is of step {self.saved}" if self.saved >= 0 else "does not exist yet"
@@ -255,13 +258,13 @@ class Run:
             say(f"{path} shows {n} samples")
 
     def train(self, engine: nn.Module) -> None:
-        """Algorithm 1 from step `self.step` to the last. KeyboardInterrupt after a signal."""
+        """Algorithm 1 from step `self.step` to the last one. A signal raises KeyboardInterrupt."""
         settings, machine = self.settings, self.machine
-        share = settings["batch_size"] // machine.world
-        rows = slice(machine.rank * share, (machine.rank + 1) * share)
+        part = settings["batch_size"] // machine.world
+        rows = slice(machine.rank * part, (machine.rank + 1) * part)
         model = machine.model(engine.train())
         progress = common.Progress(settings["steps"], "steps", self.step, quiet=not machine.chief)
-        while self.step < settings["steps"]:
+        while self.step < settings["steps"]:  # 1: repeat … 6: until converged
             common.signals.deferred = True  # until the step is complete
             torch.manual_seed(seed_of(settings["seed"], "dropout", self.step, machine.rank))
             loss, norm = training_step(settings, self.schedule, self.images, self.step, rows, model,
@@ -329,9 +332,10 @@ def parse(argv) -> dict:
     """The flags that were given, and no others: defaults depend on the data and the checkpoint."""
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument("--dataset", default=SETTINGS["dataset"][0])
-    dataset = named.parse_known_args(argv)[0].dataset
-    parser = common.Parser(f"{__doc__}\nThe defaults below are those for --dataset {dataset}.")
-    for name, value in recipe(dataset, None).items():
+    named.add_argument("--image-size", type=lambda text: int(text) if text.isdecimal() else None)
+    known = named.parse_known_args(argv)[0]
+    parser = common.Parser(f"{__doc__}\nThe defaults are those for --dataset {known.dataset}.")
+    for name, value in recipe(known.dataset, known.image_size).items():
         _, kind, meaning = SETTINGS[name]
         options = {"default": argparse.SUPPRESS}
         if kind is bool:
@@ -345,8 +349,8 @@ def parse(argv) -> dict:
         options["help"] = meaning if value is None else f"{meaning} (default: {value})"
         parser.add_argument("--" + name.replace("_", "-"), **options)
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATASET)")
-    parser.add_argument("--init", help="begin with these weights: all that --checkpoint of "
-                        "sample.py takes")
+    parser.add_argument("--init", help="start from these weights (all that --checkpoint of "
+                        "sample.py takes)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="use torch.compile (default: on CUDA only)")
     parser.add_argument("--deterministic", action="store_true",
@@ -354,16 +358,16 @@ def parse(argv) -> dict:
     parser.add("--device", "--precision")
     return vars(parser.parse_args(argv))
 
-def settle(given: dict, images: Tensor, before: dict, init: dict) -> dict:
-    """The settings of the run: those of its checkpoint, else the recipe; and the flags.
+def settle(given: dict, images: Tensor, stored: dict, init: dict) -> dict:
+    """The settings of the run: the recipe, changed by --init, the checkpoint and the flags in turn.
 
-    init: the settings of the network of --init. UsageError if a flag contradicts the checkpoint or
-    --init, or if settings contradict each other.
+    given: the flags; stored: the checkpoint's settings; init: those of the network of --init.
+    UsageError if a flag contradicts the checkpoint or --init, or settings contradict each other.
     """
     name, side = given.get("dataset", SETTINGS["dataset"][0]), images.shape[2]
     given = {key: value for key, value in given.items() if key in SETTINGS}
     shape = dict(in_channels=images.shape[1], image_size=side)
-    settings = {**recipe(name, side), **init, **before, **given, **shape}
+    settings = {**recipe(name, side), **init, **stored, **given, **shape}
     T, steps = settings["timesteps"], settings["sample_steps"]
     learned = settings["variance"] == "learned"
     if "sample_steps" not in given and steps and (learned or steps > T):
@@ -371,13 +375,13 @@ def settle(given: dict, images: Tensor, before: dict, init: dict) -> dict:
     for key in init:
         if settings[key] != init[key]:
             raise UsageError(f"--init has {key} {init[key]}, this run {settings[key]}")
-    for key in before:
-        if key not in MAY_CHANGE and settings[key] != before[key]:
-            raise UsageError(f"this run has --{key.replace('_', '-')} {before[key]}, not "
+    for key in stored:
+        if key not in MAY_CHANGE and settings[key] != stored[key]:
+            raise UsageError(f"this run has --{key.replace('_', '-')} {stored[key]}, not "
                              f"{settings[key]}: give a new run another --out")
     if learned and (settings["objective"] != "vlb" or settings["predict"] == "x0"):
-        raise UsageError("--variance learned needs --objective vlb and --predict eps or mean "
-                         "(Table 2): L_simple does not depend on the variance")
+        raise UsageError("--variance learned needs --objective vlb, since L_simple does not depend "
+                         "on the variance, and --predict eps or mean (Table 2)")
     if learned and steps and steps < T:
         raise UsageError("--sample-steps: a learned variance can only be sampled with all steps")
     if steps and steps > T:
@@ -403,17 +407,17 @@ def main(argv=None) -> int:
         path = folder / "checkpoint.pt"
         resumed = path.exists() or common.previous(path).exists()
         state = common.load_checkpoint(path) if resumed else {}
-        before, init = state.get("settings", {}), None
-        if before and before["dataset"] != given.get("dataset", before["dataset"]):
-            raise UsageError(f"this run has --dataset {before['dataset']}, not {given['dataset']}: "
+        stored, init = state.get("settings", {}), None
+        if stored and stored["dataset"] != given.get("dataset", stored["dataset"]):
+            raise UsageError(f"this run has --dataset {stored['dataset']}, not {given['dataset']}: "
                              "give a new run another --out")
         with machine.chief_first():
-            known = {**before, **given}  # a flag that is not given keeps the checkpoint's value
+            known = {**stored, **given}  # a flag that is not given keeps the checkpoint's value
             images = data.load(known.get("dataset", name), known.get("data_dir", "data"),
                                image_size=known.get("image_size")).images
         if given["init"] and not resumed:
             init = sample.load(given["init"], given.get("data_dir", "data"), machine=machine)
-        settings = settle(given, images, before, init.model_settings if init else {})
+        settings = settle(given, images, stored, init.model_settings if init else {})
         if settings["batch_size"] % machine.world:
             raise UsageError(f"--batch-size {settings['batch_size']} cannot be shared evenly by "
                              f"{machine.world} processes")
@@ -427,8 +431,8 @@ def main(argv=None) -> int:
             begin(run)
         engine = run.model
         if given["compile"] or (given["compile"] is None and machine.device.type == "cuda"):
-            share = settings["batch_size"] // machine.world
-            engine = compiled(engine, machine, (share, *images.shape[1:]))
+            part = settings["batch_size"] // machine.world
+            engine = compiled(engine, machine, (part, *images.shape[1:]))
         if machine.world > 1:
             engine = nn.parallel.DistributedDataParallel(engine)
         try:
@@ -457,7 +461,7 @@ def begin(run: Run) -> None:
     text = ", ".join(f"{name} {value}" for name, value in settings.items())
     say(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  "))
     if run.step >= settings["steps"]:
-        say(f"{folder} has done all its {run.step} steps; a larger --steps goes on")
+        say(f"{folder} has done all its {run.step} steps; give a larger --steps to continue")
     elif settings["steps"] < settings["warmup"]:
         say(f"warning: the learning rate rises for --warmup {settings['warmup']} steps, longer "
             "than the whole run")

@@ -22,9 +22,10 @@ class UNet(nn.Module):
     channels: width of the first level, a multiple of 32. Take 64 or more: with 32 each group of the
     first level is one channel, and its normalisation removes what the time embedding has added.
     multipliers: width of each level over `channels`. blocks: residual blocks in each level on the
-    way down; there is one more on the way up. attention: the resolutions with self-attention, for
-    an image of side image_size. They select levels once and for all, whatever image comes later.
-    H and W must be divisible by 2^(levels − 1). ValueError if they, or the channels, are not.
+    way down; there is one more on the way up. attention: the resolutions with self-attention (the
+    middle block always has it), for an image of side image_size. The choice of levels is made when
+    the network is built, whatever image comes later. ValueError if `channels` is no multiple of 32,
+    or, later, if H or W is not divisible by 2^(levels − 1).
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, channels: int = 128,
@@ -103,8 +104,8 @@ def time_embedding(t: Tensor, width: int, dtype: torch.dtype = torch.float32) ->
     """[sin(ω_i (t − 1)), cos(ω_i (t − 1))] with ω_i = 10000^(−i/(half − 1)), half = width/2.
 
     t: (B,) → (B, width). This is the released code's variant of the Transformer's position
-    encoding, which interleaves sines and cosines and divides by half. The released code counts
-    time from 0 to T − 1. This is the only place where its count and the paper's t = 1 … T meet.
+    encoding. (The original interleaves sines and cosines, and its exponent is −i/half.) The
+    released code counts time from 0 to T − 1, and only here do its count and t = 1 … T meet.
     """
     half = width // 2
     i = torch.arange(half, device=t.device, dtype=dtype)
@@ -136,7 +137,10 @@ class Block(nn.Module):
         return self.attention(self.shortcut(x) + h)
 
 class Attention(nn.Module):
-    """x + W softmax(QᵀK / √C) V over all pixels, with one head of C channels."""
+    """x + W V softmax(QᵀK / √C)ᵀ, where Q, K, V are (C, pixels) maps of norm(x): one head.
+
+    Row i of the softmax holds the weights of all pixels (the keys) for pixel i (the query).
+    """
 
     def __init__(self, c: int):
         super().__init__()

@@ -205,34 +205,34 @@ def from_scheduler(config: dict) -> dict:
 
 # === To the layout of diffusers ===================================================================
 
-def export(net: UNet, s: dict, folder: Path) -> None:
-    """Writes a folder that DDPMPipeline.from_pretrained opens; s are the settings of the network.
-
-    ValueError if diffusers cannot express them.
-    """
+def export(net: UNet, settings: dict, folder: Path) -> None:
+    """Writes a folder that DDPMPipeline.from_pretrained opens. ValueError if that is impossible."""
     schedules = {**{ours: theirs for theirs, ours in SCHEDULES.items()}, "constant": "linear"}
     predicts = {ours: theirs for theirs, ours in PREDICTS.items()}
     for key, known in (("schedule", schedules), ("predict", predicts), ("variance", VARIANCES)):
-        if s[key] not in known:
-            raise ValueError(f"diffusers has no {key} {s[key]}: this network cannot be exported")
-    if s["multipliers"][0] != 1:
-        raise ValueError(f"diffusers has no first multiplier {s['multipliers'][0]}, only 1: this "
+        if settings[key] not in known:
+            raise ValueError(f"diffusers has no {key} {settings[key]}: this network cannot be "
+                             "exported")
+    if settings["multipliers"][0] != 1:
+        raise ValueError(f"diffusers has no first multiplier {settings['multipliers'][0]}, only 1: this "
                          "network cannot be exported")
-    first, last = (min(s[key] * 1000 / s["timesteps"], 0.999) for key in ("beta_start", "beta_end"))
-    down = [("Attn" if s["image_size"] // 2 ** level in s["attention"] else "") + "DownBlock2D"
-            for level in range(len(s["multipliers"]))]
+    betas = common.build_schedule(settings).betas
+    first, last = betas[1].item(), betas[-1].item()
+    down = ["AttnDownBlock2D" if settings["image_size"] // 2 ** level in settings["attention"]
+            else "DownBlock2D" for level in range(len(settings["multipliers"]))]
     config = {"_class_name": "UNet2DModel", **{key: value for key, (value, _) in CONFIG.items()},
-              "sample_size": s["image_size"], "in_channels": s["in_channels"],
-              "out_channels": s["in_channels"], "layers_per_block": s["blocks"],
-              "block_out_channels": [s["channels"] * m for m in s["multipliers"]],
+              "sample_size": settings["image_size"], "in_channels": settings["in_channels"],
+              "out_channels": settings["in_channels"], "layers_per_block": settings["blocks"],
+              "block_out_channels": [settings["channels"] * m for m in settings["multipliers"]],
               "down_block_types": down, "dropout": 0.0,
               "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)]}
     scheduler = {"_class_name": "DDPMScheduler", **{k: v for k, (v, _) in SCHEDULER.items()},
-                 "num_train_timesteps": s["timesteps"], "beta_end": last,
-                 "beta_start": last if s["schedule"] == "constant" else first,
-                 "beta_schedule": schedules[s["schedule"]], "variance_type": s["variance"],
-                 "clip_sample": s.get("clip_sample", True), "timestep_spacing": "leading",
-                 "steps_offset": 0, "prediction_type": predicts[s["predict"]]}
+                 "num_train_timesteps": settings["timesteps"], "beta_end": last,
+                 "beta_start": first,
+                 "beta_schedule": schedules[settings["schedule"]],
+                 "variance_type": settings["variance"],
+                 "clip_sample": settings.get("clip_sample", True), "timestep_spacing": "leading",
+                 "steps_offset": 0, "prediction_type": predicts[settings["predict"]]}
     index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
              "unet": ["diffusers", "UNet2DModel"]}
     own, state = net.state_dict(), {}
@@ -323,8 +323,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
           "its tensors overlap or leave a gap")
     tensors = {}
     for (name, entry), (begin, end) in zip(header.items(), spans):
-        flat = torch.frombuffer(bytearray(body[begin:end] or 8), dtype=DTYPES[entry["dtype"]])
-        tensors[name] = flat[:math.prod(entry["shape"])].reshape(entry["shape"])
+        tensors[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        if end > begin:  # torch.frombuffer refuses an empty buffer
+            flat = torch.frombuffer(bytearray(body[begin:end]), dtype=DTYPES[entry["dtype"]])
+            tensors[name] = flat.reshape(entry["shape"])
     return tensors
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:

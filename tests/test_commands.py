@@ -131,7 +131,7 @@ def test_log_is_cut_back_to_the_checkpoint(capsys):
     assert losses()[:2] == before and [e["step"] for e in losses()] == [2, 4, 6, 8]
     assert losses()[2]["loss"] != 9
     trains("--steps", 8)
-    assert "a larger --steps goes on" in said(capsys)
+    assert "a larger --steps to continue" in said(capsys)
 
 
 def test_settings_that_would_change_the_run_are_refused(capsys):
@@ -296,7 +296,7 @@ def test_table2_rows_train_sample_and_evaluate(predict, variance, objective):
 @pytest.mark.parametrize("flags, match", [
     ("--lr 0", "--lr"), ("--lr nan", "--lr"), ("--steps -1", "--steps"), ("--ema 1.5", "--ema"),
     ("--dropout 1", "--dropout"), ("--batch-size x", "whole number"), ("--predict v", "--predict"),
-    ("--channels 40", "multiple of 32"), ("--beta-end 0.001", "raise"), ("--timesteps 1", "≥ 2"),
+    ("--channels 40", "multiple of 32"), ("--beta-end 0.001", "larger beta_end"), ("--timesteps 1", "≥ 2"),
     ("--dataset nowhere", "no data set"), ("--device tpu", "there is none here"), ("--step 3", "unrecognized"),
     ("--variance learned", "--objective vlb"), ("--sample-steps 99", "exceeds"),
     ("--multipliers 1 1 1 1 1 1", "multiple of 32"), ("--attention", "expected at least one"),

@@ -43,7 +43,7 @@ MISTAKES = {
         "ddpm.py", D + "test_eq04_jump_is_iterated_steps", [
             ("mean + variance.sqrt() * eps", "mean + variance * eps")]),
     # --- the posterior and the reverse process
-    "β_t in place of β̃_t": ("ddpm.py", D + "test_eq07_posterior_is_bayes_rule", [
+    "β_t in place of β̃_t in Eq. 7": ("ddpm.py", D + "test_eq07_posterior_is_bayes_rule", [
         ("beta_tilde = (1 - alpha_bar_before) / (1 - alpha_bar) * beta", "beta_tilde = beta")]),
     "√ᾱ_t in place of √α_t in Eq. 7": (
         "ddpm.py", D + "test_eq03_integrand_equals_eq21_along_every_path", [
@@ -71,7 +71,7 @@ MISTAKES = {
             ('seed_of(settings["seed"], "step", k)', 'seed_of(settings["seed"], "step")')]),
     "the loss summed, not averaged": ("ddpm.py", D + "test_eq14_loss_simple", [
         ("s.times[t])).square().flatten(1).mean(1)", "s.times[t])).square().flatten(1).sum(1)")]),
-    "ε as the target of every prediction": ("ddpm.py", D + "test_eq14_loss_simple", [
+    "ε as the target of `--predict mean`": ("ddpm.py", D + "test_eq14_loss_simple", [
         ("target = q_posterior_mean_variance(s, x0, x_t, t).mean", "target = eps")]),
     "σ_t² in place of σ_t": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
         ("p.mean + p.variance.sqrt() * z", "p.mean + p.variance * z")]),
@@ -121,8 +121,7 @@ MISTAKES = {
         "ddpm.py", D + "test_alg3_alg4_rate_and_distortion_are_the_bound", [
             ("    rate = prior_kl(s, x0)", "    rate = 0 * prior_kl(s, x0)")]),
     "the rate not accumulated": ("ddpm.py", E + "test_bits_per_dim_command", [
-        ("rate = rate + vlb_term(s, x0, x_t, _all(t + 1, x0), p)",
-         "rate = vlb_term(s, x0, x_t, _all(t + 1, x0), p)")]),
+        ("rate = rate + vlb_term(s, x0, x, after, p)", "rate = vlb_term(s, x0, x, after, p)")]),
     "the noise of another time sent": (
         "ddpm.py", D + "test_alg3_the_senders_chain_has_the_marginals_of_eq04", [
             ("q.variance.sqrt() * noise(t)", "q.variance.sqrt() * noise(t + 1)")]),
@@ -142,7 +141,7 @@ MISTAKES = {
         ("self.conv1(F.silu(self.norm1(x)))", "self.conv1(F.silu(x))")]),
     "t embedded in place of t − 1": ("unet.py", U + "test_time_1_is_embedded_as_0", [
         ("angles = (t - 1)", "angles = t")]),
-    "padding left and right when down-sampling": (
+    "zeros left and above when down-sampling": (
         "unet.py", U + "test_downsampling_pads_right_and_below", [
             ("F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))")]),
     "dropout on while sampling": (
@@ -176,7 +175,7 @@ MISTAKES = {
     "a checkpoint after a NaN": ("train.py", C + "test_a_step_that_is_not_finite_ends_the_run", [
         ("if (bad := self.bad.item()) >= 0:", "if (bad := self.bad.item()) >= 10 ** 9:")]),
     "the same images in every process": ("train.py", C + "test_two_ranks_are_one_run", [
-        ("rows = slice(machine.rank * share, (machine.rank + 1) * share)", "rows = slice(share)")]),
+        ("rows = slice(machine.rank * part, (machine.rank + 1) * part)", "rows = slice(part)")]),
     "checkpoints without verification": ("common.py", C + "test_a_damaged_checkpoint_is_refused", [
         ("if len(raw) < 32 or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:",
          "if len(raw) < 32:")]),

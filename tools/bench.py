@@ -5,8 +5,8 @@
     python tools/bench.py --vs diffusers               UNet2DModel in the same loops, in turn
 
 A training step is forward, backward, clipping, Adam and averaging. Both networks run in the same
-precision, under torch.autocast, with channels_last. The limit is the speed of the U-Net's own
-convolutions in that precision, with nothing between them.
+precision, under torch.autocast with channels_last, and for sampling both have their weights cast
+once. The limit is the speed of the U-Net's own convolutions alone, in that precision.
 """
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def jobs_of(net: nn.Module, machine: common.Machine, x: torch.Tensor, compile: b
     averages = [p.detach().clone() for p in params]
     adam = torch.optim.Adam(params, lr=1e-6, fused=machine.device.type != "mps")
     model = machine.model(torch.compile(net) if compile else net)
-    sampler = sample.inference_model(net, machine) if isinstance(net, unet.UNet) else model
+    sampler = sample.inference_model(net, machine)
 
     def train():
         net.train()
@@ -160,8 +160,8 @@ def main(argv=None) -> int:
         name = torch.cuda.get_device_name(machine.device)
     elif info.exists():
         name = info.read_text().split("model name\t: ")[-1].splitlines()[0]
-    print(f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}; {str(machine.dtype)[6:]}; batch {n}; "
-          f"{gflop:.2f} GFLOP forward an image; medians of {args.repeat} (lowest – highest)")
+    print(f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}; "
+          f"{str(machine.dtype)[6:]}; batch {n}; {gflop:.2f} GFLOP forward an image; medians of {args.repeat} (lowest – highest)")
     for (name, what), took in times.items():
         values = sorted((n / t, 1e3 * t / n)[what] for t in took)
         speed = (3, 1)[what] * n * gflop / statistics.median(took)
