@@ -23,13 +23,16 @@ from typing import Callable, Iterator, NamedTuple
 # torch says this once in an environment without NumPy, which nothing here needs.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor, nn
 
-import ddpm
-from data import check_writable, first_line, say, written
-from unet import UNet
+    import ddpm
+    from data import check_writable, first_line, say, written
+    from unet import UNet
+except KeyboardInterrupt:  # these imports take seconds
+    raise SystemExit(130) from None
 
 # === Flags, errors and signals ====================================================================
 
@@ -51,52 +54,123 @@ class Parser(argparse.ArgumentParser):
         for name in names:
             self.add_argument(name, **FLAGS[name])
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
-    """A type for argparse: an int or a float from `low` (not `low` itself if `above`) to `high`."""
-    def convert(text: str):
+def number(kind: type, low: float, high: float, above: bool = False) -> Callable:
+    """A judge of values: an int or a float from `low` (not `low` itself if `above`) to `high`.
+
+    It converts the text of a flag, and takes other values only if they are of the right type.
+    """
+    def judge(value):
         try:
-            value = kind(text)
+            found = kind(value) if isinstance(value, str) else value
+            fits = type(found) is kind or (kind is float and type(found) is int)
         except ValueError:
-            value = math.nan
-        large_enough = value > low if above else value >= low
-        if not (large_enough and value <= high) or math.isinf(value):
-            limit = f" and ≤ {high:g}" if high < math.inf else ""
+            fits = False
+        if not fits or not low <= found <= high or (above and found == low):
+            bounds = f"{'above' if above else 'from'} {low:g} to {high:g}"
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole number' if kind is int else 'a number'} "
-                f"{'>' if above else '≥'} {low:g}{limit}")
+                f"{shown(value)} is not {'a whole number' if kind is int else 'a number'} {bounds}")
+        return found
+    return judge
+
+def one_of(*values: str) -> Callable:
+    """A judge of values: one of these words."""
+    def judge(value):
+        if value not in values:
+            raise argparse.ArgumentTypeError(f"{shown(value)} is not one of {', '.join(values)}")
         return value
-    return convert
+    judge.values = values
+    return judge
+
+def word(value) -> str:
+    """A judge of values: a text that is not empty."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise argparse.ArgumentTypeError(f"{shown(value)} is no name")
+    return value
+
+def switch(value) -> bool:
+    """A judge of values: True or False."""
+    if type(value) is not bool:
+        raise argparse.ArgumentTypeError(f"{shown(value)} is neither True nor False")
+    return value
+
+def shown(value) -> str:
+    """A value from outside, in at most 60 printable characters."""
+    text = ascii(value) if not isinstance(value, int) or abs(value) < 10 ** 30 else "a huge number"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+# What a setting of a run may be, wherever it comes from: a flag, a checkpoint, a configuration of
+# diffusers. A list has such elements, and at most LONGEST of them.
+positive, count = number(float, 0, 1000, above=True), number(int, 1, 10 ** 9)
+fraction, LONGEST = number(float, 0, 0.999, above=True), 8
+KINDS = {
+    "dataset": word, "data_dir": word, "image_size": number(int, 1, 4096), "flip": switch,
+    "steps": count, "batch_size": number(int, 1, 10 ** 6), "lr": positive,
+    "warmup": number(int, 0, 10 ** 9), "clip": number(float, 0, 1e9, above=True),
+    "ema": number(float, 0, 1), "ema_ramp": switch, "dropout": number(float, 0, 0.99),
+    "channels": number(int, 32, 4096), "multipliers": number(int, 1, 64),
+    "blocks": number(int, 1, 32), "attention": number(int, 1, 4096),
+    "timesteps": number(int, 2, 10 ** 5), "schedule": one_of("linear", "quadratic", "constant"),
+    "beta_start": fraction, "beta_end": fraction, "predict": one_of("eps", "x0", "mean"),
+    "variance": one_of("fixed_large", "fixed_small", "learned"),
+    "objective": one_of("simple", "vlb"), "seed": number(int, 0, 2 ** 63 - 1), "log_every": count,
+    "save_every": count, "sample_every": count, "samples": number(int, 0, 10 ** 4),
+    "sample_steps": number(int, 2, 10 ** 5), "in_channels": number(int, 1, 3),
+    "clip_sample": switch,
+}
+LISTS, OPTIONAL = {"multipliers", "attention"}, {"image_size", "sample_steps"}
+
+def judged(settings, place: str) -> dict:
+    """`settings`, if each of them is what KINDS says. ValueError names the first that is not."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{place} holds no settings")
+    for name, value in settings.items():
+        if name not in KINDS:
+            raise ValueError(f"{place} has a setting {shown(name)}, which is not known here")
+        if value is None and name in OPTIONAL:
+            continue
+        if name in LISTS and not (isinstance(value, list) and 0 < len(value) <= LONGEST):
+            raise ValueError(f"{place}: {name} is {shown(value)}, not a list of 1 to {LONGEST}")
+        for one in value if name in LISTS else [value]:
+            try:
+                KINDS[name](one)
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"{place}: {name} {error}") from error
+    return settings
 
 FLAGS = {
-    "--checkpoint": dict(help="a checkpoint.pt, its folder, a diffusers folder, a .safetensors "
-                         "file or a name on the hub (default: the newest run)"),
+    "--checkpoint": dict(type=word, help="a checkpoint.pt, its folder, a diffusers folder, a "
+                         ".safetensors file or a name on the hub (default: the newest run)"),
     "--no-ema": dict(action="store_true", help="the last weights, not their average"),
-    "--data-dir": dict(help="folder of data sets and downloads (default: the run's, or data)"),
-    "--steps": dict(type=number(int, 2), help="network calls for each sample, at times evenly "
-                    "spaced from T to 1 (default: all T)"),
+    "--data-dir": dict(type=word, help="folder of data and downloads (default: the run's or data)"),
+    "--steps": dict(type=KINDS["sample_steps"], help="network calls for each sample, at times "
+                    "evenly spaced from T to 1 (default: all T)"),
     "--no-clip": dict(action="store_true", help="do not clip x̂_0 to [−1, 1]; the paper does not, "
                       "the authors' code does"),
-    "--seed": dict(type=number(int, 0), default=0, help="seed of all random numbers (default: 0)"),
-    "--batch-size": dict(type=number(int, 1), help="images computed at a time (default: 256 on "
-                         "CUDA, else 16)"),
-    "--device": dict(default="auto", help="cuda, cuda:N, mps or cpu (default: the first of cuda, "
-                     "mps, cpu that is there)"),
+    "--seed": dict(type=KINDS["seed"], default=0, help="seed of all random numbers (default: 0)"),
+    "--batch-size": dict(type=KINDS["batch_size"], help="images computed at a time (default: 256 "
+                         "on CUDA, else 16)"),
+    "--device": dict(type=word, default="auto", help="cuda, cuda:N, mps or cpu (default: the first "
+                     "of cuda, mps, cpu that is there)"),
     "--precision": dict(choices=("auto", "bf16", "tf32", "fp32"), default="auto", help="number "
                         "format of convolutions and matrix products (default: bf16 if the hardware "
                         "has it, else tf32 on CUDA, else fp32; for bits/dim always fp32)"),
 }
 
 def command(main: Callable) -> Callable:
-    """Wraps main(argv) → exit status, so that a failure prints one line on stderr.
+    """Wraps main(argv) → exit status, so that every failure prints one line on stderr.
 
     The status is 2 for a mistake in the arguments, 128 + its number for a signal, and 1 for
-    anything else. With DDPM_TRACEBACK=1 in the environment a failure shows its traceback.
+    anything else. What was foreseen is a ValueError or an OSError with a text of its own; any other
+    exception is named as it is. DDPM_TRACEBACK=1 in the environment shows the traceback.
     """
     script = Path(main.__code__.co_filename).name
 
     @functools.wraps(main)
     def run(argv=None) -> int:
         signals.number, signals.deferred = 0, False
+        for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 gets ? for ≤
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         handlers = {n: signal.signal(n, signals.arrive) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             return main(argv) or 0
@@ -105,12 +179,15 @@ def command(main: Callable) -> Callable:
         except KeyboardInterrupt:
             say(f"{script}: stopped")
             return 128 + (signals.number or signal.SIGINT)
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        except Exception as error:
             if os.environ.get("DDPM_TRACEBACK"):
                 raise
             text = first_line(error)
             if "out of memory" in text or "can't allocate memory" in text:
                 text = "out of memory: a smaller --batch-size or smaller --channels needs less"
+            elif not isinstance(error, (ValueError, OSError)):
+                text = f"unforeseen {type(error).__name__}: {text}"[:250] + (
+                    " (DDPM_TRACEBACK=1 shows where)")
             say(f"{script}: {text}")
             return 2 if isinstance(error, UsageError) else 1
         finally:
@@ -132,7 +209,8 @@ class Signals:
         self.number = number
         for n in (signal.SIGINT, signal.SIGTERM):
             signal.signal(n, signal.SIG_DFL)
-        say("\nstopping; a second signal ends at once")
+        if os.environ.get("RANK", "0") == "0":
+            say("\nstopping; a second signal ends at once")
         if not self.deferred:
             raise KeyboardInterrupt
 
@@ -183,7 +261,12 @@ class Machine(NamedTuple):
 
 def find_machine(device: str = "auto", precision: str = "auto") -> Machine:
     """The machine that --device and --precision ask for. UsageError if it is not there."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = (os.environ.get(name, default) for name, default in (("RANK", "0"),
+                                                                      ("WORLD_SIZE", "1")))
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world) < 10 ** 6):
+        raise UsageError(f"RANK {shown(rank)} and WORLD_SIZE {shown(world)} in the environment are "
+                         "not those of torchrun")
+    rank, world = int(rank), int(world)
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -192,7 +275,7 @@ def find_machine(device: str = "auto", precision: str = "auto") -> Machine:
     try:
         found = torch.device(device)
         torch.zeros(1, device=found)
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # each kind of device has its own
         raise UsageError(f"--device {device}: there is none here ({first_line(error)})") from error
     cuda = found.type == "cuda"
     if precision == "tf32" and not cuda:
@@ -211,6 +294,17 @@ def find_machine(device: str = "auto", precision: str = "auto") -> Machine:
         dist.init_process_group("nccl" if cuda else "gloo",
                                 timeout=timedelta(days=1))  # the others wait for a long download
     return Machine(found, torch.bfloat16 if bf16 else torch.float32, rank, world)
+
+def require(need: float, what: str, device: torch.device = torch.device("cpu")) -> None:
+    """ValueError if `what` needs more bytes than the device has free, as far as that is known."""
+    free = math.inf
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and Path("/proc/meminfo").exists():
+        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    if need > free:
+        raise ValueError(f"{what} needs about {need / 2 ** 30:,.1f} GiB of memory, and "
+                         f"{free / 2 ** 30:,.1f} GiB are free")
 
 # === Random numbers ===============================================================================
 
@@ -262,6 +356,24 @@ def build_network(settings: dict) -> nn.Module:
                 tuple(settings["multipliers"]), settings["blocks"], tuple(settings["attention"]),
                 settings["image_size"], settings["dropout"])
 
+def require_network(settings: dict, machine: Machine, copies: int, batch: int, kept: bool) -> None:
+    """ValueError if the network cannot be computed in the memory that is free.
+
+    copies: how often the memory holds its weights; batch: images at a time; kept: whether the
+    outputs of all layers are kept, for a backward pass. Nothing is allocated to find out.
+    """
+    sizes = []
+    with torch.device("meta"):
+        net = build_network(settings)
+        for module in net.modules():
+            if not list(module.children()):
+                module.register_forward_hook(lambda module, x, y: sizes.append(y.numel()))
+        side = settings["image_size"]
+        net(torch.zeros(1, settings["in_channels"], side, side), torch.ones(1, dtype=torch.int64))
+    outputs = batch * machine.dtype.itemsize * (sum(sizes) if kept else 2 * max(sizes))
+    weights = 4 * copies * sum(p.numel() for p in net.parameters())
+    require(weights + outputs, f"this network with {batch:,} images at a time", machine.device)
+
 def build_schedule(settings: dict) -> ddpm.Schedule:
     """The noise schedule of `settings`."""
     return ddpm.make_schedule(*(settings[name] for name in (
@@ -278,11 +390,9 @@ def save_checkpoint(path: Path, payload: dict) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **payload}, buffer)
-    with written(path) as file:
+    with written(path, keep=previous(path)) as file:
         file.write(buffer.getbuffer())
         file.write(hashlib.sha256(buffer.getbuffer()).digest())
-        if path.exists():
-            os.replace(path, previous(path))
 
 def load_checkpoint(path: Path) -> dict:
     """What `save_checkpoint` wrote: a file, or its folder. ValueError if a single byte changed."""
@@ -290,9 +400,10 @@ def load_checkpoint(path: Path) -> dict:
     if path.is_dir():
         path = path / "checkpoint.pt"
     if not path.exists() and previous(path).exists():
-        path = previous(path)  # the run was killed between the two renames of a save
-    if not path.exists():
+        path = previous(path)  # where there are no hard links, a kill can fall between two renames
+    if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
+    require(3 * path.stat().st_size, f"reading {path}")
     raw = memoryview(path.read_bytes())
     if len(raw) < 32 or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
         way_out = ""
@@ -300,9 +411,12 @@ def load_checkpoint(path: Path) -> dict:
             way_out = f"; delete it to continue from the one before it, {previous(path)}"
         raise ValueError(f"{path} is damaged, or it is no checkpoint of train.py: its checksum "
                          f"does not match{way_out}")
-    payload = torch.load(io.BytesIO(raw[:-32]), map_location="cpu", weights_only=True)
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this version of train.py")
+    try:
+        payload = torch.load(io.BytesIO(raw[:-32]), map_location="cpu", weights_only=True)
+        assert payload["format"] == FORMAT and type(payload["step"]) is int
+    except Exception as error:  # torch.load raises many kinds of error
+        raise ValueError(f"{path} is not a checkpoint of this version of train.py") from error
+    judged(payload.get("settings"), str(path))
     return payload
 
 def previous(path: Path) -> Path:
@@ -325,7 +439,12 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"{folder} is in use by another process: wait for it, or give this "
                              "run another --out") from None
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [".lock"]:  # a mistake came before the run began
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 # === Progress =====================================================================================
 

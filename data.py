@@ -20,7 +20,7 @@ import time
 import urllib.request
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Iterator, NamedTuple
+from typing import BinaryIO, Callable, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,25 +96,54 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
 # === Files ========================================================================================
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
+def written(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write to, which becomes `path` when the block ends without an error.
 
-    Until then it has another name beside it, and after an error nothing of it is left. It is on
-    the disk before it gets its name, so that a power cut cannot leave a file with holes.
+    Until then it has a name of this process's own, and after an error nothing of it is left. It is
+    on the disk before it gets its name, so that a power cut cannot leave a file with holes. keep:
+    the name that the file before it gets.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with naming(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if keep and path.exists():
+                rename_to(path, keep)
+            os.replace(part, path)
+            if os.name == "posix":  # the folder's entry, too
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        finally:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                part.unlink(missing_ok=True)
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of writing in this block becomes an OSError that names `path`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        yield
     except OSError as error:
+        if str(error).startswith("cannot "):
+            raise
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # the first error is the one to report
-            part.unlink(missing_ok=True)
+    except RuntimeError as error:  # torch.save, when the disk is full
+        if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
+            raise OSError(f"cannot write {path}: the disk may be full") from error
+        raise
+
+def rename_to(path: Path, keep: Path) -> None:
+    """Gives the file a second name, so that it never is without the first; or another one."""
+    link = keep.with_name(f"{keep.name}.{os.getpid()}.part")
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        link = path
+    os.replace(link, keep)
 
 def check_writable(path: Path) -> None:
     """OSError if `path` cannot be written: now, and not after hours of work."""
@@ -143,8 +172,9 @@ def raw_bytes(x: Tensor) -> bytes:
     return ctypes.string_at(x.data_ptr(), x.nbytes)
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the name of its class if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's text, printable and short, or the name of its class."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "".join(c if c.isprintable() else "?" for c in line)[:280]
 
 def _local(folder: Path, name: str, entry: tuple) -> Path:
     """The file of a data set: in folder/name, in the folder itself, or fetched to folder/name."""
@@ -156,31 +186,45 @@ def _local(folder: Path, name: str, entry: tuple) -> Path:
             return path
     return fetch(address, folder / name / file, size, checksum)
 
-def fetch(address: str, path: Path, size: int | None = None, checksum: str | None = None) -> Path:
+def fetch(address: str, path: Path, size: int | None = None, checksum: str | None = None,
+          check: Callable[[Path], object] | None = None) -> Path:
     """Downloads `address` to `path`, which is written only if size and checksum agree.
 
-    size: bytes, by default what the server announces; checksum: MD5 or SHA-256 in hexadecimal.
-    OSError names the address, the reason and the place where the file can be put by hand.
+    size: bytes, by default what the server announces, at most 4 GB; checksum: MD5 or SHA-256 in
+    hexadecimal; check: raises an error if the file, still under another name, is not what it must
+    be. OSError names the address, the reason and the place where the file can be put by hand.
     """
     digest = hashlib.md5() if checksum and len(checksum) == 32 else hashlib.sha256()
-    done, shown = 0, 0.0
+    done, shown, started = 0, 0.0, time.monotonic()
+    opener = urllib.request.OpenerDirector()  # of http and https alone: no file:, no ftp:
+    for handler in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"):
+        opener.add_handler(getattr(urllib.request, handler + "Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
     try:
-        with urllib.request.urlopen(address, timeout=60) as answer, written(path) as file:
-            length = answer.headers.get("Content-Length")
-            size = size or (int(length) if length else None)
-            while chunk := answer.read(1 << 18):
+        with opener.open(address, timeout=60) as answer, written(path) as file:
+            length = answer.headers.get("Content-Length") or ""
+            size = size or (int(length) if length.isdecimal() else None)
+            while chunk := answer.read1(1 << 18):
                 file.write(chunk)
                 digest.update(chunk)
                 done += len(chunk)
-                if time.monotonic() - shown > 0.5:
-                    shown = time.monotonic()
+                now = time.monotonic()
+                if done > (size or 4e9):
+                    raise OSError(f"more than {size or 4e9:.0f} bytes came")
+                if now - started > 60 and done < 5000 * (now - started):
+                    raise OSError("it is slower than 5 kB/s")
+                if now - shown > 0.5:
+                    shown = now
                     of = f" of {size / 1e6:.1f} MB ({done / size:.0%})" if size else " MB"
                     say(f"\r{path.name}: {done / 1e6:.1f}{of} ", end="")
             if size is not None and done != size:
                 raise OSError(f"{done} bytes came in place of {size}")
             if checksum and digest.hexdigest() != checksum:
                 raise OSError(f"its checksum is {digest.hexdigest()}, not {checksum}")
-    except (OSError, http.client.HTTPException) as error:  # urllib's URLError is an OSError
+            file.flush()
+            if check:
+                check(Path(file.name))
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise OSError(f"cannot download {address} ({reason}); get the file by other means and put "
                       f"it at {path}") from error

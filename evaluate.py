@@ -23,7 +23,7 @@ from torch import Tensor
 import data
 import ddpm
 import sample
-from common import Machine, Progress, UsageError, number, seed_of
+from common import Machine, Progress, UsageError, count, seed_of, word
 from data import say
 
 INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
@@ -184,6 +184,8 @@ def load_inception(path: str | None, data_dir: str, machine: Machine):
         with machine.chief_first():
             if not file.exists():
                 data.fetch(INCEPTION[0], file, *INCEPTION[1:])
+        if hashlib.sha256(file.read_bytes()).hexdigest() != INCEPTION[2]:  # it is code
+            raise ValueError(f"{file} is not {INCEPTION[0]}: delete it, or name it by --inception")
     if not file.is_file():
         raise ValueError(f"no Inception network at {file}")
     warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")
@@ -232,17 +234,16 @@ def scores(trained, images: Tensor, name: str, split: str, machine: Machine, arg
     key = seed_of(data.fingerprint(images, tuple(images.shape)),
                   hashlib.sha256(file.read_bytes()).hexdigest())
     cache = Path(args.data_dir, f"inception-{Path(name).stem}-{split}-{key:x}.pt")
-    real = None
+    real, new = None, False
     if cache.exists():
         try:
             real = torch.load(cache, weights_only=True)
+            assert real.dim() == 2 and real.shape[1] == features.shape[1] and len(real) > 1
         except Exception as error:  # torch.load raises many kinds of error for a damaged file
             say(f"{cache} is damaged ({data.first_line(error)}): computed anew")
     if real is None:
         real, _ = inception_outputs(net, images, machine, args.batch_size, "images seen")
-        if machine.chief:
-            with data.written(cache) as out:
-                torch.save(real, out)
+        new = True
     if not machine.chief:
         return
     count = f"{len(made)} samples, rounded to 8 bits"
@@ -254,6 +255,9 @@ def scores(trained, images: Tensor, name: str, split: str, machine: Machine, arg
     if min(len(made), len(images)) < 50_000:
         say(f"warning: the paper's scores are of 50,000 samples; with {len(made)} samples and "
             f"{len(images)} images FID is biased upwards")
+    if new:  # after the result has been printed
+        with data.written(cache) as out:
+            torch.save(real, out)
 
 # === The command ==================================================================================
 
@@ -262,25 +266,27 @@ def parse(argv):
     parser = common.Parser(__doc__)
     parser.add("--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip", "--seed",
                "--batch-size", "--device", "--precision")
-    parser.add_argument("--dataset", help="as in train.py (default: that of the run)")
+    parser.add_argument("--dataset", type=word, help="as in train.py (default: that of the run)")
     parser.add_argument("--split", choices=("train", "test"), help="which images of the data set "
                         "(default: test; train for --fid)")
-    parser.add_argument("--n", type=number(int, 1), help="images (default: all of the split); with "
+    parser.add_argument("--n", type=count, help="images (default: all of the split); with "
                         "--fid, samples (default: 50,000)")
-    parser.add_argument("--terms", type=number(int, 1), help="estimate the bound from L_0 and one "
+    parser.add_argument("--terms", type=count, help="estimate the bound from L_0 and one "
                         "t in each of this many ranges of t (default: compute all T terms)")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of "
                         "rate-distortion.csv (default: the current one)")
     parser.add_argument("--fid", action="store_true", help="FID and Inception score")
     parser.add_argument("--samples", type=Path, help="with --fid: the images, from sample.py --out "
                         "X.pt (default: draw them)")
-    parser.add_argument("--inception", help="with --fid: the TorchScript file (default: download "
-                        "it)")
+    parser.add_argument("--inception", type=word, help="with --fid: the TorchScript file (default: it is "
+                        "downloaded)")
     args = parser.parse_args(argv)
     if not args.fid and (args.samples or args.inception or args.steps):
         raise UsageError("--samples, --steps and --inception go with --fid")
     if args.fid and args.terms:
         raise UsageError("--terms estimates the bound: leave it out with --fid")
+    if args.samples and (args.steps or args.n):
+        raise UsageError("--samples are there already: leave out --n and --steps")
     if args.precision == "auto" and not args.fid:
         args.precision = "fp32"
     args.split = args.split or ("train" if args.fid else "test")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import data
 import ddpm
 import weights
-from common import Machine, Noise, Progress, UsageError, number
+from common import Machine, Noise, Progress, UsageError, count, word
 from data import say
 from unet import UNet
 
@@ -74,13 +74,19 @@ def load(name: str | Path | None = None, data_dir: str | Path = "data", ema: boo
     """
     machine = machine or common.find_machine()
     path = newest_checkpoint() if name is None else Path(name)
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) and not path.parent.is_dir()
     if path.suffix in (".safetensors", ".bin") or (path / "config.json").exists() or (
             path / "unet" / "config.json").exists():
         net, settings, source = weights.from_diffusers(path)
-    elif path.exists() or path.suffix == ".pt" or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    elif path.exists() or path.suffix == ".pt" or not on_hub:
         state = common.load_checkpoint(path)
-        settings, net = state["settings"], common.build_network(state["settings"])
-        net.load_state_dict(state["ema" if ema else "model"])
+        settings = state["settings"]
+        common.require_network(settings, machine, 2, 1, False)
+        net = common.build_network(settings)
+        try:
+            net.load_state_dict(state["ema" if ema else "model"])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: its weights do not fit its settings") from error
         source = f"{path}, step {state['step']}, {'averaged' if ema else 'last'} weights"
     else:
         with machine.chief_first():
@@ -119,7 +125,9 @@ def draw_samples(trained: Trained, n: int, seed: int = 0, batch_size: int | None
     machine = machine or common.find_machine(str(next(trained.net.parameters()).device))
     s = trained.schedule if steps is None else ddpm.respace(trained.schedule, steps)
     s, model = s.to(machine.device), inference_model(trained.net, machine)
-    batch_size = batch_size or (256 if machine.device.type == "cuda" else 16)
+    batch_size = min(n, batch_size or (256 if machine.device.type == "cuda" else 16))
+    common.require_network(trained.settings, machine, 1, batch_size, False)
+    common.require(3 * n * math.prod(trained.shape), f"{n:,} images")
     mine, out = machine.share(n), []
     for i in range(0, len(mine), batch_size):
         noise = Noise(seed, mine[i:i + batch_size], trained.shape, machine.device)
@@ -225,7 +233,7 @@ def parse(argv):
     parser = common.Parser(__doc__)
     parser.add("--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip", "--seed",
                "--batch-size", "--device", "--precision")
-    parser.add_argument("--n", type=number(int, 1), help="how many images (default: 64), or rows "
+    parser.add_argument("--n", type=count, help="how many images (default: 64), or rows "
                         "or columns of a figure (default: 8)")
     parser.add_argument("--variance", choices=("fixed_large", "fixed_small"),
                         help="σ_t²: β_t or β̃_t (default: as trained)")
@@ -237,9 +245,9 @@ def parse(argv):
             ("--shared", shared, "Figure 7: samples that share x_t"),
             ("--interpolate", interpolation, "Figure 8: mixtures of two images")):
         figure.add_argument(flag, action="store_const", dest="figure", const=function, help=what)
-    parser.add_argument("--time", type=number(int, 1), help="the t at which --interpolate encodes "
+    parser.add_argument("--time", type=count, help="the t at which --interpolate encodes "
                         "the images (default: T/2)")
-    parser.add_argument("--dataset", help="images for --interpolate (default: those of the run)")
+    parser.add_argument("--dataset", type=word, help="images for --interpolate (default: the run's)")
     args = parser.parse_args(argv)
     if args.out.suffix not in (".png", ".pt") or (args.figure and args.out.suffix == ".pt"):
         raise UsageError(f"--out {args.out} must end in .png" + ("" if args.figure else " or .pt"))
@@ -273,6 +281,8 @@ def main(argv=None) -> int:
         say(f"{trained.source}, T = {T}")
 
     if args.figure:
+        common.require_network(trained.settings, machine, 1, args.n, False)
+        common.require(50 * args.n * math.prod(trained.shape), f"a figure of {args.n:,} rows")
         s = ddpm.respace(trained.schedule, args.steps or T).to(machine.device)
         with torch.no_grad():
             picture = args.figure(trained, s, inference_model(trained.net, machine), args, machine)

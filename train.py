@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -32,47 +33,44 @@ import data
 import ddpm
 import sample
 import unet
-from common import UsageError, number, seed_of
+from common import UsageError, seed_of
 from data import say
 
 # === Settings =====================================================================================
 # The defaults are the paper's CIFAR-10 run (§4, Appendix B). The warm-up and the clipping are those
 # of its released code, and ema_ramp is not in it. RECIPES has what other data change.
 
-count, positive = number(int, 1), number(float, 0, above=True)
-fraction = number(float, 0, 0.999, above=True)
 SETTINGS = {
-    # name: (default, type, meaning)
-    "dataset": ("cifar10", str, f"{', '.join(data.NAMES)}, a .pt file or a folder of pictures"),
-    "data_dir": ("data", str, "folder of the data sets, and of downloads"),
-    "image_size": (None, count, "side in pixels, for a folder of pictures (256) or shapes (16)"),
-    "flip": (True, bool, "mirror each image at random, with probability 1/2"),
-    "steps": (800_000, count, "training steps in all"),
-    "batch_size": (128, count, "images in a step, summed over all processes"),
-    "lr": (2e-4, positive, "learning rate of Adam"),
-    "warmup": (5000, number(int, 0), "steps in which the learning rate rises from 0"),
-    "clip": (1.0, positive, "largest norm of the gradient; larger ones are scaled down"),
-    "ema": (0.9999, number(float, 0, 1), "decay of the averaged weights, which sampling uses"),
-    "ema_ramp": (True, bool, "let the decay begin at 0.1 and rise; off: the released code"),
-    "dropout": (0.1, number(float, 0, 0.99), "probability of dropout in each residual block"),
-    "channels": (128, count, "width of the U-Net's first level, a multiple of 32"),
-    "multipliers": ([1, 2, 2, 2], count, "width of each level of the U-Net over --channels"),
-    "blocks": (2, count, "residual blocks in each level"),
-    "attention": ([16], count, "resolutions in pixels with self-attention"),
-    "timesteps": (1000, number(int, 2), "T, the number of time steps"),
-    "schedule": ("linear", ("linear", "quadratic", "constant"), "how β_t rises with t"),
-    "beta_start": (1e-4, fraction, "β_1; multiplied by 1000/T if T is not 1000"),
-    "beta_end": (0.02, fraction, "β_T; multiplied by 1000/T if T is not 1000"),
-    "predict": ("eps", ("eps", "x0", "mean"), "what the network predicts: ε, x_0 or μ̃_t"),
-    "variance": ("fixed_large", ("fixed_large", "fixed_small", "learned"),
-                 "σ_t²: β_t, β̃_t, or predicted by the network (§3.2, Table 2)"),
-    "objective": ("simple", ("simple", "vlb"), "L_simple (Eq. 14), or the bound L (Eq. 5)"),
-    "seed": (0, number(int, 0), "seed of all random numbers"),
-    "log_every": (100, count, "steps between two lines of log.jsonl"),
-    "save_every": (5000, count, "steps between two checkpoints"),
-    "sample_every": (25_000, count, "steps between two grids of samples"),
-    "samples": (64, number(int, 0), "images in a grid; 0 draws no grids"),
-    "sample_steps": (None, number(int, 2), "network calls for each image of a grid"),
+    # name: (default, meaning); common.KINDS has the types and ranges
+    "dataset": ("cifar10", f"{', '.join(data.NAMES)}, a .pt file or a folder of pictures"),
+    "data_dir": ("data", "folder of the data sets, and of downloads"),
+    "image_size": (None, "side in pixels, for a folder of pictures (256) or shapes (16)"),
+    "flip": (True, "mirror each image at random, with probability 1/2"),
+    "steps": (800_000, "training steps in all"),
+    "batch_size": (128, "images in a step, summed over all processes"),
+    "lr": (2e-4, "learning rate of Adam"),
+    "warmup": (5000, "steps in which the learning rate rises from 0"),
+    "clip": (1.0, "largest norm of the gradient; larger ones are scaled down"),
+    "ema": (0.9999, "decay of the averaged weights, which sampling uses"),
+    "ema_ramp": (True, "let the decay begin at 0.1 and rise; off: the released code"),
+    "dropout": (0.1, "probability of dropout in each residual block"),
+    "channels": (128, "width of the U-Net's first level, a multiple of 32"),
+    "multipliers": ([1, 2, 2, 2], "width of each level of the U-Net over --channels"),
+    "blocks": (2, "residual blocks in each level"),
+    "attention": ([16], "resolutions in pixels with self-attention"),
+    "timesteps": (1000, "T, the number of time steps"),
+    "schedule": ("linear", "how β_t rises with t"),
+    "beta_start": (1e-4, "β_1; multiplied by 1000/T if T is not 1000"),
+    "beta_end": (0.02, "β_T; multiplied by 1000/T if T is not 1000"),
+    "predict": ("eps", "what the network predicts: ε, x_0 or μ̃_t (§3.2, Table 2)"),
+    "variance": ("fixed_large", "σ_t²: β_t, β̃_t, or predicted by the network (§3.2, Table 2)"),
+    "objective": ("simple", "L_simple (Eq. 14), or the bound L (Eq. 5)"),
+    "seed": (0, "seed of all random numbers"),
+    "log_every": (100, "steps between two lines of log.jsonl"),
+    "save_every": (5000, "steps between two checkpoints"),
+    "sample_every": (25_000, "steps between two grids of samples"),
+    "samples": (64, "images in a grid; 0 draws no grids"),
+    "sample_steps": (None, "network calls for each image of a grid"),
 }
 RECIPES = {
     "mnist": dict(flip=False),
@@ -200,6 +198,9 @@ class Run:
         self.step = self.saved = state["step"]
         self.summed = state["summed"]
         self.loss_sum.copy_(state["loss_sum"])
+        dtype = state.get("dtype", str(self.machine.dtype))
+        if dtype != str(self.machine.dtype) and self.machine.chief:
+            say(f"warning: this run was trained in {dtype[6:]} until now (--precision)")
 
     def save(self) -> None:
         """Writes the checkpoint of this step, if it was not written yet. ValueError of `check`."""
@@ -214,7 +215,7 @@ class Run:
                 "settings": self.settings, "step": self.step, "model": self.model.state_dict(),
                 "ema": self.ema.state_dict(), "adam": self.adam.state_dict(),
                 "loss_sum": loss_sum / self.machine.world, "summed": self.summed,
-                "data": self.fingerprints[0]})
+                "data": self.fingerprints[0], "dtype": str(self.machine.dtype)})
 
     def check(self) -> None:
         """ValueError naming the first step whose loss or gradient was not finite, if there is one.
@@ -236,7 +237,8 @@ class Run:
         if self.settings["objective"] == "vlb":
             entry["bound"] = self.settings["timesteps"] * loss + self.L_T  # estimates L, bits/dim
         if self.machine.chief:
-            with open(self.folder / "log.jsonl", "a") as file:
+            path = self.folder / "log.jsonl"
+            with data.naming(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint that counts on it
@@ -295,16 +297,17 @@ def cut_log(path: Path, step: int) -> None:
 
     If there are lines that the log cannot have, the file as it was is kept under another name.
     """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()  # half a line, as a kill leaves it
-    steps = [re.match(rb'\{"step": (\d+), .*\}\n$', line) for line in lines]
-    if not all(steps):
-        aside = path.with_name("log.damaged.jsonl")
-        say(f"{path} has damaged lines: they are left out, and the file is kept as {aside}")
-        path.replace(aside)
-    with data.written(path) as file:
-        file.writelines(line for line, at in zip(lines, steps) if at and int(at[1]) <= step)
+    damaged, aside = False, path.with_name("log.damaged.jsonl")
+    path.touch()
+    with data.written(path) as kept, open(path, "rb") as lines:
+        for line in lines:
+            entry = re.match(rb'\{"step": (\d+), .*\}\n$', line)
+            if entry and int(entry[1]) <= step:
+                kept.write(line)
+            damaged |= not entry and line.endswith(b"\n")  # half a line is what a kill leaves
+        if damaged:
+            shutil.copyfile(path, aside)
+            say(f"{path} has damaged lines: they are left out, and the file is kept as {aside}")
 
 def compiled(net: nn.Module, machine: common.Machine, shape: tuple) -> nn.Module:
     """net through torch.compile, tried on one batch; net itself, with a message, if that fails."""
@@ -326,7 +329,7 @@ def recipe(dataset: str, side: int | None) -> dict:
     if side is None and Path(dataset).is_dir():
         side = 256
     changes = RECIPE_256 if (side or 0) >= 256 else RECIPES.get(dataset, {})
-    return {**{name: default for name, (default, *_) in SETTINGS.items()}, **changes}
+    return {**{name: default for name, (default, _) in SETTINGS.items()}, **changes}
 
 def parse(argv) -> dict:
     """The flags that were given, and no others: defaults depend on the data and the checkpoint."""
@@ -336,21 +339,18 @@ def parse(argv) -> dict:
     known = named.parse_known_args(argv)[0]
     parser = common.Parser(f"{__doc__}\nThe defaults are those for --dataset {known.dataset}.")
     for name, value in recipe(known.dataset, known.image_size).items():
-        _, kind, meaning = SETTINGS[name]
-        options = {"default": argparse.SUPPRESS}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(kind, tuple):
-            options["choices"] = kind
-        else:
-            options["type"] = kind
-        if isinstance(value, list):
+        kind, meaning = common.KINDS[name], SETTINGS[name][1]
+        options = {"type": kind, "choices": getattr(kind, "values", None)}
+        if kind is common.switch:
+            options = {"action": argparse.BooleanOptionalAction}
+        if name in common.LISTS:
             options["nargs"], value = "+", " ".join(map(str, value))
-        options["help"] = meaning if value is None else f"{meaning} (default: {value})"
-        parser.add_argument("--" + name.replace("_", "-"), **options)
+        text = meaning if value is None else f"{meaning} (default: {value})"
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
+                            **options)
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATASET)")
-    parser.add_argument("--init", help="start from these weights (all that --checkpoint of "
-                        "sample.py takes)")
+    parser.add_argument("--init", type=common.word, help="start from these weights (all that "
+                        "--checkpoint of sample.py takes)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="use torch.compile (default: on CUDA only)")
     parser.add_argument("--deterministic", action="store_true",
@@ -368,6 +368,10 @@ def settle(given: dict, images: Tensor, stored: dict, init: dict) -> dict:
     given = {key: value for key, value in given.items() if key in SETTINGS}
     shape = dict(in_channels=images.shape[1], image_size=side)
     settings = {**recipe(name, side), **init, **stored, **given, **shape}
+    common.judged(settings, "this run")
+    levels = len(settings["multipliers"])
+    if unknown := set(given.get("attention", [])) - {side // 2 ** level for level in range(levels)}:
+        raise UsageError(f"--attention {min(unknown)}: no level of the U-Net has that resolution")
     T, steps = settings["timesteps"], settings["sample_steps"]
     learned = settings["variance"] == "learned"
     if "sample_steps" not in given and steps and (learned or steps > T):
@@ -386,7 +390,6 @@ def settle(given: dict, images: Tensor, stored: dict, init: dict) -> dict:
         raise UsageError("--sample-steps: a learned variance can only be sampled with all steps")
     if steps and steps > T:
         raise UsageError(f"--sample-steps {steps} exceeds T = {T}")
-    levels = len(settings["multipliers"])
     if images.shape[3] != side or side % 2 ** (levels - 1):
         raise UsageError(f"images of {side}×{images.shape[3]}: a U-Net of {levels} levels needs "
                          f"squares whose side is a multiple of {2 ** (levels - 1)}")
@@ -421,6 +424,8 @@ def main(argv=None) -> int:
         if settings["batch_size"] % machine.world:
             raise UsageError(f"--batch-size {settings['batch_size']} cannot be shared evenly by "
                              f"{machine.world} processes")
+        # in memory: the weights, their averages and gradients, and two averages of Adam's
+        common.require_network(settings, machine, 5, settings["batch_size"] // machine.world, True)
         run = Run(settings, images, folder, machine)
         if resumed:
             run.restore(state)
@@ -448,8 +453,9 @@ def main(argv=None) -> int:
 def begin(run: Run) -> None:
     """Cleans up after a kill, and shows the settings: on stderr and in settings.json."""
     settings, machine, folder = run.settings, run.machine, run.folder
-    for leftover in folder.glob("*.part"):
-        leftover.unlink()
+    for leftover in folder.iterdir():
+        if re.fullmatch(r"(checkpoint.*|settings|log|samples-\d+)\.\w+\.\d+\.part", leftover.name):
+            leftover.unlink()
     cut_log(folder / "log.jsonl", run.step)
     with data.written(folder / "settings.json") as file:
         file.write((json.dumps(settings, indent=2) + "\n").encode())

@@ -51,14 +51,14 @@ def download(name: str, folder: Path) -> Path:
     try:
         for file in ("config.json", "scheduler_config.json"):
             if not (target / file).exists():
-                data.fetch(address + file, target / file)
+                data.fetch(address + file, target / file, check=read_json)
         if not any((target / file).exists() for file in MODEL):
             try:
-                data.fetch(address + MODEL[0], target / MODEL[0])
+                data.fetch(address + MODEL[0], target / MODEL[0], check=read_safetensors)
             except OSError as error:  # older models have only the second file
                 if getattr(error.__cause__, "code", None) != 404:
                     raise
-                data.fetch(address + MODEL[1], target / MODEL[1])
+                data.fetch(address + MODEL[1], target / MODEL[1], check=read_bin)
     except OSError as error:
         reason = getattr(error.__cause__, "reason", None) or error
         raise OSError(f"cannot fetch {HUB}/{name} ({reason}); put its files config.json, "
@@ -88,6 +88,9 @@ def from_diffusers(path: Path) -> tuple[UNet, dict, str]:
     scheduler = next(filter(None, (read_json(p / "scheduler_config.json") for p in places)), None)
     settings.update(from_scheduler(scheduler or {"variance_type": "fixed_large" if
                                                  settings["image_size"] < 256 else "fixed_small"}))
+    common.judged(settings, str(folder))
+    cpu = common.Machine(torch.device("cpu"), torch.float32)
+    common.require_network(settings, cpu, 2, 1, False)
     net = common.build_network(settings)
     ours, fitted = net.state_dict(), {}
     for here, there in names(net).items():
@@ -141,8 +144,8 @@ def required(config: dict, table: dict, place: str) -> None:
     """ValueError naming an entry of `config` whose value is not the one that `table` requires."""
     for key, (needed, default) in table.items():
         if config.get(key, default) != needed:
-            raise ValueError(f"{place}: {key} is {config.get(key, default)!r}; here it can only be "
-                             f"{needed!r}")
+            raise ValueError(f"{place}: {key} is {common.shown(config.get(key, default))}; here it "
+                             f"can only be {needed!r}")
 
 def from_config(config: dict, place: str) -> dict:
     """UNet2DModel's config.json → settings. ValueError naming the first entry that differs."""
@@ -153,12 +156,13 @@ def from_config(config: dict, place: str) -> dict:
         mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
         if (set(down) - {"DownBlock2D", "AttnDownBlock2D"} or config["up_block_types"] != mirrored
                 or config.get("out_channels", 3) != c or len(widths) != len(down)
-                or any(w % widths[0] for w in widths) or not isinstance(size, int)):
+                or any(type(w) is not int or w % widths[0] for w in widths)
+                or type(size) is not int):
             raise ValueError("blocks, widths, channels or sample_size of another network")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{place} does not describe this network: {error!r}") from error
     return dict(in_channels=c, image_size=size, channels=widths[0], dropout=0.0,
-                blocks=int(config.get("layers_per_block", 2)),
+                blocks=config.get("layers_per_block", 2),
                 multipliers=[w // widths[0] for w in widths],
                 attention=[size // 2 ** level for level, kind in enumerate(down) if "Attn" in kind])
 
@@ -186,27 +190,29 @@ def inferred(state: dict[str, Tensor], file: Path) -> dict:
 def from_scheduler(config: dict) -> dict:
     """DDPMScheduler's scheduler_config.json → settings. ValueError for another chain."""
     required(config, SCHEDULER, "scheduler_config.json")
-    T, clip = config.get("num_train_timesteps", 1000), config.get("clip_sample", True)
-    ends = [config.get("beta_start", 1e-4), config.get("beta_end", 0.02)]
-    found = dict(beta_schedule=SCHEDULES.get(config.get("beta_schedule", "linear")),
-                 prediction_type=PREDICTS.get(config.get("prediction_type", "epsilon")),
-                 variance_type=VARIANCES.get(config.get("variance_type", "fixed_small")),
-                 num_train_timesteps=T if type(T) is int and T > 1 else None,
-                 beta_start=ends[0] if type(ends[0]) is float else None,
-                 beta_end=ends[1] if type(ends[1]) is float else None,
-                 clip_sample=clip if type(clip) is bool else None)
-    for key, value in found.items():
-        if value is None:
-            raise ValueError(f"scheduler_config.json: {key} {config[key]!r} is not known here")
-    # `make_schedule` multiplies the ends by 1000/T; diffusers takes them as they are.
-    return dict(timesteps=T, schedule=found["beta_schedule"], predict=found["prediction_type"],
-                variance=found["variance_type"], beta_start=ends[0] * T / 1000,
-                beta_end=ends[1] * T / 1000, clip_sample=clip)
+    config = {"num_train_timesteps": 1000, "clip_sample": True, "beta_start": 1e-4,
+              "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "epsilon",
+              "variance_type": "fixed_small", **config}
+    for key, table in (("beta_schedule", SCHEDULES), ("prediction_type", PREDICTS),
+                       ("variance_type", VARIANCES)):
+        if not isinstance(config[key], str) or config[key] not in table:
+            raise ValueError(f"scheduler_config.json: {key} is {common.shown(config[key])}; only "
+                             f"{' and '.join(table)} are known here")
+    found = common.judged(dict(timesteps=config["num_train_timesteps"],
+                               beta_start=config["beta_start"], beta_end=config["beta_end"],
+                               clip_sample=config["clip_sample"]), "scheduler_config.json")
+    for end in ("beta_start", "beta_end"):  # `make_schedule` multiplies them by 1000/T
+        found[end] *= found["timesteps"] / 1000
+    return dict(found, schedule=SCHEDULES[config["beta_schedule"]],
+                predict=PREDICTS[config["prediction_type"]],
+                variance=VARIANCES[config["variance_type"]])
 
 # === To the layout of diffusers ===================================================================
 
 def export(net: UNet, settings: dict, folder: Path) -> None:
     """Writes a folder that DDPMPipeline.from_pretrained opens. ValueError if that is impossible."""
+    if (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} is the folder of a run: export to another one")
     schedules = {**{ours: theirs for theirs, ours in SCHEDULES.items()}, "constant": "linear"}
     predicts = {ours: theirs for theirs, ours in PREDICTS.items()}
     for key, known in (("schedule", schedules), ("predict", predicts), ("variance", VARIANCES)):
@@ -214,8 +220,8 @@ def export(net: UNet, settings: dict, folder: Path) -> None:
             raise ValueError(f"diffusers has no {key} {settings[key]}: this network cannot be "
                              "exported")
     if settings["multipliers"][0] != 1:
-        raise ValueError(f"diffusers has no first multiplier {settings['multipliers'][0]}, only 1: this "
-                         "network cannot be exported")
+        raise ValueError("diffusers has no first multiplier other than 1: this network cannot be "
+                         "exported")
     betas = common.build_schedule(settings).betas
     first, last = betas[1].item(), betas[-1].item()
     down = ["AttnDownBlock2D" if settings["image_size"] // 2 ** level in settings["attention"]
@@ -266,20 +272,24 @@ def read_json(path: Path) -> dict | None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A .safetensors or .bin file: name → tensor of finite floating-point numbers, or ValueError.
     """
-    if path.suffix == ".safetensors":
-        state = read_safetensors(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # torch.load raises many kinds of error for a damaged file
-            raise ValueError(f"{path} is no file of weights: {data.first_line(error)}") from error
-        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise ValueError(f"{path} is no dictionary of tensors")
+    common.require(3 * path.stat().st_size, f"reading {path}")
+    state = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
     for key, value in state.items():
-        if not value.is_floating_point() or not value.float().isfinite().all():
-            raise ValueError(f"{path}: {key} has values that are not finite numbers")
+        if (value.layout != torch.strided or value.is_quantized or not value.is_floating_point()
+                or value.numel() * value.itemsize > value.untyped_storage().nbytes()
+                or not value.float().isfinite().all()):
+            raise ValueError(f"{path}: {key} is no plain tensor of finite numbers")
+    return state
+
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """A dictionary of tensors that torch.save wrote, or ValueError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        assert all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load raises many kinds of error for a damaged file
+        raise ValueError(f"{path} is no dictionary of tensors: {data.first_line(error)}") from error
     return state
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

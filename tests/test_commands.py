@@ -296,7 +296,7 @@ def test_table2_rows_train_sample_and_evaluate(predict, variance, objective):
 @pytest.mark.parametrize("flags, match", [
     ("--lr 0", "--lr"), ("--lr nan", "--lr"), ("--steps -1", "--steps"), ("--ema 1.5", "--ema"),
     ("--dropout 1", "--dropout"), ("--batch-size x", "whole number"), ("--predict v", "--predict"),
-    ("--channels 40", "multiple of 32"), ("--beta-end 0.001", "larger beta_end"), ("--timesteps 1", "≥ 2"),
+    ("--channels 40", "multiple of 32"), ("--beta-end 0.001", "larger beta_end"), ("--timesteps 1", "from 2"),
     ("--dataset nowhere", "no data set"), ("--device tpu", "there is none here"), ("--step 3", "unrecognized"),
     ("--variance learned", "--objective vlb"), ("--sample-steps 99", "exceeds"),
     ("--multipliers 1 1 1 1 1 1", "multiple of 32"), ("--attention", "expected at least one"),
@@ -354,7 +354,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path_factory, where, flip, cut):
     weights."""
     path = tmp_path_factory.mktemp("run") / "checkpoint.pt"
     for step in (1, 2):
-        common.save_checkpoint(path, {"step": step, "weights": torch.arange(50.0)})
+        common.save_checkpoint(path, {"step": step, "settings": {}, "w": torch.arange(50.0)})
     raw = bytearray(path.read_bytes())
     raw = raw[:where % len(raw)] if cut else raw
     if not cut:
@@ -397,11 +397,13 @@ def test_a_failed_save_leaves_the_last_checkpoint(capsys, monkeypatch):
 
 
 def test_leftovers_are_cleaned_up():
-    """What a kill left half-written is gone after the next start."""
+    """What a kill left half-written is gone after the next start; other people's files are not."""
     trains("--steps", 1)
-    Path("runs/images/checkpoint.pt.part").write_bytes(b"half")
+    for name in ("checkpoint.pt.12.part", "checkpoint.prev.pt.3.part", "log.jsonl.12.part",
+                 "samples-0000001.png.9.part", "film.part", "my.log.part"):
+        Path("runs/images", name).write_bytes(b"half")
     trains("--steps", 2)
-    assert not list(Path("runs/images").glob("*.part"))
+    assert {path.name for path in Path("runs/images").glob("*.part")} == {"film.part", "my.log.part"}
 
 
 def script(*flags, **environment) -> subprocess.Popen:

@@ -6,7 +6,6 @@ import io
 import os
 import struct
 import tarfile
-import urllib.request
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+import weights
 
 
 def idx(n: int, side: int = 28, magic: int = 2051) -> bytes:
@@ -162,43 +162,74 @@ def test_shapes_are_the_same_always():
     assert a.float().std() > 20 and len(a.flatten(1).unique(dim=0)) == 16
 
 
-def test_download_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_download_is_whole_or_not_there(tmp_path, server):
     """Size and checksum are checked before the file takes its name; what broke starts again.
 
     Kills: half a download taken for the data, an error without the address and the place."""
     body, target = os.urandom(5000), tmp_path / "data" / "x.bin"
-    source = tmp_path / "source"
-    source.write_bytes(body)
-    address = source.as_uri()
-    for size, checksum, match in ((4000, None, "5000 bytes came"),
+    server.files["/x"] = body
+    address = server.address + "/x"
+    for size, checksum, match in ((4000, None, "more than 4000 bytes"),
+                                  (6000, None, "5000 bytes came in place of 6000"),
                                   (5000, hashlib.md5(b"").hexdigest(), "checksum"),
                                   (5000, "0" * 64, "checksum")):
         with pytest.raises(OSError, match=match) as error:
             data.fetch(address, target, size, checksum)
-        assert address in str(error.value) and str(target) in str(error.value)
+        assert address in str(error.value) and f"put it at {target}" in str(error.value)
         assert not list(target.parent.iterdir())
-
-    real = urllib.request.urlopen
-
-    def breaks(*args, **kwargs):
-        answer = real(*args, **kwargs)
-        read = answer.read
-        chunks = iter([read(100)])
-
-        def broken(n):
-            try:
-                return next(chunks)
-            except StopIteration:
-                raise ConnectionResetError("connection reset") from None
-        answer.read = broken
-        return answer
-
-    monkeypatch.setattr(urllib.request, "urlopen", breaks)
-    with pytest.raises(OSError, match="connection reset"):
-        data.fetch(address, target, 5000)
-    assert not list(target.parent.iterdir())
-    monkeypatch.undo()
     assert data.fetch(address, target, 5000, hashlib.sha256(body).hexdigest()) == target
     assert target.read_bytes() == body
+
+
+def half(handler) -> None:
+    """Announces 5,000 bytes, sends 100 and hangs up."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "5000")
+    handler.end_headers()
+    handler.wfile.write(bytes(100))
+
+
+def no_number(handler) -> None:
+    """A Content-Length that is no number."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "many")
+    handler.end_headers()
+    handler.wfile.write(b"body")
+
+
+@pytest.mark.parametrize("answer, match", [
+    (half, "100 bytes came in place of 5000"), (404, "Not Found"), (500, "Server Error"),
+    ("file:///etc/passwd", "file"), ("ftp://127.0.0.1/x", "ftp"), ("/x", "infinite loop")])
+def test_download_mistakes(tmp_path, server, answer, match):
+    """A broken, missing or endless answer, and one that leads elsewhere: an OSError, and no file."""
+    server.files["/x"] = answer
+    with pytest.raises(OSError, match=f"(?s){match}.*put it at"):
+        data.fetch(server.address + "/x", tmp_path / "data" / "x.bin")
+    assert not list(tmp_path.glob("data/*"))
+
+
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://127.0.0.1/x", "nonsense", "http://"])
+def test_download_of_what_is_no_web_address(tmp_path, address):
+    """Only http and https are spoken."""
     with pytest.raises(OSError, match="put it at"):
-        data.fetch((tmp_path / "nothing").as_uri(), tmp_path / "y")
+        data.fetch(address, tmp_path / "x.bin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_download_is_checked_before_it_is_kept(tmp_path, server):
+    """A file that is not what it must be does not get its name; a length that is none is ignored."""
+    server.files["/page"] = b"<html>Please log in</html>"
+    with pytest.raises(OSError, match="not JSON"):
+        data.fetch(server.address + "/page", tmp_path / "config.json", check=weights.read_json)
+    assert not list(tmp_path.iterdir())
+    server.files["/x"] = no_number
+    assert data.fetch(server.address + "/x", tmp_path / "x").read_bytes() == b"body"
+
+
+def test_download_that_is_too_slow_ends(tmp_path, server, monkeypatch):
+    """Below 5 kB/s after the first minute it is given up, however steadily the bytes come."""
+    server.files["/x"] = bytes(1000)
+    now = iter(range(0, 10 ** 9, 100))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(now))
+    with pytest.raises(OSError, match="slower than 5 kB/s"):
+        data.fetch(server.address + "/x", tmp_path / "x.bin")

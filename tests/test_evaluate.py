@@ -166,7 +166,7 @@ def run(tmp_path, monkeypatch):
     torch.save(data.shapes(64, 8), "images.pt")
     torch.save(data.shapes(30, 8, "test"), "made.pt")
     torch.jit.script(Inception()).save("inception.pt")
-    flags = ("--dataset images.pt --channels 32 --multipliers 1 --blocks 1 --attention 4 --steps 3 "
+    flags = ("--dataset images.pt --channels 32 --multipliers 1 --blocks 1 --attention 8 --steps 3 "
              "--timesteps 20 --batch-size 4 --samples 0 --device cpu --precision fp32")
     assert train.main(flags.split()) == 0
 

@@ -1,5 +1,6 @@
 """The diffusers layout, in and out, and the safetensors format, whose reader takes nothing on
 trust."""
+import io
 import json
 import math
 import struct
@@ -192,7 +193,7 @@ def test_wrong_weights_are_refused(folder):
             (lambda s: s.pop("conv_in.bias"), "lacks conv_in.bias"),
             (lambda s: s.update(extra=torch.zeros(2)), "such as extra"),
             (lambda s: s.update({"conv_in.bias": torch.zeros(31)}), "conv_in.bias is"),
-            (lambda s: s["conv_in.bias"].fill_(math.nan), "not finite")):
+            (lambda s: s["conv_in.bias"].fill_(math.nan), "finite numbers")):
         bad = {k: v.clone() for k, v in good.items()}
         change(bad)
         path.write_bytes(safetensors(bad))
@@ -208,33 +209,38 @@ def test_wrong_weights_are_refused(folder):
         sample.load(str(path), "data", machine=CPU)
 
 
-def test_hub_name(tmp_path, monkeypatch):
-    """Downloaded once, .bin where there is no safetensors; offline the files and the place are
-    named."""
-    source, asked = tmp_path / "source", []
-    source.mkdir()
-    torch.save(state(), source / weights.MODEL[1])
-    (source / "config.json").write_text(json.dumps(CONFIG))
-    (source / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-
-    def urlopen(address, timeout):
-        asked.append(address)
-        file = source / address.rsplit("/", 1)[1]
-        if not file.exists():
-            raise data.urllib.error.HTTPError(address, 404, "Not Found", {}, None)
-        return real(file.as_uri(), timeout=timeout)
-
-    real = data.urllib.request.urlopen
-    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
+def test_hub_name(tmp_path, monkeypatch, server):
+    """Downloaded once, .bin where there is no safetensors; without a network the files and the place
+    are named."""
+    buffer = io.BytesIO()
+    torch.save(state(), buffer)
+    here = "/someone/model/resolve/main/"
+    server.files.update({here + weights.MODEL[1]: buffer.getvalue(),
+                         here + "config.json": json.dumps(CONFIG).encode(),
+                         here + "scheduler_config.json": json.dumps(SCHEDULER).encode()})
+    monkeypatch.setattr(weights, "HUB", server.address)
     for _ in range(2):
         trained = sample.load("someone/model", tmp_path / "data", machine=CPU)
-    assert len(asked) == 4 and asked[0] == (
-        "https://huggingface.co/someone/model/resolve/main/config.json")
+    assert server.asked == [here + name for name in ("config.json", "scheduler_config.json",
+                                                     *weights.MODEL)]
     assert trained.settings["channels"] == 32
-    monkeypatch.setattr(data.urllib.request, "urlopen",
-                        lambda *a, **k: (_ for _ in ()).throw(data.urllib.error.URLError("offline")))
-    with pytest.raises(OSError, match="offline.*put its files config.json.*hub/some/other"):
+    server.files[here.replace("model", "page") + "config.json"] = b"<html>"
+    with pytest.raises(OSError, match="not JSON.*put its files config.json.*hub/someone/page"):
+        sample.load("someone/page", tmp_path / "data", machine=CPU)
+    assert not list((tmp_path / "data" / "hub" / "someone").glob("page/*"))
+    monkeypatch.setattr(weights, "HUB", "http://127.0.0.1:1")
+    with pytest.raises(OSError, match="refused.*put its files config.json.*hub/some/other"):
         sample.load("some/other", tmp_path / "data", machine=CPU)
+
+
+def test_what_is_no_hub_name(tmp_path, monkeypatch):
+    """A mistyped run and a name that leaves its folder are not looked up on the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(weights, "download", lambda *_: pytest.fail("looked up"))
+    for name in ("runs/nothere", "../x", "./x", "a/..", "a/b/c", "-"):
+        with pytest.raises(ValueError, match="no checkpoint"):
+            sample.load(name, machine=CPU)
 
 
 def test_export_is_read_back(folder, tmp_path, capsys):

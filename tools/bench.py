@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 import unet
-from common import UsageError, number
+from common import UsageError, count
 
 def diffusers_network(channels: int, multipliers: list[int]) -> nn.Module:
     """UNet2DModel with the same settings, as a function of the paper's t."""
@@ -125,10 +125,10 @@ def saved_memory(job) -> float:
 def main(argv=None) -> int:
     """Measures: see the text at the head of this file."""
     parser = common.Parser(__doc__)
-    parser.add_argument("--batch-size", type=number(int, 1), default=8, help="(default: 8)")
-    parser.add_argument("--repeat", type=number(int, 1), default=5, help="rounds (default: 5)")
-    parser.add_argument("--channels", type=number(int, 32), default=128, help="(default: 128)")
-    parser.add_argument("--multipliers", type=number(int, 1), nargs="+", default=[1, 2, 2, 2],
+    parser.add_argument("--batch-size", type=count, default=8, help="(default: 8)")
+    parser.add_argument("--repeat", type=count, default=5, help="rounds (default: 5)")
+    parser.add_argument("--channels", type=count, default=128, help="(default: 128)")
+    parser.add_argument("--multipliers", type=count, nargs="+", default=[1, 2, 2, 2],
                         help="(default: 1 2 2 2)")
     parser.add_argument("--compile", action="store_true", help="torch.compile for training")
     parser.add_argument("--vs", choices=("diffusers",), help="compare with UNet2DModel")
@@ -161,7 +161,8 @@ def main(argv=None) -> int:
     elif info.exists():
         name = info.read_text().split("model name\t: ")[-1].splitlines()[0]
     print(f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}; "
-          f"{str(machine.dtype)[6:]}; batch {n}; {gflop:.2f} GFLOP forward an image; medians of {args.repeat} (lowest – highest)")
+          f"{str(machine.dtype)[6:]}; batch {n}; {gflop:.2f} GFLOP forward an image; medians of "
+          f"{args.repeat} (lowest – highest)")
     for (name, what), took in times.items():
         values = sorted((n / t, 1e3 * t / n)[what] for t in took)
         speed = (3, 1)[what] * n * gflop / statistics.median(took)

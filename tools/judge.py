@@ -20,6 +20,7 @@ from torch import Tensor
 
 import data
 import sample
+from common import count
 
 LIMIT = 8.0   # of 255 levels
 
@@ -65,7 +66,7 @@ def main(argv=None) -> int:
     """Judges samples: see the text at the head of this file."""
     parser = common.Parser(__doc__)
     parser.add_argument("what", help="a run's folder, a checkpoint, or a .pt file of images")
-    parser.add_argument("--n", type=common.number(int, 1), default=200, help="(default: 200)")
+    parser.add_argument("--n", type=count, default=200, help="(default: 200)")
     parser.add("--steps", "--seed", "--device", "--precision")
     args = parser.parse_args(argv)
     machine = common.find_machine(args.device, args.precision)
