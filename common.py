@@ -29,7 +29,7 @@ try:
     from torch import Tensor, nn
 
     import ddpm
-    from data import check_writable, first_line, say, written
+    from data import check_writable, first_line, say, size_of, written
     from unet import UNet
 except KeyboardInterrupt:  # these imports take seconds
     raise SystemExit(130) from None
@@ -42,9 +42,9 @@ class UsageError(ValueError):
 class Parser(argparse.ArgumentParser):
     """argparse with errors as UsageError. The text at the head of a script begins its --help."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, **options):
         super().__init__(description=text, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str):
         raise UsageError(f"{message} (see --help)")
@@ -70,6 +70,7 @@ def number(kind: type, low: float, high: float, above: bool = False) -> Callable
             raise argparse.ArgumentTypeError(
                 f"{shown(value)} is not {'a whole number' if kind is int else 'a number'} {bounds}")
         return found
+    judge.range = (kind, low, high, above)
     return judge
 
 def one_of(*values: str) -> Callable:
@@ -119,10 +120,15 @@ KINDS = {
 }
 LISTS, OPTIONAL = {"multipliers", "attention"}, {"image_size", "sample_steps"}
 
-def judged(settings, place: str) -> dict:
-    """`settings`, if each of them is what KINDS says. ValueError names the first that is not."""
+def judged(settings, place: str, needed=()) -> dict:
+    """`settings`, if each of them is what KINDS says. ValueError names the first that is not.
+
+    needed: the names of those that must be there.
+    """
     if not isinstance(settings, dict):
         raise ValueError(f"{place} holds no settings")
+    if missing := sorted(set(needed) - set(settings)):
+        raise ValueError(f"{place} lacks the setting {missing[0]}")
     for name, value in settings.items():
         if name not in KINDS:
             raise ValueError(f"{place} has a setting {shown(name)}, which is not known here")
@@ -371,6 +377,7 @@ def require_network(settings: dict, machine: Machine, copies: int, batch: int, k
         side = settings["image_size"]
         net(torch.zeros(1, settings["in_channels"], side, side), torch.ones(1, dtype=torch.int64))
     outputs = batch * machine.dtype.itemsize * (sum(sizes) if kept else 2 * max(sizes))
+    outputs += batch * 20_000  # random generators and the like
     weights = 4 * copies * sum(p.numel() for p in net.parameters())
     require(weights + outputs, f"this network with {batch:,} images at a time", machine.device)
 
@@ -403,7 +410,7 @@ def load_checkpoint(path: Path) -> dict:
         path = previous(path)  # where there are no hard links, a kill can fall between two renames
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
-    require(3 * path.stat().st_size, f"reading {path}")
+    require(3 * size_of(path), f"reading {path}")
     raw = memoryview(path.read_bytes())
     if len(raw) < 32 or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
         way_out = ""
@@ -414,9 +421,11 @@ def load_checkpoint(path: Path) -> dict:
     try:
         payload = torch.load(io.BytesIO(raw[:-32]), map_location="cpu", weights_only=True)
         assert payload["format"] == FORMAT and type(payload["step"]) is int
+        assert 0 <= payload["step"] <= 10 ** 9
     except Exception as error:  # torch.load raises many kinds of error
         raise ValueError(f"{path} is not a checkpoint of this version of train.py") from error
-    judged(payload.get("settings"), str(path))
+    # Older checkpoints have no ema_ramp, and clip_sample is there only for weights of diffusers.
+    judged(payload.get("settings"), str(path), KINDS.keys() - {"ema_ramp", "clip_sample"})
     return payload
 
 def previous(path: Path) -> Path:
@@ -430,6 +439,8 @@ def locked(folder: Path) -> Iterator[None]:
     The lock ends with the process, even with a kill. Windows has no such lock.
     """
     check_writable(folder / ".lock")
+    if (folder / ".lock").exists():
+        size_of(folder / ".lock")
     with open(folder / ".lock", "a") as file:
         try:
             import fcntl

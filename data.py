@@ -66,6 +66,9 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
     """
     folder = Path(data_dir)
     if name == "shapes":
+        if image_size and image_size > 512:
+            raise ValueError(f"shapes of {image_size}×{image_size} pixels need tens of GiB of "
+                             "memory: at most 512")
         return Data(shapes(8192 if split == "train" else 1024, image_size or 16, split), split)
     if name == "cifar10":
         data = Data(read_cifar10(_local(folder, name, *CIFAR10.items()), split), split)
@@ -235,8 +238,15 @@ def fetch(address: str, path: Path, size: int | None = None, checksum: str | Non
 
 # === Formats ======================================================================================
 
+def size_of(path: Path) -> int:
+    """Bytes in a file. ValueError if it is a folder, a pipe or a device, which may never end."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file" if path.exists() else f"there is no file {path}")
+    return path.stat().st_size
+
 def gunzip(path: Path, limit: int) -> bytes:
     """The content of a gzip file, its checksum verified. ValueError beyond `limit` bytes."""
+    size_of(path)
     try:
         with gzip.open(path) as file:
             raw = file.read(limit + 1)
@@ -283,16 +293,16 @@ def read_idx(path: Path) -> Tensor:
 
 def read_tensor(path: Path) -> Tensor:
     """A tensor saved by `torch.save`: uint8 N×C×H×W, C = 1 or 3. ValueError on anything else."""
+    size_of(path)
     try:
         images = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # torch.load raises many kinds of error for a damaged file
         raise ValueError(f"{path} is no tensor file of torch.save: {first_line(error)}") from error
     if not isinstance(images, Tensor):
         raise ValueError(f"{path} holds a {type(images).__name__}, not a tensor of images")
     shape = "×".join(map(str, images.shape))
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+    if (images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3)
+            or images.is_meta):
         raise ValueError(f"{path} holds {images.dtype} {shape}; images are torch.uint8 N×C×H×W "
                          "with C = 1 or 3")
     if not images.numel():

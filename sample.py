@@ -85,7 +85,7 @@ def load(name: str | Path | None = None, data_dir: str | Path = "data", ema: boo
         net = common.build_network(settings)
         try:
             net.load_state_dict(state["ema" if ema else "model"])
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path}: its weights do not fit its settings") from error
         source = f"{path}, step {state['step']}, {'averaged' if ema else 'last'} weights"
     else:

@@ -192,15 +192,19 @@ class Run:
         if state["data"] not in self.fingerprints:  # the second is that of older checkpoints
             raise ValueError(f"the images of {self.settings['dataset']} are not those with which "
                              f"the run in {self.folder} began")
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.adam.load_state_dict(state["adam"])
-        self.step = self.saved = state["step"]
-        self.summed = state["summed"]
-        self.loss_sum.copy_(state["loss_sum"])
-        dtype = state.get("dtype", str(self.machine.dtype))
-        if dtype != str(self.machine.dtype) and self.machine.chief:
-            say(f"warning: this run was trained in {dtype[6:]} until now (--precision)")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            self.adam.load_state_dict(state["adam"])
+            self.step = self.saved = state["step"]
+            self.summed = int(state["summed"])
+            self.loss_sum.copy_(state["loss_sum"])
+        except Exception as error:  # torch raises many kinds of error
+            raise ValueError(f"the checkpoint in {self.folder} holds no whole state of its run: "
+                             f"{data.first_line(error)}") from error
+        before = state.get("dtype", str(self.machine.dtype))
+        if before != str(self.machine.dtype) and self.machine.chief:
+            say(f"warning: this run was in {before}, and goes on in {self.machine.dtype}")
 
     def save(self) -> None:
         """Writes the checkpoint of this step, if it was not written yet. ValueError of `check`."""
@@ -299,6 +303,8 @@ def cut_log(path: Path, step: int) -> None:
     """
     damaged, aside = False, path.with_name("log.damaged.jsonl")
     path.touch()
+    if data.size_of(path) > 2 ** 30:
+        raise ValueError(f"{path} has {data.size_of(path)} bytes: move it away to continue the run")
     with data.written(path) as kept, open(path, "rb") as lines:
         for line in lines:
             entry = re.match(rb'\{"step": (\d+), .*\}\n$', line)
@@ -333,10 +339,10 @@ def recipe(dataset: str, side: int | None) -> dict:
 
 def parse(argv) -> dict:
     """The flags that were given, and no others: defaults depend on the data and the checkpoint."""
-    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    named.add_argument("--dataset", default=SETTINGS["dataset"][0])
-    named.add_argument("--image-size", type=lambda text: int(text) if text.isdecimal() else None)
-    known = named.parse_known_args(argv)[0]
+    first = common.Parser("", add_help=False)  # the data set decides on the other defaults
+    first.add_argument("--dataset", type=common.word, default=SETTINGS["dataset"][0])
+    first.add_argument("--image-size", type=common.KINDS["image_size"])
+    known = first.parse_known_args(argv)[0]
     parser = common.Parser(f"{__doc__}\nThe defaults are those for --dataset {known.dataset}.")
     for name, value in recipe(known.dataset, known.image_size).items():
         kind, meaning = common.KINDS[name], SETTINGS[name][1]

@@ -261,10 +261,11 @@ def read_json(path: Path) -> dict | None:
     """A JSON object, or None if there is no such file. ValueError for anything else."""
     if not path.exists():
         return None
+    data.size_of(path)
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {data.first_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
     return content
@@ -272,10 +273,11 @@ def read_json(path: Path) -> dict | None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A .safetensors or .bin file: name → tensor of finite floating-point numbers, or ValueError.
     """
-    common.require(3 * path.stat().st_size, f"reading {path}")
+    common.require(3 * data.size_of(path), f"reading {path}")
     state = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
     for key, value in state.items():
-        if (value.layout != torch.strided or value.is_quantized or not value.is_floating_point()
+        if (value.layout != torch.strided or value.is_quantized or value.is_meta
+                or not value.is_floating_point()
                 or value.numel() * value.itemsize > value.untyped_storage().nbytes()
                 or not value.float().isfinite().all()):
             raise ValueError(f"{path}: {key} is no plain tensor of finite numbers")
@@ -286,8 +288,6 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         assert all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    except FileNotFoundError:
-        raise
     except Exception as error:  # torch.load raises many kinds of error for a damaged file
         raise ValueError(f"{path} is no dictionary of tensors: {data.first_line(error)}") from error
     return state

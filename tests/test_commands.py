@@ -30,6 +30,9 @@ TINY = ("--dataset images.pt --channels 32 --multipliers 1 2 --blocks 1 --attent
         "--sample-every 100 --samples 0 --device cpu --precision fp32").split()
 
 
+SETTINGS = {**train.recipe("shapes", 16), "image_size": 16, "in_channels": 3}
+
+
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -354,7 +357,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path_factory, where, flip, cut):
     weights."""
     path = tmp_path_factory.mktemp("run") / "checkpoint.pt"
     for step in (1, 2):
-        common.save_checkpoint(path, {"step": step, "settings": {}, "w": torch.arange(50.0)})
+        common.save_checkpoint(path, {"step": step, "settings": SETTINGS, "w": torch.arange(50.0)})
     raw = bytearray(path.read_bytes())
     raw = raw[:where % len(raw)] if cut else raw
     if not cut:
