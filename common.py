@@ -115,10 +115,14 @@ KINDS = {
     "variance": one_of("fixed_large", "fixed_small", "learned"),
     "objective": one_of("simple", "vlb"), "seed": number(int, 0, 2 ** 63 - 1), "log_every": count,
     "save_every": count, "sample_every": count, "samples": number(int, 0, 10 ** 4),
-    "sample_steps": number(int, 2, 10 ** 5), "in_channels": number(int, 1, 3),
+    "sample_steps": number(int, 2, 10 ** 5), "micro_batch": number(int, 1, 10 ** 6), "keep": count,
+    "in_channels": number(int, 1, 3),
     "clip_sample": switch,
 }
-LISTS, OPTIONAL = {"multipliers", "attention"}, {"image_size", "sample_steps"}
+LISTS = {"multipliers", "attention"}
+OPTIONAL = {"image_size", "sample_steps", "micro_batch", "keep"}  # these may be None
+# Older checkpoints lack three of them, and clip_sample is there only for weights of diffusers.
+REQUIRED = KINDS.keys() - {"ema_ramp", "micro_batch", "keep", "clip_sample"}
 
 def judged(settings, place: str, needed=()) -> dict:
     """`settings`, if each of them is what KINDS says. ValueError names the first that is not.
@@ -157,9 +161,9 @@ FLAGS = {
                          "on CUDA, else 16)"),
     "--device": dict(type=word, default="auto", help="cuda, cuda:N, mps or cpu (default: the first "
                      "of cuda, mps, cpu that is there)"),
-    "--precision": dict(choices=("auto", "bf16", "tf32", "fp32"), default="auto", help="number "
-                        "format of convolutions and matrix products (default: bf16 if the hardware "
-                        "has it, else tf32 on CUDA, else fp32; for bits/dim always fp32)"),
+    "--precision": dict(choices=("auto", "bf16", "fp16", "tf32", "fp32"), default="auto", help="the "
+                        "number format of convolutions and matrix products (default: bf16 if the "
+                        "hardware has it, else tf32 on CUDA, else fp32; for bits/dim always fp32)"),
 }
 
 def command(main: Callable) -> Callable:
@@ -295,11 +299,13 @@ def find_machine(device: str = "auto", precision: str = "auto") -> Machine:
     else:
         cpu = getattr(torch.cpu, "get_capabilities", dict)() if found.type == "cpu" else {}
         has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    bf16 = precision == "bf16" or (precision == "auto" and has_bf16)
+    if precision == "auto":
+        precision = "bf16" if has_bf16 else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo",
                                 timeout=timedelta(days=1))  # the others wait for a long download
-    return Machine(found, torch.bfloat16 if bf16 else torch.float32, rank, world)
+    return Machine(found, dtype, rank, world)
 
 def require(need: float, what: str, device: torch.device = torch.device("cpu")) -> None:
     """ValueError if `what` needs more bytes than the device has free, as far as that is known."""
@@ -424,8 +430,7 @@ def load_checkpoint(path: Path) -> dict:
         assert 0 <= payload["step"] <= 10 ** 9
     except Exception as error:  # torch.load raises many kinds of error
         raise ValueError(f"{path} is not a checkpoint of this version of train.py") from error
-    # Older checkpoints have no ema_ramp, and clip_sample is there only for weights of diffusers.
-    judged(payload.get("settings"), str(path), KINDS.keys() - {"ema_ramp", "clip_sample"})
+    judged(payload.get("settings"), str(path), REQUIRED)
     return payload
 
 def previous(path: Path) -> Path:

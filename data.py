@@ -374,8 +374,8 @@ def shapes(n: int, size: int = 16, split: str = "train") -> Tensor:
     k = (torch.tensor([5.0, 3.0, 1.0]) + hue) % 6            # hue → red, green, blue
     colours = value * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1))       # (n, 2, RGB)
     radius, x, y = torch.rand(3, n, generator=g)
-    radius = 0.5 + 0.25 * radius
-    cover = covers((2 * x - 1) * (0.95 - radius), (2 * y - 1) * (0.95 - radius), radius, size)
+    radius = 0.55 + 0.15 * radius
+    cover = covers(0.4 * x - 0.2, 0.4 * y - 0.2, radius, size)
     kind = torch.randint(4, (n,), generator=g)
     cover = cover[kind, torch.arange(n), None]
     shape, ground = colours[..., None, None].unbind(1)

@@ -278,8 +278,8 @@ def parse(argv):
     parser.add_argument("--fid", action="store_true", help="FID and Inception score")
     parser.add_argument("--samples", type=Path, help="with --fid: the images, from sample.py --out "
                         "X.pt (default: draw them)")
-    parser.add_argument("--inception", type=word, help="with --fid: the TorchScript file (default: it is "
-                        "downloaded)")
+    parser.add_argument("--inception", type=word, help="with --fid: the TorchScript file (default: "
+                        "it is downloaded)")
     args = parser.parse_args(argv)
     if not args.fid and (args.samples or args.inception or args.steps):
         raise UsageError("--samples, --steps and --inception go with --fid")

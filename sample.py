@@ -2,6 +2,7 @@
 
     python sample.py --n 64                            averaged weights of the newest run
     python sample.py --n 50000 --out samples.pt        a uint8 tensor (n, C, H, W)
+    python sample.py --n 50000 --out samples/          a folder with one PNG for each image
     python sample.py --steps 100                       100 network calls an image in place of T
     python sample.py --progressive                     x̂_0 over time, one row an image (Figure 6)
     python sample.py --shared                          samples that share x_t (Figure 7)
@@ -9,18 +10,21 @@
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out samples.pt          on 8 GPUs
 
 Image i is a function of the seed, of i and of the kind of device. The batch size changes it by
-rounding errors only.
+rounding errors only. The same command again continues an unfinished tensor or folder.
 """
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import math
 import re
 import struct
 import sys
+import time
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import common  # before torch, because it silences a warning of torch's import
 
@@ -67,26 +71,21 @@ def load(name: str | Path | None = None, data_dir: str | Path = "data", ema: boo
          machine: Machine | None = None) -> Trained:
     """A trained network on the machine's device (by default the best one here).
 
-    name: a checkpoint.pt or its folder, a folder in the layout of diffusers, a .safetensors or .bin
-    file, or ORGANISATION/MODEL on the hub, which is downloaded once to data_dir/hub; by default the
-    run in runs/ that saved last. ema: take the averaged weights of a checkpoint. ValueError or
-    OSError if it cannot be used.
+    name: a checkpoint.pt or its folder, an ema-*.safetensors of train.py --keep, a folder in the
+    layout of diffusers, a .safetensors or .bin file of diffusers, or ORGANISATION/MODEL on the hub,
+    which is downloaded once to data_dir/hub; by default the run in runs/ that saved last. ema: take
+    the averaged weights of a checkpoint. ValueError or OSError if it cannot be used.
     """
     machine = machine or common.find_machine()
     path = newest_checkpoint() if name is None else Path(name)
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) and not path.parent.is_dir()
     if path.suffix in (".safetensors", ".bin") or (path / "config.json").exists() or (
             path / "unet" / "config.json").exists():
-        net, settings, source = weights.from_diffusers(path)
+        net, settings, source = kept_weights(path, machine) or weights.from_diffusers(path)
     elif path.exists() or path.suffix == ".pt" or not on_hub:
         state = common.load_checkpoint(path)
         settings = state["settings"]
-        common.require_network(settings, machine, 2, 1, False)
-        net = common.build_network(settings)
-        try:
-            net.load_state_dict(state["ema" if ema else "model"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path}: its weights do not fit its settings") from error
+        net = network_with(state.get("ema" if ema else "model"), settings, path, machine)
         source = f"{path}, step {state['step']}, {'averaged' if ema else 'last'} weights"
     else:
         with machine.chief_first():
@@ -94,6 +93,33 @@ def load(name: str | Path | None = None, data_dir: str | Path = "data", ema: boo
         net, settings, source = weights.from_diffusers(folder)
     net = net.to(machine.device, memory_format=torch.channels_last).eval()
     return Trained(net, common.build_schedule(settings), settings, source)
+
+def network_with(state: dict, settings: dict, path: Path, machine: Machine) -> nn.Module:
+    """The network of `settings` with the weights `state`, or ValueError."""
+    common.require_network(settings, machine, 2, 1, False)
+    net = common.build_network(settings)
+    try:
+        net.load_state_dict(state)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: its weights do not fit its settings") from error
+    return net
+
+def kept_weights(path: Path, machine: Machine) -> tuple | None:
+    """Network, settings and source of a file of train.py --keep, or None for another file."""
+    if path.suffix != ".safetensors":
+        return None
+    data.size_of(path)
+    state, metadata = weights.read_header(path)
+    if "ddpm" not in metadata:
+        return None
+    try:
+        about = json.loads(metadata["ddpm"])
+        settings, step = about["settings"], int(about["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no settings of train.py") from error
+    common.judged(settings, str(path), common.REQUIRED)
+    net = network_with(state, settings, path, machine)
+    return net, settings, f"{path}, step {step}, averaged weights"
 
 def newest_checkpoint(root: Path = Path("runs")) -> Path:
     """The checkpoint of the run under `root` that saved last."""
@@ -114,30 +140,44 @@ def inference_model(net: nn.Module, machine: Machine) -> ddpm.Model:
 # === Algorithm 2 on batches =======================================================================
 
 @torch.no_grad()
-def draw_samples(trained: Trained, n: int, seed: int = 0, batch_size: int | None = None,
+def draw_batches(trained: Trained, first: int, n: int, seed: int = 0, batch_size: int | None = None,
                  steps: int | None = None, machine: Machine | None = None,
-                 progress: Progress | None = None, **choices) -> Tensor:
-    """Images 0 … n − 1 of a seed, by `ddpm.p_sample_loop`: uint8 (n, C, H, W) on the CPU.
+                 progress: Progress | None = None, **choices) -> Iterator[Tensor]:
+    """Images first … n − 1 of a seed, by `ddpm.p_sample_loop`, in batches: uint8 (B, C, H, W).
 
     steps: network calls for each image, T by default. choices: these replace `trained.choices`.
-    Under torchrun the processes share the work, and each of them gets all images.
+    Under torchrun each process computes a batch, and all of them get all images, on the CPU.
     """
     machine = machine or common.find_machine(str(next(trained.net.parameters()).device))
     s = trained.schedule if steps is None else ddpm.respace(trained.schedule, steps)
     s, model = s.to(machine.device), inference_model(trained.net, machine)
     batch_size = min(n, batch_size or (256 if machine.device.type == "cuda" else 16))
     common.require_network(trained.settings, machine, 1, batch_size, False)
-    common.require(3 * n * math.prod(trained.shape), f"{n:,} images")
-    mine, out = machine.share(n), []
-    for i in range(0, len(mine), batch_size):
-        noise = Noise(seed, mine[i:i + batch_size], trained.shape, machine.device)
-        x_T = noise()
-        for t, x_t, _ in ddpm.p_sample_loop(s, model, x_T, noise, **{**trained.choices, **choices}):
+    for i in range(first, n, batch_size * machine.world):
+        batch = range(i, min(n, i + batch_size * machine.world))
+        mine = [batch[j] for j in machine.share(len(batch))]
+        noise = Noise(seed, mine, trained.shape, machine.device)
+        x_t = noise()
+        for t, x_t, _ in ddpm.p_sample_loop(s, model, x_t, noise, **{**trained.choices, **choices}):
             if progress:
-                progress.update(min(n, (i + len(x_T) * (1 - t / s.T)) * machine.world))
-        out.append(data.to_uint8(x_t).cpu())
-    rows = torch.cat(out) if out else torch.zeros(0, *trained.shape, dtype=torch.uint8)
-    return machine.gather(rows, n)
+                progress.update(min(n, i + len(batch) * (1 - t / s.T)))
+        yield machine.gather(data.to_uint8(x_t).cpu(), len(batch))
+
+def draw_samples(trained: Trained, n: int, *arguments, **options) -> Tensor:
+    """Images 0 … n − 1 of a seed: uint8 (n, C, H, W) on the CPU. Arguments as in `draw_batches`."""
+    common.require(3 * n * math.prod(trained.shape), f"{n:,} images")
+    return torch.cat(list(draw_batches(trained, 0, n, *arguments, **options)))
+
+@torch.no_grad()
+def seconds_of_a_call(trained: Trained, n: int, machine: Machine) -> float:
+    """How long one network call for each of n images takes, in batches of 32."""
+    model = inference_model(trained.net, machine)
+    x = torch.zeros(min(n, 32), *trained.shape, device=machine.device)
+    t = torch.ones(len(x), dtype=torch.int64, device=machine.device)
+    model(x, t)
+    started = time.monotonic()
+    model(x, t).sum().item()
+    return (time.monotonic() - started) * math.ceil(n / 32 / machine.world)
 
 # === The figures ==================================================================================
 
@@ -210,6 +250,11 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     cells = cells.view(rows, columns, c, height, width).permute(2, 0, 3, 1, 4)
     return cells.reshape(c, rows * height, columns * width)
 
+def enlarged(picture: Tensor) -> Tensor:
+    """Each pixel becomes a square, so that the picture is about 480 pixels wide, or wider."""
+    k = max(1, round(480 / picture.shape[2]))
+    return picture.repeat_interleave(k, 1).repeat_interleave(k, 2)
+
 def write_png(path: Path, image: Tensor) -> None:
     """Writes uint8 (1 or 3, H, W) as an 8-bit PNG, grey or RGB."""
     c, height, width = image.shape
@@ -237,8 +282,8 @@ def parse(argv):
                         "or columns of a figure (default: 8)")
     parser.add_argument("--variance", choices=("fixed_large", "fixed_small"),
                         help="σ_t²: β_t or β̃_t (default: as trained)")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png file, or a "
-                        ".pt file for a uint8 tensor (default: samples.png)")
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png file, a .pt "
+                        "file for a uint8 tensor, or a folder for PNGs (default: samples.png)")
     figure = parser.add_mutually_exclusive_group()
     for flag, function, what in (
             ("--progressive", progressive, "Figure 6: x̂_0 over time"),
@@ -247,10 +292,12 @@ def parse(argv):
         figure.add_argument(flag, action="store_const", dest="figure", const=function, help=what)
     parser.add_argument("--time", type=count, help="the t at which --interpolate encodes "
                         "the images (default: T/2)")
-    parser.add_argument("--dataset", type=word, help="images for --interpolate (default: the run's)")
+    parser.add_argument("--dataset", type=word, help="the images of --interpolate (default: the "
+                        "run's)")
     args = parser.parse_args(argv)
-    if args.out.suffix not in (".png", ".pt") or (args.figure and args.out.suffix == ".pt"):
-        raise UsageError(f"--out {args.out} must end in .png" + ("" if args.figure else " or .pt"))
+    if args.out.suffix not in ((".png",) if args.figure else (".png", ".pt", "")):
+        raise UsageError(f"--out {args.out}: " + ("a figure is a .png file" if args.figure else
+                         "it must end in .png or .pt, or be a folder without a point in its name"))
     if args.figure is not interpolation and (args.time or args.dataset):
         raise UsageError("--time and --dataset go with --interpolate")
     args.n = args.n or (8 if args.figure else 64)
@@ -277,7 +324,8 @@ def main(argv=None) -> int:
     if args.variance:
         args.choices["variance"] = args.variance
     if machine.chief:
-        data.check_writable(args.out)
+        if args.out.suffix:
+            data.check_writable(args.out)
         say(f"{trained.source}, T = {T}")
 
     if args.figure:
@@ -286,19 +334,61 @@ def main(argv=None) -> int:
         s = ddpm.respace(trained.schedule, args.steps or T).to(machine.device)
         with torch.no_grad():
             picture = args.figure(trained, s, inference_model(trained.net, machine), args, machine)
-    else:
+    elif args.out.suffix == ".png":
         progress = Progress(args.n, "samples", quiet=not machine.chief)
-        images = draw_samples(trained, args.n, args.seed, args.batch_size, args.steps, machine,
-                              progress, **args.choices)
-        picture = grid(images)
+        picture = grid(draw_samples(trained, args.n, args.seed, args.batch_size, args.steps,
+                                    machine, progress, **args.choices))
+    else:
+        draw_many(trained, machine, args)
     if machine.chief:
-        if args.out.suffix == ".pt":
-            with data.written(args.out) as file:
-                torch.save(images, file)
-        else:
-            write_png(args.out, picture)
+        if args.out.suffix == ".png":
+            write_png(args.out, enlarged(picture))
         say(f"{args.out} holds {args.n} {'row' if args.figure else 'sample'}{'s' * (args.n > 1)}")
     return 0
+
+def draw_many(trained: Trained, machine: Machine, args) -> None:
+    """Samples into a folder of PNGs, or into a .pt file by way of a file beside it that grows.
+
+    Only one batch is in memory. What is there already is not drawn again, if it was drawn in the
+    same way: samples.json in the folder, or a .json beside the tensor, says how.
+    """
+    tensor = args.out.suffix == ".pt"
+    raw, size = args.out.with_name(args.out.name + ".raw"), math.prod(trained.shape)
+    note = args.out.with_name(args.out.name + ".json") if tensor else args.out / "samples.json"
+    about = {"source": trained.source, "seed": args.seed, "steps": args.steps or trained.schedule.T,
+             "shape": list(trained.shape), **args.choices}
+    found = weights.read_json(note)
+    if found is not None and found != about:
+        raise ValueError(f"{note} tells of other samples: delete it and them, or give another "
+                         "--out")
+    first = 0
+    if tensor and found and raw.exists():
+        first = min(args.n, data.size_of(raw) // size)
+    while not tensor and (args.out / f"{first:06d}.png").exists() and first < args.n:
+        first += 1
+    if machine.chief:
+        with data.written(note) as file:
+            file.write(json.dumps(about).encode())
+        with data.naming(raw) if tensor else contextlib.nullcontext():
+            if tensor:
+                with open(raw, "ab") as file:
+                    file.truncate(first * size)  # half an image, as a kill leaves it
+    progress = Progress(args.n, "samples", first, quiet=not machine.chief)
+    for images in draw_batches(trained, first, args.n, args.seed, args.batch_size, args.steps,
+                               machine, progress, **args.choices):
+        if machine.chief and tensor:
+            with data.naming(raw), open(raw, "ab") as file:
+                file.write(data.raw_bytes(images))
+        elif machine.chief:
+            for i, image in enumerate(images, first):
+                write_png(args.out / f"{i:06d}.png", image)
+        first += len(images)
+    if machine.chief and tensor:
+        images = torch.from_file(str(raw), size=args.n * size, dtype=torch.uint8)
+        with data.written(args.out) as file:
+            torch.save(images.view(args.n, *trained.shape), file)
+        raw.unlink()
+        note.unlink()
 
 if __name__ == "__main__":
     sys.exit(main())

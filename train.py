@@ -16,11 +16,13 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import common  # before torch, because it silences a warning of torch's import
@@ -33,6 +35,7 @@ import data
 import ddpm
 import sample
 import unet
+import weights
 from common import UsageError, seed_of
 from data import say
 
@@ -48,6 +51,7 @@ SETTINGS = {
     "flip": (True, "mirror each image at random, with probability 1/2"),
     "steps": (800_000, "training steps in all"),
     "batch_size": (128, "images in a step, summed over all processes"),
+    "micro_batch": (None, "images computed at a time, to save memory: the same step, to rounding"),
     "lr": (2e-4, "learning rate of Adam"),
     "warmup": (5000, "steps in which the learning rate rises from 0"),
     "clip": (1.0, "largest norm of the gradient; larger ones are scaled down"),
@@ -70,7 +74,9 @@ SETTINGS = {
     "save_every": (5000, "steps between two checkpoints"),
     "sample_every": (25_000, "steps between two grids of samples"),
     "samples": (64, "images in a grid; 0 draws no grids"),
-    "sample_steps": (None, "network calls for each image of a grid"),
+    "sample_steps": (None, "network calls for each image of a grid (default: what a tenth of the "
+                     "training time so far allows)"),
+    "keep": (None, "steps between two files with the averaged weights (default: none are kept)"),
 }
 RECIPES = {
     "mnist": dict(flip=False),
@@ -84,43 +90,48 @@ RECIPES = {
 RECIPE_256 = dict(multipliers=list(unet.SETTINGS_256["multipliers"]), dropout=0.0, steps=500_000,
                   batch_size=64, lr=2e-5, variance="fixed_small", samples=16)
 MAY_CHANGE = {"data_dir", "steps", "log_every", "save_every", "sample_every", "samples",
-              "sample_steps"}  # when a run is resumed
+              "sample_steps", "keep"}  # when a run is resumed
 
 # === Algorithm 1 ==================================================================================
 
 def training_step(settings: dict, s: ddpm.Schedule, images: Tensor, k: int, rows: slice,
                   model: ddpm.Model, params: list[Tensor], averages: list[Tensor],
-                  adam: torch.optim.Adam) -> tuple[Tensor, Tensor]:
+                  adam: torch.optim.Adam, scaler: torch.amp.GradScaler) -> tuple:
     """One pass of the loop, for step k = 0, 1, …   [DDPM Alg. 1]
 
     images: the data set, uint8; rows: the part of the batch that this process computes; model:
-    ε_θ, whose parameters are `params`; averages: their averages, which sampling uses. Returns
-    the loss and the norm of its gradient.
+    ε_θ, whose parameters are `params`; averages: their averages, which sampling uses; scaler:
+    torch's gradient scaler, which does nothing unless --precision is fp16. Returns the loss and the
+    time of each row, and the norm of the gradient.
     """
     n, device = settings["batch_size"], s.betas.device
     generator = torch.Generator(device).manual_seed(seed_of(settings["seed"], "step", k))
     # 2: x_0 ~ q(x_0)
     index = batch_indices(settings["seed"], len(images), k, n, images.device)
     x0 = data.to_model(images[index[rows]].to(device, non_blocking=True))
-    flip = torch.rand(n, generator=generator, device=device) < 0.5
+    flip = torch.rand(n, generator=generator, device=device)[rows] < 0.5
     if settings["flip"]:
-        x0 = torch.where(flip[rows, None, None, None], x0.flip(3), x0)
+        x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
     # 3: t ~ Uniform({1, …, T})
-    t = torch.randint(1, s.T + 1, (n,), generator=generator, device=device)
+    t = torch.randint(1, s.T + 1, (n,), generator=generator, device=device)[rows]
     # 4: ε ~ N(0, I)
-    eps = torch.randn(n, *images.shape[1:], generator=generator, device=device)
+    eps = torch.randn(n, *images.shape[1:], generator=generator, device=device)[rows]
     # 5: take a gradient descent step on ∇_θ ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖²
     #    (its gradient clipped as in the released code, by Adam as in the paper)
-    loss = loss_of(settings, s, model, x0, t[rows], eps[rows]).mean()
     adam.zero_grad()
-    loss.backward()
+    losses = []
+    for part in torch.arange(len(t), device=device).split(settings["micro_batch"] or len(t)):
+        losses.append(loss_of(settings, s, model, x0[part], t[part], eps[part]))
+        scaler.scale(losses[-1].mean() * (len(part) / len(t))).backward()
+    scaler.unscale_(adam)
     norm = nn.utils.clip_grad_norm_(params, settings["clip"])
     for group in adam.param_groups:
         group["lr"] = learning_rate(settings, k)
-    adam.step()
+    scaler.step(adam)
+    scaler.update()
     # Appendix B: average ← average + (1 − decay) · (θ − average)
     torch._foreach_lerp_(averages, params, 1 - ema_decay(settings, k))
-    return loss.detach(), norm
+    return torch.cat(losses).detach(), t, norm
 
 def loss_of(settings: dict, s: ddpm.Schedule, model: ddpm.Model, x0: Tensor, t: Tensor,
             eps: Tensor) -> Tensor:
@@ -173,10 +184,15 @@ class Run:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.params, self.averages = list(self.model.parameters()), list(self.ema.parameters())
         self.adam = torch.optim.Adam(self.params, lr=settings["lr"], fused=device.type != "mps")
-        self.step = self.summed = 0                     # steps done; how many are in loss_sum
-        self.saved = -1                                 # the step of the last checkpoint
-        self.loss_sum = torch.zeros((), device=device)  # since the last line of the log
-        self.bad = torch.tensor(-1, device=device)      # the first step that was not finite
+        self.scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
+        self.step, self.saved = 0, -1               # steps done, and those in the last checkpoint
+        # Since the last line of the log: steps, the sums of loss and norm, and for each third of
+        # the times 1 … T the sum of the losses and their number.
+        self.sums = torch.zeros(9, device=device)
+        self.largest = torch.zeros((), device=device)           # norm since the last line
+        self.skipped = torch.zeros((), device=device)           # steps in a row, not finite
+        self.bad = torch.tensor(-1, device=device)              # the first step that was too many
+        self.seconds, self.seconds_logged = 0.0, 0.0            # of training, in this process
         fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
         self.images = images.to(device) if fits else images
         last = len(images) - 1
@@ -197,8 +213,13 @@ class Run:
             self.ema.load_state_dict(state["ema"])
             self.adam.load_state_dict(state["adam"])
             self.step = self.saved = state["step"]
-            self.summed = int(state["summed"])
-            self.loss_sum.copy_(state["loss_sum"])
+            if "sums" in state:
+                self.sums.copy_(state["sums"])
+                self.largest.copy_(state["largest"])
+            else:  # an older checkpoint, which knows only the loss
+                self.sums[:3] = torch.tensor([state["summed"], state["loss_sum"], math.nan])
+            if self.scaler.is_enabled() and state.get("scaler"):
+                self.scaler.load_state_dict(state["scaler"])
         except Exception as error:  # torch raises many kinds of error
             raise ValueError(f"the checkpoint in {self.folder} holds no whole state of its run: "
                              f"{data.first_line(error)}") from error
@@ -211,15 +232,16 @@ class Run:
         self.check()
         if self.saved == self.step:
             return
-        self.saved, loss_sum = self.step, self.loss_sum.clone()
+        self.saved, sums = self.step, self.sums.clone()
         if self.machine.world > 1:
-            dist.all_reduce(loss_sum)
+            dist.all_reduce(sums)
         if self.machine.chief:
             common.save_checkpoint(self.folder / "checkpoint.pt", {
                 "settings": self.settings, "step": self.step, "model": self.model.state_dict(),
                 "ema": self.ema.state_dict(), "adam": self.adam.state_dict(),
-                "loss_sum": loss_sum / self.machine.world, "summed": self.summed,
-                "data": self.fingerprints[0], "dtype": str(self.machine.dtype)})
+                "sums": sums / self.machine.world, "largest": self.largest,
+                "scaler": self.scaler.state_dict(), "data": self.fingerprints[0],
+                "dtype": str(self.machine.dtype)})
 
     def check(self) -> None:
         """ValueError naming the first step whose loss or gradient was not finite, if there is one.
@@ -231,37 +253,96 @@ class Run:
             raise ValueError(f"step {bad}: the loss or its gradient is not finite. The checkpoint "
                              f"in {self.folder} {last}; try a lower --lr with another --out")
 
-    def log(self) -> None:
-        """Appends the mean loss since the last line, over all processes, to log.jsonl."""
+    def count(self, losses: Tensor, t: Tensor, norm: Tensor) -> None:
+        """Adds a step to the sums for the next line of the log, if it was finite.
+
+        With fp16 a step that is not finite changes nothing but the scaler's scale. Only a long row
+        of such steps is a divergence.
+        """
+        loss, losses = losses.mean().float(), losses.float()
+        finite = loss.isfinite() & norm.isfinite()
+        self.skipped = torch.where(finite, 0, self.skipped + 1)
+        allowed = 30 if self.scaler.is_enabled() else 0
+        self.bad = torch.where((self.bad < 0) & (self.skipped > allowed), self.step, self.bad)
+        third = (t - 1) * 3 // self.schedule.T
+        ones = torch.zeros(3, device=t.device)
+        new = torch.cat([torch.stack([torch.ones_like(loss), loss, norm]),
+                         ones.index_add(0, third, losses),
+                         ones.index_add(0, third, torch.ones_like(losses))])
+        self.sums += torch.where(finite, new, 0)
+        self.largest = torch.where(finite, torch.maximum(self.largest, norm), self.largest)
+
+    def log(self, last: bool = False) -> None:
+        """Appends the means since the last line, over all processes, to log.jsonl.
+
+        last: the run ends between two lines. A resumed run takes this line out again.
+        """
         self.check()
-        if self.machine.world > 1:
-            dist.all_reduce(self.loss_sum)
-        loss = self.loss_sum.item() / self.summed / self.machine.world
-        entry = {"step": self.step, "loss": loss}
-        if self.settings["objective"] == "vlb":
-            entry["bound"] = self.settings["timesteps"] * loss + self.L_T  # estimates L, bits/dim
+        sums, n = self.sums.clone(), self.machine.world
+        if n > 1:
+            dist.all_reduce(sums)
+        steps, loss, norm, *thirds = sums.tolist()
+        steps = max(steps, 1)
+        entry = {"step": self.step, "loss": loss / steps,
+                 "loss_thirds": [a / b if b else None for a, b in zip(thirds[:3], thirds[3:])],
+                 "lr": learning_rate(self.settings, self.step - 1),
+                 "grad_norm": norm / steps if math.isfinite(norm) else None,
+                 "grad_norm_max": self.largest.item(),
+                 "images_per_s": round(steps / n * self.settings["batch_size"]
+                                       / max(self.seconds - self.seconds_logged, 1e-9), 3)}
+        if self.settings["objective"] == "vlb":  # an estimate of L, in bits/dim
+            entry["bound"] = self.settings["timesteps"] * entry["loss"] + self.L_T
+        if last:
+            entry["last"] = True
         if self.machine.chief:
             path = self.folder / "log.jsonl"
             with data.naming(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint that counts on it
-        self.loss_sum.zero_()
-        self.summed = 0
+        self.sums.zero_()
+        self.largest.zero_()
+        self.seconds_logged = self.seconds
+
+    def keep(self) -> None:
+        """Writes the averaged weights to a file of their own."""
+        if self.machine.chief:
+            path = self.folder / f"ema-{self.step:07d}.safetensors"
+            settings = json.dumps({"settings": self.settings, "step": self.step})
+            weights.write_safetensors(path, self.ema.state_dict(), {"ddpm": settings})
 
     def grid(self) -> None:
-        """Draws a grid of samples with the averaged weights, always from the same noise."""
-        n, chief = self.settings["samples"], self.machine.chief
+        """Draws a grid of samples with the averaged weights, always from the same noise.
+
+        Unless --sample-steps says how many network calls to make, they take at most a tenth of the
+        time of the training so far.
+        """
+        settings, machine, n = self.settings, self.machine, self.settings["samples"]
         path = self.folder / f"samples-{self.step:07d}.png"
         if not n or path.exists():
             return
-        trained = sample.Trained(self.ema, self.schedule, self.settings, "")
-        images = sample.draw_samples(trained, n, self.settings["seed"], 32,
-                                     self.settings["sample_steps"], self.machine,
-                                     common.Progress(n, "samples", quiet=not chief))
-        if chief:
-            sample.write_png(path, sample.grid(images))
+        trained = sample.Trained(self.ema, self.schedule, settings, "")
+        T, steps = settings["timesteps"], settings["sample_steps"]
+        if not steps:
+            one_call = sample.seconds_of_a_call(trained, n, machine)
+            affordable = torch.tensor(0.1 * self.seconds / one_call)
+            if machine.world > 1:
+                dist.all_reduce(affordable, dist.ReduceOp.MIN, self.cpu_group)
+            steps = max(2, min(T, max(10, int(affordable))))
+            if steps < T and settings["variance"] == "learned":
+                if machine.chief:
+                    say(f"no grid at step {self.step}: a learned variance needs all {T} network "
+                        f"calls, too many for the time so far (--sample-steps {T} draws it)")
+                return
+        if machine.chief:
+            say(f"drawing {n} samples with {steps} network calls each"
+                + (" (--sample-steps changes that)" if steps < T else ""))
+        images = sample.draw_samples(trained, n, settings["seed"], 32, steps, machine,
+                                     common.Progress(n, "samples", quiet=not machine.chief))
+        if machine.chief:
+            sample.write_png(path, sample.enlarged(sample.grid(images)))
             say(f"{path} shows {n} samples")
+            plot_losses(self.folder)
 
     def train(self, engine: nn.Module) -> None:
         """Algorithm 1 from step `self.step` to the last one. A signal raises KeyboardInterrupt."""
@@ -271,30 +352,59 @@ class Run:
         model = machine.model(engine.train())
         progress = common.Progress(settings["steps"], "steps", self.step, quiet=not machine.chief)
         while self.step < settings["steps"]:  # 1: repeat … 6: until converged
-            common.signals.deferred = True  # until the step is complete
+            common.signals.deferred, started = True, time.monotonic()  # until the step is complete
             torch.manual_seed(seed_of(settings["seed"], "dropout", self.step, machine.rank))
-            loss, norm = training_step(settings, self.schedule, self.images, self.step, rows, model,
-                                       self.params, self.averages, self.adam)
-            self.step, self.summed = self.step + 1, self.summed + 1
-            self.loss_sum += loss
-            finite = loss.isfinite() & norm.isfinite()
-            self.bad = torch.where((self.bad < 0) & ~finite, self.step, self.bad)
-            if progress.due() or self.step == settings["steps"]:
+            losses, t, norm = training_step(settings, self.schedule, self.images, self.step, rows,
+                                            model, self.params, self.averages, self.adam,
+                                            self.scaler)
+            self.step += 1
+            self.count(losses, t, norm)
+            last = self.step == settings["steps"]
+            if progress.due() or last:
                 self.check()
-                mean = self.loss_sum.item() / self.summed
-                progress.update(self.step, f"loss {mean:.4f}", force=True)
+                steps, loss = self.sums[:2].tolist()
+                progress.update(self.step, f"loss {loss / max(steps, 1):.4f}", force=True)
+            self.seconds += time.monotonic() - started
             if self.step % settings["log_every"] == 0:
                 self.log()
-            if self.step % settings["save_every"] == 0 or self.step == settings["steps"]:
+            if self.step % settings["save_every"] == 0 or last:
                 self.save()
+            if last and self.step % settings["log_every"]:
+                self.log(last)
+            if settings["keep"] and self.step % settings["keep"] == 0:
+                self.keep()
             common.signals.deferred = False
             stop = torch.tensor(common.signals.number)
             if machine.world > 1:  # all processes learn it in the same step
                 dist.all_reduce(stop, dist.ReduceOp.MAX, self.cpu_group)
             if stop:
                 raise KeyboardInterrupt
-            if self.step % settings["sample_every"] == 0 and self.step < settings["steps"]:
+            if self.step % settings["sample_every"] == 0 and not last:
                 self.grid()
+
+def plot_losses(folder: Path) -> None:
+    """loss.png: the loss of log.jsonl over the steps, and that of each third of t; log axes."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [entry for entry in map(json.loads, lines) if "loss_thirds" in entry]
+    if len(entries) < 2:
+        return
+    figure, ax = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    steps = [entry["step"] for entry in entries]
+    for i, name in enumerate(("t ≤ T/3", "T/3 < t ≤ 2T/3", "t > 2T/3")):
+        ax.plot(steps, [entry["loss_thirds"][i] for entry in entries], linewidth=1, label=name)
+    ax.plot(steps, [entry["loss"] for entry in entries], color="black", label="all t")
+    ax.set(xscale="log", yscale="log", xlabel="step", ylabel="loss")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    with data.written(folder / "loss.png") as file:
+        figure.savefig(file, dpi=120, format="png")
+    pyplot.close(figure)
 
 def cut_log(path: Path, step: int) -> None:
     """Removes the lines after `step` from log.jsonl, since the resumed run writes them again.
@@ -308,7 +418,7 @@ def cut_log(path: Path, step: int) -> None:
     with data.written(path) as kept, open(path, "rb") as lines:
         for line in lines:
             entry = re.match(rb'\{"step": (\d+), .*\}\n$', line)
-            if entry and int(entry[1]) <= step:
+            if entry and int(entry[1]) <= step and not line.endswith(b'"last": true}\n'):
                 kept.write(line)
             damaged |= not entry and line.endswith(b"\n")  # half a line is what a kill leaves
         if damaged:
@@ -317,6 +427,8 @@ def cut_log(path: Path, step: int) -> None:
 
 def compiled(net: nn.Module, machine: common.Machine, shape: tuple) -> nn.Module:
     """net through torch.compile, tried on one batch; net itself, with a message, if that fails."""
+    if machine.chief:
+        say("compiling the network, which takes about a minute …")
     fast = torch.compile(net)
     try:
         x = torch.zeros(shape, device=machine.device)
@@ -431,7 +543,9 @@ def main(argv=None) -> int:
             raise UsageError(f"--batch-size {settings['batch_size']} cannot be shared evenly by "
                              f"{machine.world} processes")
         # in memory: the weights, their averages and gradients, and two averages of Adam's
-        common.require_network(settings, machine, 5, settings["batch_size"] // machine.world, True)
+        part = settings["batch_size"] // machine.world
+        part = min(part, settings["micro_batch"] or part)
+        common.require_network(settings, machine, 5, part, True)
         run = Run(settings, images, folder, machine)
         if resumed:
             run.restore(state)
@@ -442,7 +556,6 @@ def main(argv=None) -> int:
             begin(run)
         engine = run.model
         if given["compile"] or (given["compile"] is None and machine.device.type == "cuda"):
-            part = settings["batch_size"] // machine.world
             engine = compiled(engine, machine, (part, *images.shape[1:]))
         if machine.world > 1:
             engine = nn.parallel.DistributedDataParallel(engine)

@@ -297,6 +297,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     The whole header is checked before a tensor is made. ValueError says what is wrong.
     """
+    return read_header(path)[0]
+
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a safetensors file, and the metadata in its header."""
     raw = memoryview(Path(path).read_bytes())
 
     def check(sound: bool, what: str) -> None:
@@ -314,7 +318,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         check(False, f"its header is not JSON ({data.first_line(error)})")
     check(isinstance(header, dict), "its header is no JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     body, spans = raw[8 + length:], []
     for name, entry in header.items():
         check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"},
@@ -337,12 +341,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         if end > begin:  # torch.frombuffer refuses an empty buffer
             flat = torch.frombuffer(bytearray(body[begin:end]), dtype=DTYPES[entry["dtype"]])
             tensors[name] = flat.reshape(entry["shape"])
-    return tensors
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes the tensors as a safetensors file, its header padded to a multiple of 8 bytes."""
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
+    """Writes the tensors as a safetensors file, its header padded to a multiple of 8 bytes.
+
+    metadata: texts by name, which the header holds too.
+    """
     kinds = {dtype: name for name, dtype in DTYPES.items()}
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     for name, x in ordered:
         header[name] = {"dtype": kinds[x.dtype], "shape": list(x.shape),

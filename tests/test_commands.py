@@ -50,7 +50,9 @@ def checkpoint(folder="runs/images") -> dict:
 
 
 def losses(folder="runs/images") -> list[dict]:
-    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+    """The lines of the log, without the speed, which is another one every time."""
+    lines = Path(folder, "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
 
 
 def assert_equal(a, b) -> None:
@@ -89,8 +91,8 @@ def test_train_resume_sample(capsys):
     for changed in ("steps", "samples", "sample_steps"):
         a["settings"].pop(changed), b["settings"].pop(changed)
     assert_equal(a, b)
-    assert losses("a") == losses("b") and [e["step"] for e in losses("a")] == [2, 4, 6]
-    assert read_png("b/samples-0000007.png")[0] == (16, 16)
+    assert losses("a") == losses("b") and [e["step"] for e in losses("a")] == [2, 4, 6, 7]
+    assert read_png("b/samples-0000007.png")[0] == (480, 480)
 
     Path("runs").mkdir()
     os.rename("a", "runs/one")
@@ -102,9 +104,9 @@ def test_train_resume_sample(capsys):
     assert (x[:3].int() - y.int()).abs().max() <= 1            # whatever the batch size
     assert len(x.flatten(1).unique(dim=0)) == 5
     assert sample.main("--n 5 --seed 1 --steps 7 --no-ema --no-clip --variance fixed_small".split()) == 0
-    assert read_png("samples.png")[0] == (24, 16)
-    for flag, size in (("--progressive", (96, 16)), ("--shared", (24, 32)),
-                       ("--interpolate", (88, 16))):
+    assert read_png("samples.png")[0] == (24 * 20, 16 * 20)
+    for flag, size in (("--progressive", (96 * 5, 16 * 5)), ("--shared", (24 * 20, 32 * 20)),
+                       ("--interpolate", (88 * 5, 16 * 5))):
         assert sample.main(["--n", "2", flag, "--out", "f.png"]) == 0
         assert read_png("f.png")[0] == size
     assert sample.main("--interpolate --n 1 --time 10 --steps 5 --out f.png".split()) == 0
@@ -161,13 +163,14 @@ def draws(monkeypatch, step: int = 0, rows: slice = slice(None), images=None, **
     if images is None:
         images = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)  # not its own mirror image
     settings = {"seed": 0, "batch_size": 4096, "flip": True, "clip": 1.0, "lr": 1e-3, "warmup": 0,
-                "ema": 0.9, "ema_ramp": False, **settings}
+                "ema": 0.9, "ema_ramp": False, "micro_batch": None, **settings}
     seen, weight = [], torch.ones(1, requires_grad=True)
     with monkeypatch.context() as patch:
         patch.setattr(train, "loss_of", lambda settings, s, model, *drawn: seen.extend(drawn)
-                      or weight ** 2)
+                      or (weight ** 2).expand(len(drawn[0])))
         train.training_step(settings, ddpm.make_schedule(5), images, step, rows, None, [weight],
-                            [torch.ones(1)], torch.optim.Adam([weight]))
+                            [torch.ones(1)], torch.optim.Adam([weight]),
+                            torch.amp.GradScaler("cpu", enabled=False))
     return tuple(seen)
 
 

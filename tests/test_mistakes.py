@@ -161,15 +161,16 @@ MISTAKES = {
         ('clip_grad_norm_(params, settings["clip"])', "clip_grad_norm_(params, 1e9)")]),
     "averages taken before the step": (
         "train.py", C + "test_ema_follows_the_weights_after_each_step", [
-            ("    adam.step()\n", ""),
-            ("1 - ema_decay(settings, k))\n", "1 - ema_decay(settings, k))\n    adam.step()\n")]),
+            ("    scaler.step(adam)\n", ""),
+            ("1 - ema_decay(settings, k))\n",
+             "1 - ema_decay(settings, k))\n    scaler.step(adam)\n")]),
     "decay and 1 − decay exchanged": (
         "train.py", C + "test_ema_follows_the_weights_after_each_step", [
             ("params, 1 - ema_decay(settings, k))", "params, ema_decay(settings, k))")]),
     "resuming without Adam's state": ("train.py", C + "test_resume_at_any_step_is_exact", [
-        ('        self.adam.load_state_dict(state["adam"])\n', "")]),
+        ('            self.adam.load_state_dict(state["adam"])\n', "")]),
     "resuming without the averages": ("train.py", C + "test_resume_at_any_step_is_exact", [
-        ('        self.ema.load_state_dict(state["ema"])\n', "")]),
+        ('            self.ema.load_state_dict(state["ema"])\n', "")]),
     "resuming at the first batch": ("train.py", C + "test_resume_at_any_step_is_exact", [
         ('self.step = self.saved = state["step"]', 'self.step, self.saved = 0, state["step"]')]),
     "a checkpoint after a NaN": ("train.py", C + "test_a_step_that_is_not_finite_ends_the_run", [

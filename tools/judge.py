@@ -4,8 +4,9 @@
     python tools/judge.py samples.pt                   images of sample.py --out samples.pt
 
 A sample is accepted if a picture of the generator's own family (one outline of any kind, place and
-size, in one colour, on a ground of another) lies within a root mean square error of LIMIT levels.
-It also judges the generator's own test images, which it must accept.
+size, in one colour, on a ground of another) fits it: the root mean square error is below LIMIT
+levels, and below a tenth of the distance of the two colours. The generator's own test images are
+judged too, as a check of the judge.
 """
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ import data
 import sample
 from common import count
 
-LIMIT = 8.0   # of 255 levels
+LIMIT = 7.0   # of 255 levels
 
-
-def residual(images: Tensor) -> Tensor:
-    """The RMS error, in levels of 255, of the best fit of shape, place, size and two colours: (N,).
+def fit(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The best fit of shape, place, size and two colours: its RMS error, and the RMS distance of
+    the two colours, both in levels of 255, (N,).
 
     A grid of all shapes, places and sizes is searched, then ever finer grids around its best.
     """
@@ -34,7 +35,7 @@ def residual(images: Tensor) -> Tensor:
     pixels = images.double().flatten(2)                                      # (N, 3, P)
     total = (pixels - pixels.mean(2, keepdim=True)).square().sum((1, 2))
     best = torch.full((n,), float("inf"), dtype=torch.float64)
-    place = torch.zeros(n, 3, dtype=torch.float64)
+    place, contrast = torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     for level in range(6):
         if level == 0:
             axis = torch.linspace(-0.55, 0.55, 23, dtype=torch.float64)
@@ -47,7 +48,8 @@ def residual(images: Tensor) -> Tensor:
             x, y, r = (offsets + centres[i] if level else offsets).unbind(1)
             masks = data.covers(x, y, r, size).double().flatten(2).flatten(0, 1)     # (4K, P)
             masks = masks - masks.mean(1, keepdim=True)
-            masks = masks / masks.square().sum(1, keepdim=True).sqrt().clamp(min=1e-9)
+            length = masks.square().sum(1).sqrt().clamp(min=1e-9)
+            masks = masks / length[:, None]
             # Two free colours: what a mask explains is the squared projection on it, per channel.
             rows = pixels[i:i + 1] if level else pixels
             explained = (rows @ masks.T).square().sum(1)                     # (N or 1, 4K)
@@ -58,8 +60,15 @@ def residual(images: Tensor) -> Tensor:
             better = error < best[rows]
             best[rows] = torch.where(better, error, best[rows])
             place[rows] = torch.where(better[:, None], found, place[rows])
-    return (best.clamp(min=0) / (c * size * size)).sqrt()
+            # The projection on a mask of this length is `length` times the distance of the colours.
+            distance = (value / c).sqrt() / length[index]
+            contrast[rows] = torch.where(better, distance, contrast[rows])
+    return (best.clamp(min=0) / (c * size * size)).sqrt(), contrast
 
+def clean(images: Tensor) -> Tensor:
+    """Which of the images are one clean shape: (N,) bool."""
+    error, contrast = fit(images)
+    return (error < LIMIT) & (error < contrast / 10)
 
 @common.command
 def main(argv=None) -> int:
@@ -78,11 +87,11 @@ def main(argv=None) -> int:
                                      common.Progress(args.n, "samples"))
     real = data.shapes(args.n, images.shape[2], "test")
     for name, some in (("samples", images), ("real test images", real)):
-        error = residual(some)
-        print(f"{(error < LIMIT).double().mean():.1%} of {len(some)} {name} are one clean shape "
-              f"(error: median {error.median():.1f}, 95 % below {error.quantile(0.95):.1f} levels)")
+        error, contrast = fit(some)
+        print(f"{clean(some).double().mean():.1%} of {len(some)} {name} are one clean shape "
+              f"(error: median {error.median():.1f}, 95 % below {error.quantile(0.95):.1f} levels; "
+              f"distance of the colours: 95 % above {contrast.quantile(0.05):.1f})")
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
