@@ -161,9 +161,10 @@ FLAGS = {
                          "on CUDA, else 16)"),
     "--device": dict(type=word, default="auto", help="cuda, cuda:N, mps or cpu (default: the first "
                      "of cuda, mps, cpu that is there)"),
-    "--precision": dict(choices=("auto", "bf16", "fp16", "tf32", "fp32"), default="auto", help="the "
-                        "number format of convolutions and matrix products (default: bf16 if the "
-                        "hardware has it, else tf32 on CUDA, else fp32; for bits/dim always fp32)"),
+    "--precision": dict(choices=("auto", "bf16", "fp16", "tf32", "fp32"), default="auto",
+                        help="the number format of convolutions and matrix products (default: bf16 "
+                        "if the hardware has it, else tf32 on CUDA, else fp32; for bits/dim always "
+                        "fp32)"),
 }
 
 def command(main: Callable) -> Callable:

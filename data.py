@@ -364,22 +364,18 @@ def decode(file: Path, size: int) -> Tensor:
 # === Shapes =======================================================================================
 
 def shapes(n: int, size: int = 16, split: str = "train") -> Tensor:
-    """A data set made here: one disc, square, triangle or ring on a plain ground: uint8 (n, 3, …).
+    """A data set made here: one disc, square, triangle or ring on black: uint8 (n, 3, …).
 
-    The same n, size and split are the same images, always.
+    Its hue, its place and its size are random. The same n, size and split are the same images,
+    always.
     """
     g = torch.Generator().manual_seed({"train": 1, "test": 2}[split])
-    hue = torch.rand(n, 2, 1, generator=g) * 6               # of the shape, and of the ground
-    saturation, value = torch.tensor([[[0.8], [0.3]], [[1.0], [0.55]]])
-    k = (torch.tensor([5.0, 3.0, 1.0]) + hue) % 6            # hue → red, green, blue
-    colours = value * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1))       # (n, 2, RGB)
-    radius, x, y = torch.rand(3, n, generator=g)
-    radius = 0.55 + 0.15 * radius
-    cover = covers(0.4 * x - 0.2, 0.4 * y - 0.2, radius, size)
+    hue, radius, x, y = torch.rand(4, n, generator=g)
+    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[:, None]) % 6          # hue → red, green, blue
+    colour = 1 - 0.8 * torch.minimum(k, 4 - k).clamp(0, 1)              # (n, 3), saturation 0.8
     kind = torch.randint(4, (n,), generator=g)
-    cover = cover[kind, torch.arange(n), None]
-    shape, ground = colours[..., None, None].unbind(1)
-    return to_uint8((ground * (1 - cover) + shape * cover) * 2 - 1)
+    cover = covers(0.4 * x - 0.2, 0.4 * y - 0.2, 0.55 + 0.15 * radius, size)
+    return to_uint8(2 * colour[..., None, None] * cover[kind, torch.arange(n), None] - 1)
 
 def covers(x: Tensor, y: Tensor, radius: Tensor, size: int) -> Tensor:
     """How much of each pixel a disc, a square, a triangle, a ring covers: (4, n, size, size).

@@ -84,7 +84,7 @@ def likelihood(trained: sample.Trained, images: Tensor, machine: Machine, args) 
         if args.terms:
             bound = estimate(s, model, x0, index, args.seed, args.terms, **choices)
         else:
-            def noise(t: int) -> Tensor:
+            def noise(t: int, index=index, x0=x0) -> Tensor:
                 return keyed_noise(args.seed, index, [t] * len(index), x0.shape[1:], x0.device)
             rates, curve = {}, []
             for t, _, x0_hat, rate in ddpm.send(s, model, x0, noise, **choices):

@@ -18,6 +18,25 @@ hypothesis.settings.load_profile("ddpm")
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the long forms of the tests too")
+    parser.addoption("--skipped-to", metavar="FILE", help="write the names of skipped tests to FILE")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: a test that runs only with --long")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --long, the tests that are marked so are no part of the run."""
+    if not config.getoption("--long"):
+        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("long")])
+        items[:] = [i for i in items if not i.get_closest_marker("long")]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What was skipped here can be run where the packages are that it needs (see .ci/run)."""
+    if path := config.getoption("--skipped-to"):
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(f"{r.nodeid}\n" for r in terminalreporter.stats.get("skipped", []))
 
 
 class Server(http.server.BaseHTTPRequestHandler):

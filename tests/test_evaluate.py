@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 import data
 import ddpm
 import evaluate
-import common
 import train
 
 F64 = torch.float64

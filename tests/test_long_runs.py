@@ -167,14 +167,15 @@ def test_kept_weights_are_the_averages_of_their_step(capsys):
 
 # -------------------------------------------------------------------------------- micro-batches, fp16
 
-@pytest.mark.parametrize("micro", [1, 2, 3, 4, 99])
+@pytest.mark.parametrize("micro", [1, 3, 99])
 def test_micro_batches_are_the_same_step(micro):
     """The gradients of the parts, weighted by their sizes, add up to that of the batch."""
     flags = ("--steps", 3, "--dropout", 0, "--log-every", 3)
     trains(*flags, "--out", "whole")
     trains(*flags, "--out", "parts", "--micro-batch", micro)
+    parts = checkpoint("parts")["model"]
     for name, value in checkpoint("whole")["model"].items():
-        torch.testing.assert_close(checkpoint("parts")["model"][name], value, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=2e-5)
     for key in ("loss", "grad_norm"):
         assert losses("parts")[0][key] == pytest.approx(losses("whole")[0][key], rel=1e-4)
 
@@ -192,30 +193,32 @@ def test_micro_batches_resume_exactly():
 HALF = [*test_commands.TINY[:-1], "fp16"]
 
 
-def test_fp16_trains_and_resumes_exactly(capsys):
-    """The scaler's state is in the checkpoint; steps that it skips change no weight and are no
-    divergence."""
-    flags = ["--lr", "3e-3", "--batch-size", "16", "--log-every", "10"]
-    assert train.main([*HALF, *flags, "--steps", "40", "--out", "whole"]) == 0
-    for steps in ("13", "40"):
-        assert train.main([*HALF, *flags, "--steps", steps, "--out", "two"]) == 0
+def test_fp16_trains_and_resumes_exactly():
+    """The same training as in float32, to the precision of the numbers; the scaler's state is in
+    the checkpoint. (float16 has no fast kernels on a CPU, so the runs are short.)"""
+    assert train.main([*HALF, "--steps", "5", "--out", "whole"]) == 0
+    for steps in ("2", "5"):
+        assert train.main([*HALF, "--steps", steps, "--out", "two"]) == 0
+    trains("--steps", 5, "--out", "full")
     assert_equal(checkpoint("two"), checkpoint("whole"))
     assert losses("two") == losses("whole")
-    assert checkpoint("whole")["scaler"]["scale"] >= 1
-    assert losses("whole")[-1]["loss"] < 0.7 < losses("whole")[0]["loss"]
+    for half, full in zip(losses("whole"), losses("full"), strict=True):
+        assert half["loss"] == pytest.approx(full["loss"], rel=2e-2) and half != full
+    assert checkpoint("whole")["scaler"]["scale"] == 2.0 ** 16 and not checkpoint("full")["scaler"]
 
 
 def test_fp16_skips_what_is_not_finite(monkeypatch, capsys):
-    """A scale that overflows is halved until it fits; a loss that is never finite ends the run."""
+    """A scale that overflows is lowered until it fits; a loss that is never finite ends the run."""
     monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__",
-                        ("cuda", 2.0 ** 40, 2.0, 0.5, 2000, True))
-    assert train.main([*HALF, "--steps", "40", "--log-every", "20", "--lr", "1e-3"]) == 0
+                        ("cuda", 2.0 ** 40, 2.0, 2.0 ** -10, 2000, True))
+    assert train.main([*HALF, "--steps", "6", "--log-every", "3"]) == 0
     first, second = losses()
     assert math.isfinite(first["loss"]) and second["grad_norm"] > 0
-    assert checkpoint()["scaler"]["scale"] < 2.0 ** 40
+    assert 1 <= checkpoint()["scaler"]["scale"] < 2.0 ** 40
     real = train.loss_of
     monkeypatch.setattr(train, "loss_of", lambda *a: real(*a) * math.nan)
-    assert train.main([*HALF, "--steps", "40", "--out", "nan"]) == 1
+    small = ["--batch-size", "1", "--steps", "40", "--out", "nan"]
+    assert train.main([*HALF, *small]) == 1
     assert "step 31: the loss or its gradient is not finite" in said(capsys)
 
 

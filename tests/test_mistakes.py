@@ -19,7 +19,7 @@ import test_ddpm
 import test_evaluate
 import test_unet
 import test_weights
-from test_weights import folder  # noqa: F401, a fixture
+from test_weights import folder  # a fixture
 
 HERE = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -258,9 +258,8 @@ def test_the_mistake_is_noticed(name, request, tmp_path, monkeypatch):
         vars(module).update(before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("test", sorted({test for _, test, _ in MISTAKES.values()}))
-def test_the_right_lines_pass(test, long, request):
+def test_the_right_lines_pass(test, request):
     """The control: run in the same way on the source as it is, the same tests pass."""
-    if not long:
-        pytest.skip("--long runs it; the tests themselves always run")
     run_alone(test, request)
