@@ -717,9 +717,12 @@ def test_alg3_the_senders_chain_has_the_marginals_of_eq04(betas, k):
 
 
 def test_sec43_distortion():
-    """RMSE in pixel values: an estimate that is off by one level everywhere has distortion 1."""
+    """RMSE in pixel values: errors of 3 and −4 levels make √((9 + 16)/2), in each image alone.
+
+    Kills: a mean absolute error (3.5), a sum of squares (5), a mean over images."""
     x0 = images8(0, 2, 3, 4, 4)
-    same(ddpm.distortion(x0, x0 + 1 / 127.5), [1.0, 1.0])
+    levels = torch.tensor([3.0, -4.0], dtype=F64).repeat(24).view(1, 3, 4, 4)
+    same(ddpm.distortion(x0, x0 + torch.cat([levels, 2 * levels]) / 127.5), [12.5 ** 0.5, 50 ** 0.5])
 
 
 @given(st.integers(1, 12), st.floats(0, 1), numbers)

@@ -390,7 +390,8 @@ def plot_losses(folder: Path) -> None:
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = folder / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     entries = [entry for entry in map(json.loads, lines) if "loss_thirds" in entry]
     if len(entries) < 2:
         return

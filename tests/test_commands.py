@@ -79,6 +79,42 @@ def said(capsys) -> str:
     return err.strip().splitlines()[-1]
 
 
+# ---------------------------------------------------------------------------------- the settings
+
+CIFAR10 = {  # §4 and Appendix B; of the released code alone: flips as a choice, warm-up, clipping
+    "flip": True, "steps": 800_000, "batch_size": 128, "lr": 2e-4, "warmup": 5000, "clip": 1.0,
+    "ema": 0.9999, "dropout": 0.1, "channels": 128, "multipliers": [1, 2, 2, 2], "blocks": 2,
+    "attention": [16], "timesteps": 1000, "schedule": "linear", "beta_start": 1e-4,
+    "beta_end": 0.02, "predict": "eps", "variance": "fixed_large", "objective": "simple"}
+LARGE = {**CIFAR10, "steps": 500_000, "batch_size": 64, "lr": 2e-5, "dropout": 0.0,
+         "multipliers": [1, 1, 2, 2, 4, 4], "variance": "fixed_small"}
+
+
+@pytest.mark.parametrize("flags, side, table", [
+    ([], 32, CIFAR10), (["--dataset", "cifar10"], 32, CIFAR10), (["--dataset", "x.pt"], 64, CIFAR10),
+    (["--dataset", "mnist"], 32, {**CIFAR10, "flip": False}),
+    (["--dataset", "x.pt"], 256, LARGE), (["--dataset", "x.pt", "--lr", "1"], 256, {**LARGE, "lr": 1.0})])
+def test_appendix_b_the_papers_settings(flags, side, table):
+    """What a run without further flags does is the paper's Appendix B, at 32×32 and at 256×256;
+    the optimiser is Adam with its usual β and ε, and its learning rate is the one of the table."""
+    images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    settings = train.settle(train.parse(flags), images, {}, {})
+    assert {name: settings[name] for name in table} == table
+    assert settings["image_size"] == side and settings["micro_batch"] is None
+    assert train.learning_rate(settings, 10 ** 6) == table["lr"]
+    assert train.ema_decay(settings, 10 ** 6) == table["ema"]
+
+
+def test_adam_is_the_papers():
+    """β₁ = 0.9, β₂ = 0.999, no weight decay, no AMSGrad; all parameters, and no others."""
+    run = train.Run({**SETTINGS, "channels": 32}, train.data.shapes(4), Path("x"),
+                    common.find_machine("cpu", "fp32"))
+    group, = run.adam.param_groups
+    assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8
+    assert group["weight_decay"] == 0 and not group["amsgrad"] and not group["maximize"]
+    assert {id(p) for p in group["params"]} == {id(p) for p in run.model.parameters()}
+
+
 # ------------------------------------------------------------------------- train, resume, sample
 
 def test_train_resume_sample(capsys):

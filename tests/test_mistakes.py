@@ -186,9 +186,15 @@ MISTAKES = {
     "covariances in float32": (
         "evaluate.py", E + "test_frechet_distance_of_commuting_covariances", [
             ("for x in (a.double(), b.double()):", "for x in (a.float(), b.float()):")]),
-    "Figure 6 without x_0": ("sample.py", C + "test_train_resume_sample", [
+    "samples of the last weights": ("sample.py", "test_pictures.test_samples", [
+        ('state.get("ema" if ema else "model")', 'state.get("model" if ema else "ema")')]),
+    "grids of the last weights": ("train.py", "test_pictures.test_grids_during_training", [
+        ("sample.Trained(self.ema,", "sample.Trained(self.model,")]),
+    "Figure 7 with the same noise": ("sample.py", "test_pictures.test_fig7_samples_that_share_x_t", [
+        ('[("shared", t, i) for i', '[("shared", t, 0) for i')]),
+    "Figure 6 without x_0": ("sample.py", "test_pictures.test_fig6_x0_hat_over_time", [
         (".tolist()} | {0}", ".tolist()}")]),
-    "Figure 7 without x_t": ("sample.py", C + "test_train_resume_sample", [
+    "Figure 7 without x_t": ("sample.py", "test_pictures.test_fig7_samples_that_share_x_t", [
         ("torch.cat([x[t], state.x_t])", "state.x_t")]),
 }
 BY_PROCESS = {"the same images in every process"}  # the test starts scripts: it needs files, not a module
@@ -209,7 +215,7 @@ def run_alone(test: str, request) -> None:
     """One test function with the fixtures that it asks for; hypothesis generates, and no more."""
     module_name, function_name = test.split(".")
     function = getattr(importlib.import_module(module_name), function_name)
-    if module_name == "test_commands":
+    if module_name in ("test_commands", "test_pictures"):
         request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("tmp_path"))
         torch.save(test_commands.train.data.shapes(64, 8), "images.pt")
     fixtures = {}
@@ -223,10 +229,11 @@ def run_alone(test: str, request) -> None:
         finally:
             function._hypothesis_internal_use_settings = before
         return
-    if module_name == "test_evaluate" and "run" in inspect.signature(function).parameters:
-        set_up = getattr(test_evaluate.run, "__wrapped__", None) or test_evaluate.run.__pytest_wrapped__.obj
-        set_up(request.getfixturevalue("tmp_path"), request.getfixturevalue("monkeypatch"))
-        fixtures = {"run": None}
+    if "run" in inspect.signature(function).parameters:  # a fixture of the test's own module
+        run = importlib.import_module(module_name).run
+        set_up = getattr(run, "__wrapped__", None) or run.__pytest_wrapped__.obj
+        fixtures = {"run": set_up(**{name: request.getfixturevalue(name)
+                                     for name in inspect.signature(set_up).parameters})}
     for name in inspect.signature(function).parameters:
         if name not in fixtures:
             fixtures = {**fixtures, name: request.getfixturevalue(name)}

@@ -16,7 +16,8 @@ HERE = Path(__file__).resolve().parents[1]
 README, PAPER = ((HERE / name).read_text() for name in ("README.md", "PAPER.md"))
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 MODULES = ("ddpm", "train", "sample", "evaluate", "data", "unet", "weights", "common")
-TESTS = ("test_ddpm", "test_commands", "test_data", "test_evaluate", "test_unet", "test_weights")
+TESTS = ("test_ddpm", "test_commands", "test_data", "test_evaluate", "test_pictures", "test_unet",
+         "test_weights")
 
 
 def block(text: str) -> str:

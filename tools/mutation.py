@@ -1,0 +1,85 @@
+"""Mutation testing of one file: how many small changes of its code do the tests notice?
+
+    pip install mutmut==3.8.1
+    python tools/mutation.py ddpm                  every mutant
+    python tools/mutation.py train --sample 150    150 of them, drawn at random
+
+The minutes on two cores are in PROGRAM below. Changes in the wording of messages are left out, as
+no test should pin a sentence. What was tested already is not tested again, until the folder that
+the first line of the output names is deleted. At the end stand the survivors, as differences.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+TESTS = {
+    "ddpm": ["test_ddpm.py", "tests/test_pictures.py"],
+    "unet": ["tests/test_unet.py", "tests/test_weights.py"],
+    "data": ["tests/test_data.py", "tests/test_hostile.py"],
+    "weights": ["tests/test_weights.py"],
+    "evaluate": ["tests/test_evaluate.py"],
+    "sample": ["tests/test_pictures.py", "tests/test_long_runs.py", "tests/test_commands.py"],
+    "train": ["tests/test_pictures.py", "tests/test_long_runs.py", "tests/test_commands.py"],
+    "common": ["tests/test_long_runs.py", "tests/test_commands.py", "tests/test_hostile.py"],
+}
+MESSAGES = [r"raise \w+\(", r"\bsay\(", r"parser\.add"]  # statements that begin so are left alone
+SETTINGS = """
+
+[tool.mutmut]
+source_paths = ["{name}.py"]
+also_copy = {others}
+do_not_mutate_patterns = {messages}
+pytest_add_cli_args_test_selection = {tests}
+pytest_add_cli_args = ["-x", "-q", "-k", "not kill_at and not two_ranks and not bench"]
+use_git_change_detection = false
+"""
+
+def main() -> int:
+    """Copies the tree, lets mutmut test its mutants, and prints the score and the survivors."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=TESTS, help="the file, without .py")
+    parser.add_argument("--sample", type=int, help="how many mutants (default: all of them)")
+    args = parser.parse_args()
+    work = Path(tempfile.gettempdir(), f"ddpm-mutation-{args.name}")
+    print(f"working in {work}")
+    if not work.exists():
+        work.mkdir()
+        listed = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+        for file in listed.stdout.split():
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(HERE / file, work / file)
+        others = [p.name for p in work.iterdir() if p.name != f"{args.name}.py"
+                  and p.suffix in (".py", ".md", ".toml", "")]
+        with open(work / "pyproject.toml", "a", encoding="utf-8") as file:
+            file.write(SETTINGS.format(name=args.name, tests=json.dumps(TESTS[args.name]),
+                                       others=json.dumps(others), messages=json.dumps(MESSAGES)))
+    mutmut = [sys.executable, "-m", "mutmut"]
+    results = work / "mutants" / f"{args.name}.py.meta"
+    names = []
+    if args.sample:
+        if not results.exists():  # this makes the mutants, and tests none of them
+            subprocess.run([*mutmut, "run", "none-of-them"], cwd=work, capture_output=True)
+        codes = json.loads(results.read_text(encoding="utf-8"))["exit_code_by_key"]
+        names = random.Random(0).sample(sorted(codes), min(args.sample, len(codes)))
+    subprocess.run([*mutmut, "run", *names], cwd=work)
+    codes = json.loads(results.read_text(encoding="utf-8"))["exit_code_by_key"]
+    tested = {key: code for key, code in codes.items() if code is not None}
+    alive = sorted(key for key, code in tested.items() if code in (0, 5, 33))  # 33: no test runs it
+    for key in alive:
+        shown = subprocess.run([*mutmut, "show", key], cwd=work, capture_output=True, text=True)
+        print(shown.stdout)
+    print(f"{args.name}.py: {len(tested) - len(alive)} of {len(tested)} mutants killed "
+          f"({1 - len(alive) / max(len(tested), 1):.1%}); {len(codes)} in all")
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
