@@ -150,19 +150,24 @@ def required(config: dict, table: dict, place: str) -> None:
 def from_config(config: dict, place: str) -> dict:
     """UNet2DModel's config.json → settings. ValueError naming the first entry that differs."""
     required(config, CONFIG, place)
+    config = {"in_channels": 3, "out_channels": 3, "layers_per_block": 2, "sample_size": None,
+              "block_out_channels": [224, 448, 672, 896],
+              "down_block_types": ["DownBlock2D"] + 3 * ["AttnDownBlock2D"],
+              "up_block_types": 3 * ["AttnUpBlock2D"] + ["UpBlock2D"], **config}
     try:
         widths, down = list(config["block_out_channels"]), list(config["down_block_types"])
-        size, c = config["sample_size"], config.get("in_channels", 3)
+        size, c = config["sample_size"], config["in_channels"]
         mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
-        if (set(down) - {"DownBlock2D", "AttnDownBlock2D"} or config["up_block_types"] != mirrored
-                or config.get("out_channels", 3) != c or len(widths) != len(down)
+        if (set(down) - {"DownBlock2D", "AttnDownBlock2D"}
+                or list(config["up_block_types"]) != mirrored
+                or config["out_channels"] != c or len(widths) != len(down)
                 or any(type(w) is not int or w % widths[0] for w in widths)
                 or type(size) is not int):
             raise ValueError("blocks, widths, channels or sample_size of another network")
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{place} does not describe this network: {error!r}") from error
     return dict(in_channels=c, image_size=size, channels=widths[0], dropout=0.0,
-                blocks=config.get("layers_per_block", 2),
+                blocks=config["layers_per_block"],
                 multipliers=[w // widths[0] for w in widths],
                 attention=[size // 2 ** level for level, kind in enumerate(down) if "Attn" in kind])
 

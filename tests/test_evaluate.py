@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import data
 import ddpm
 import evaluate
+import test_pictures
 import train
 
 F64 = torch.float64
@@ -155,7 +156,10 @@ class Inception(torch.nn.Module):
         assert img.dtype == torch.uint8 and img.size(1) == 3
         x = img.to(torch.float32).mean([2, 3]) / 255
         features = torch.cat([x, x * x, x[:, :1] * x[:, 1:2]], 1)
-        return features if return_features else torch.softmax(8 * features, 1)
+        if return_features:
+            return features
+        bias = torch.linspace(0, 0 if no_output_bias else 5, features.size(1))
+        return torch.softmax(8 * features + bias, 1)
 
 
 @pytest.fixture
@@ -190,6 +194,100 @@ def test_bits_per_dim_command(run, capsys):
     assert abs(estimate - total) < 5 * error and error < 1
     assert evaluate.main("--terms 1000 --n 4 --no-clip --no-ema --device cpu".split()) == 0
     assert f"{len(evaluate.strata(20, 1000))} strata" in capsys.readouterr().out
+
+
+def bound_by_hand(net, x0, z, clip=True):
+    """The terms of Eq. 5 along one chain, by Eqs. 5, 7, 13 and 15 alone: nats, and the RMSE of x̂_0.
+
+    x0: (N, …), z(t): the noise with which x_t is drawn; T = 20, σ_t² = β_t, and σ_1² = β̃_2.
+    """
+    bar, T = test_pictures.alpha_bar(), test_pictures.T
+    phi = torch.special.ndtr
+    x = bar[T].sqrt() * x0 + (1 - bar[T]).sqrt() * z(T)
+    each = (bar[T] * x0 ** 2 + (1 - bar[T]) - 1 - (1 - bar[T]).log()) / 2
+    terms, rmse = [each.flatten(1).sum(1)], []
+    for t in range(T, 0, -1):
+        a, b = bar[t], bar[t - 1]
+        beta, alpha = 1 - a / b, a / b
+        x0_hat = (x - (1 - a).sqrt() * net(x.float(), torch.full((len(x),), t)).double()) / a.sqrt()
+        x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
+        rmse.append(((x0 - x0_hat) * 127.5).square().flatten(1).mean(1).sqrt())
+
+        def mean(x0):
+            return (b.sqrt() * beta * x0 + alpha.sqrt() * (1 - b) * x) / (1 - a)
+        if t > 1:
+            true = beta * (1 - b) / (1 - a)
+            each = ((beta / true).log() + (true + (mean(x0) - mean(x0_hat)) ** 2) / beta - 1) / 2
+            x = mean(x0) + true.sqrt() * z(t - 1)
+        else:
+            deviation = ((1 - bar[2] / bar[1]) * (1 - bar[1]) / (1 - bar[2])).sqrt()
+            above = phi((x0 + 1 / 255 - mean(x0_hat)) / deviation)
+            below = phi((x0 - 1 / 255 - mean(x0_hat)) / deviation)
+            above[x0 > 0.999], below[x0 < -0.999] = 1, 0
+            each = -(above - below).clamp(min=1e-300).log()
+        terms.append(each.flatten(1).sum(1))
+    return torch.stack(terms), torch.stack(rmse)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-clip"], ["--no-ema"]])
+def test_every_number_of_the_bound_by_hand(tmp_path, monkeypatch, capsys, flags):
+    """All that evaluate.py prints and writes about Eq. 5 and §4.3, from the equations alone.
+
+    Kills: the last weights in place of the averages, x̂_0 (not) clipped, a mean of the RMSEs."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(data.shapes(64, 8), "images.pt")
+    nets = test_pictures.random_run()
+    images = torch.load("images.pt")[:5]
+    x0 = images.double() / 127.5 - 1
+    with torch.no_grad():
+        terms, rmse = bound_by_hand(
+            nets["model" if "--no-ema" in flags else "ema"], x0,
+            lambda t: evaluate.keyed_noise(0, range(5), [t] * 5, x0.shape[1:], "cpu").double(),
+            "--no-clip" not in flags)
+    bits = terms / (3 * 8 * 8 * math.log(2))
+    assert evaluate.main(["--n", "5", "--batch-size", "2", "--device", "cpu", *flags]) == 0
+    out = capsys.readouterr().out
+    printed = {name: [float(x) for x in out.split(name)[1].split()[:3:2]]
+               for name in ("bits/dim ≤", "L_T  ", "L_1 + … + L_{T−1}", "L_0  ")}
+    for name, column in zip(printed, (bits.sum(0), bits[0], bits[1:-1].sum(0), bits[-1])):
+        want = [column.mean().item(), column.std().item() / 5 ** 0.5]
+        assert printed[name] == pytest.approx(want, rel=2e-4, abs=2e-6), name
+    rows = [[float(x) for x in row.split(",")]
+            for row in Path("rate-distortion.csv").read_text().splitlines()[1:]]
+    rate = bits[:-1].mean(1).cumsum(0)
+    error = rmse.square().mean(1).sqrt()
+    for i, (t, r, d) in enumerate(rows):
+        assert t == 20 - i
+        assert r == pytest.approx(rate[i].item(), rel=2e-4, abs=2e-6)
+        assert d == pytest.approx(error[i].item(), rel=1e-3)
+
+
+def test_fid_and_inception_score_by_hand(run, capsys):
+    """What is printed, from the network's outputs: the distance by eigenvalues, the score by loops.
+
+    Kills: class probabilities with the output bias, one marginal for all splits, the covariances
+    divided by N, samples and images exchanged for others."""
+    flags = "--fid --inception inception.pt --device cpu --samples made.pt"
+    assert evaluate.main(flags.split()) == 0
+    out = capsys.readouterr().out
+    net = Inception()
+    made, images = torch.load("made.pt"), torch.load("images.pt")
+    a, b = (net(x, return_features=True).double() for x in (made, images))
+    C, D = ((x - x.mean(0)).T @ (x - x.mean(0)) / (len(x) - 1) for x in (a, b))
+    roots = torch.linalg.eigvals(C @ D).real.clamp(min=0).sqrt().sum()
+    fid = (a.mean(0) - b.mean(0)).square().sum() + C.trace() + D.trace() - 2 * roots
+    assert float(out.split("FID ")[1].split()[0]) == pytest.approx(fid.item(), abs=2e-4)
+    p, scores = net(made, no_output_bias=True).double(), []
+    for i in range(10):
+        part = p[3 * i:3 * i + 3]
+        marginal = part.sum(0) / 3
+        kl = [sum((q * (q / m).log()).item() for q, m in zip(row, marginal)) for row in part]
+        scores.append(math.exp(sum(kl) / 3))
+    mean = sum(scores) / 10
+    deviation = (sum((x - mean) ** 2 for x in scores) / 10) ** 0.5
+    text = out.split("Inception score ")[1]
+    assert float(text.split()[0]) == pytest.approx(mean, abs=6e-4)
+    assert float(text.split()[2]) == pytest.approx(deviation, abs=6e-4)
 
 
 def test_fid_command(run, capsys):

@@ -22,8 +22,7 @@ T, SIDE = 20, 8
 FLAGS = "--checkpoint runs/images --device cpu --precision fp32 --seed 3".split()
 
 
-@pytest.fixture
-def run():
+def random_run() -> dict:
     """A run folder whose networks are random: the trained network, and the averaged one."""
     trains("--steps", 1)
     state, g = checkpoint(), torch.Generator().manual_seed(0)
@@ -40,9 +39,14 @@ def run():
     return nets
 
 
+@pytest.fixture
+def run():
+    return random_run()
+
+
 def alpha_bar() -> torch.Tensor:
-    """ᾱ_0 … ᾱ_T for T = 20: β from 10⁻⁴ to 0.02, times 1000/T (but below 1)."""
-    beta = (torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T).clamp(max=0.999)
+    """ᾱ_0 … ᾱ_T for T = 20: β in equal steps from 10⁻⁴ · 50 to 0.02 · 50, which 0.999 limits."""
+    beta = torch.linspace(0.005, 0.999, T, dtype=torch.float64)
     return torch.cat([torch.ones(1), (1 - beta).cumprod(0)]).double()
 
 

@@ -110,6 +110,30 @@ def test_dropout_drops_a_tenth_and_is_off_when_sampling():
     assert abs(pairs.double().mean() - 0.01) < 0.001
 
 
+def test_dropout_is_before_the_second_convolution_of_every_block():
+    """What the second convolution sees is SiLU(norm(h)), a part of it 0 and the rest scaled; its
+    output is added to the shortcut as it is. The blocks drop with the probability of the network.
+
+    Kills: dropout before the norm, after the convolution, on the shortcut, in some blocks only."""
+    net, seen, made = randomised(dropout=0.25), {}, {}
+    blocks = [m for m in net.modules() if isinstance(m, unet.Block)]
+    assert len(blocks) == 8
+    for block in blocks:
+        block.norm2.register_forward_hook(lambda _, __, y, b=block: seen.update({(b, "norm"): y}))
+        block.conv2.register_forward_hook(lambda _, x, y, b=block: (
+            seen.update({(b, "conv"): x[0]}) or made.update({(b, "conv"): y})))
+        block.attention.register_forward_pre_hook(lambda _, x, b=block: made.update({(b, "sum"): x[0]}))
+        block.shortcut.register_forward_hook(lambda _, x, y, b=block: made.update({(b, "short"): y}))
+    torch.manual_seed(0)
+    net.train()(torch.randn(2, 3, 8, 8), torch.tensor([3, 700]))
+    for block in blocks:
+        whole, part = torch.nn.functional.silu(seen[block, "norm"]), seen[block, "conv"]
+        dropped = part == 0
+        assert abs(dropped.double().mean() - 0.25) < 5 * (0.1875 / part.numel()) ** 0.5
+        torch.testing.assert_close(part[~dropped], whole[~dropped] / 0.75, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(made[block, "sum"], made[block, "short"] + made[block, "conv"])
+
+
 def test_attention_levels_follow_the_configured_size():
     """16×16 of a 32×32 network is its second level, also for images of another size."""
     net = unet.UNet(channels=32)

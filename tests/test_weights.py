@@ -1,5 +1,6 @@
 """The diffusers layout, in and out, and the safetensors format, whose reader takes nothing on
 trust."""
+import inspect
 import io
 import json
 import math
@@ -172,6 +173,83 @@ def test_another_architecture_is_refused(folder, key, value):
     (folder / "unet" / "config.json").write_text(json.dumps({**CONFIG, key: value}))
     with pytest.raises(ValueError, match="config.json"):
         sample.load(str(folder), "data", machine=CPU)
+
+
+# What UNet2DModel and DDPMScheduler of diffusers 0.42 take where a file says nothing.
+UNET_DEFAULTS = {
+    "sample_size": None, "in_channels": 3, "out_channels": 3, "center_input_sample": False,
+    "time_embedding_type": "positional", "time_embedding_dim": None, "freq_shift": 0,
+    "flip_sin_to_cos": True, "mid_block_type": "UNetMidBlock2D", "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896], "mid_block_scale_factor": 1,
+    "downsample_padding": 1, "downsample_type": "conv", "upsample_type": "conv", "dropout": 0.0,
+    "act_fn": "silu", "attention_head_dim": 8, "norm_num_groups": 32, "attn_norm_num_groups": None,
+    "norm_eps": 1e-5, "resnet_time_scale_shift": "default", "add_attention": True,
+    "class_embed_type": None, "num_class_embeds": None, "num_train_timesteps": None}
+SCHEDULER_DEFAULTS = {
+    "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+    "trained_betas": None, "variance_type": "fixed_small", "clip_sample": True,
+    "prediction_type": "epsilon", "thresholding": False, "dynamic_thresholding_ratio": 0.995,
+    "clip_sample_range": 1.0, "sample_max_value": 1.0, "timestep_spacing": "leading",
+    "steps_offset": 0, "rescale_betas_zero_snr": False}
+
+
+def read(function, *arguments):
+    """What it returns, or what it says."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("key", UNET_DEFAULTS)
+def test_what_a_config_lacks_has_diffusers_default(key):
+    """Without an entry, a config.json means what it means with diffusers' default for it; this is
+    so whether the network can then be built here or not, and it can with all other entries."""
+    lacking = {k: v for k, v in CONFIG.items() if k != key}
+    said = read(weights.from_config, {**CONFIG, key: UNET_DEFAULTS[key]}, "config.json")
+    assert read(weights.from_config, lacking, "config.json") == said
+    assert isinstance(said, dict) == (key not in (
+        "sample_size", "freq_shift", "flip_sin_to_cos", "downsample_padding", "norm_eps",
+        "attention_head_dim", "down_block_types", "up_block_types", "block_out_channels"))
+    blocks = {k: CONFIG[k] for k in ("sample_size", "freq_shift", "flip_sin_to_cos", "norm_eps",
+                                     "downsample_padding", "attention_head_dim")}
+    whole = weights.from_config(blocks, "config.json")   # widths and blocks by default
+    assert whole["channels"] == 224 and whole["multipliers"] == [1, 2, 3, 4]
+    assert whole["blocks"] == 2 and whole["in_channels"] == 3
+
+
+@pytest.mark.parametrize("key", SCHEDULER_DEFAULTS)
+def test_what_a_scheduler_lacks_has_diffusers_default(key):
+    """The same for scheduler_config.json. An empty one is DDPMScheduler()."""
+    other = {"num_train_timesteps": 500, "beta_start": 2e-4, "beta_end": 0.03,
+             "beta_schedule": "scaled_linear", "variance_type": "fixed_large", "clip_sample": False,
+             "prediction_type": "sample"}
+    lacking = {k: v for k, v in other.items() if k != key}
+    said = weights.from_scheduler({**other, key: SCHEDULER_DEFAULTS[key]})
+    assert weights.from_scheduler(lacking) == said
+    assert (said != weights.from_scheduler(other)) == (key in other)
+    assert weights.from_scheduler({}) == {
+        "timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": True,
+        "schedule": "linear", "predict": "eps", "variance": "fixed_small"}
+
+
+@pytest.mark.parametrize("T", [100, 1000, 4000])
+@pytest.mark.parametrize("name", ["linear", "scaled_linear"])
+def test_schedules_are_those_of_diffusers(T, name):
+    """β_1 … β_T of an imported chain: from beta_start to beta_end in equal steps of β, or of √β.
+
+    diffusers does not rescale the ends for another T.
+    Kills: ends multiplied by 1000/T, one schedule read as the other."""
+    first, last = (0.02, 0.3) if T == 100 else (0.0015, 0.0195)
+    settings = weights.from_scheduler({"num_train_timesteps": T, "beta_start": first,
+                                       "beta_end": last, "beta_schedule": name})
+    power = 1 if name == "linear" else 2
+    want = [(first ** (1 / power) + (last ** (1 / power) - first ** (1 / power)) * i / (T - 1)) ** power
+            for i in range(T)]
+    got = common.build_schedule(settings).betas[1:]
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("change", [
@@ -359,6 +437,16 @@ def test_safetensors_unsound_headers(tmp_path, header):
 def diffusers():
     """The package, or a skip: it is no dependency."""
     return pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+
+def test_the_stored_defaults_are_diffusers_own():
+    """Every parameter of the two classes, so a new one is noticed."""
+    diffusers()
+    from diffusers import DDPMScheduler, UNet2DModel
+    for stored, kind in ((UNET_DEFAULTS, UNet2DModel), (SCHEDULER_DEFAULTS, DDPMScheduler)):
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        found = {p.name: p.default for p in parameters if p.name != "self"}
+        assert {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()} == stored
 
 
 @pytest.mark.parametrize("config, sizes", [

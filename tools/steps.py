@@ -1,0 +1,175 @@
+"""Fewer network calls: which sampler makes the best pictures from 20, 50 and 100 of them?
+
+    python tools/steps.py --checkpoint runs/fashion_mnist --data-dir data       (an hour on two cores)
+
+The quality is the Fréchet distance between 2,000 samples and the 10,000 test images in the features
+of a small classifier, which is trained here on the labels of Fashion-MNIST in two minutes. It is no
+FID: only its differences within one table mean something. Error bars are the standard deviation
+over 200 bootstrap samples. The samples of each sampler are kept in --out, so a stopped run
+continues, and steps.png is drawn if matplotlib is there.
+"""
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # before torch, because it silences a warning of torch's import
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import ddpm
+import evaluate
+import sample
+
+N = 2000
+SAMPLERS = {  # name: variance of Algorithm 2, or η of DDIM's step
+    "β_t": "fixed_large", "β̃_t": "fixed_small", "η = 0.5": 0.5, "η = 0": 0.0}
+
+def labels(folder: Path, split: str) -> Tensor:
+    """The labels of Fashion-MNIST: an IDX file of bytes with a header of 8."""
+    name = f"{'train' if split == 'train' else 't10k'}-labels-idx1-ubyte.gz"
+    path = next((p for p in (folder / name, folder / "fashion_mnist" / name) if p.exists()), None)
+    if path is None:
+        raise ValueError(f"no {name} in {folder}")
+    content = data.gunzip(path, 100_000)
+    return torch.frombuffer(bytearray(content[8:]), dtype=torch.uint8).long()
+
+class Classifier(nn.Module):
+    """Three convolutions, a layer of 64 features, ten classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*[layer for a, b in ((1, 32), (32, 64), (64, 64)) for layer in (
+            nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b), nn.ReLU(), nn.MaxPool2d(2))],
+            nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
+        self.classes = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(data.to_model(images))
+
+def classifier(images: Tensor, wanted: Tensor, epochs: int = 3) -> Classifier:
+    """A classifier of the images, trained with Adam."""
+    torch.manual_seed(0)
+    net = Classifier()
+    adam = torch.optim.Adam(net.parameters(), lr=1e-3)
+    progress = common.Progress(epochs * len(images), "images of the classifier")
+    for epoch in range(epochs):
+        for i, index in enumerate(torch.randperm(len(images)).split(128)):
+            loss = F.cross_entropy(net.classes(net(images[index])), wanted[index])
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            progress.update(epoch * len(images) + (i + 1) * 128, f"loss {loss.item():.3f}")
+    return net.eval()
+
+@torch.no_grad()
+def draw(trained: sample.Trained, sampler, steps: int, machine) -> tuple[Tensor, float]:
+    """N samples, and the seconds that they took."""
+    if isinstance(sampler, str):
+        started = time.monotonic()
+        progress = common.Progress(N, "samples")
+        images = sample.draw_samples(trained, N, 0, 100, steps, machine, progress, variance=sampler)
+        return images, time.monotonic() - started
+    s = ddpm.respace(trained.schedule, steps).to(machine.device)
+    model = sample.inference_model(trained.net, machine)
+    started, done, progress = time.monotonic(), [], common.Progress(N, "samples")
+    for i in range(0, N, 100):
+        noise = common.Noise(0, range(i, i + 100), trained.shape, machine.device)
+        x = noise()
+        for step in range(s.T, 0, -1):
+            t = torch.full((100,), step)
+            p = ddpm.p_mean_variance(s, model, x, t, **{**trained.choices, "variance": "fixed_small"})
+            eps = ddpm.predict_eps_from_x0(s, x, t, p.x0_hat)  # of the clipped x̂_0
+            bar = s.alpha_bars[step - 1].float()
+            variance = (sampler ** 2 * p.variance if step > 1 else torch.zeros(1)).float()
+            x = bar.sqrt() * p.x0_hat + (1 - bar - variance).clamp(min=0).sqrt() * eps
+            if sampler and step > 1:
+                x = x + variance.sqrt() * noise()
+        done.append(data.to_uint8(x))
+        progress.update(i + 100)
+    return torch.cat(done), time.monotonic() - started
+
+def distance(features: Tensor, real: Tensor) -> tuple[float, float]:
+    """The Fréchet distance, and its standard deviation over bootstrap samples of the features."""
+    g = torch.Generator().manual_seed(0)
+    several = [evaluate.frechet_distance(features[torch.randint(len(features), (len(features),),
+                                                                generator=g)], real)
+               for _ in range(200)]
+    return evaluate.frechet_distance(features, real), torch.tensor(several).std().item()
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Distance against seconds an image, one curve for each sampler."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, ax = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    for name in SAMPLERS:
+        some = [row for row in rows if row["sampler"] == name]
+        ax.errorbar([row["seconds"] for row in some], [row["distance"] for row in some],
+                    [row["error"] for row in some], marker="o", capsize=3, label=name)
+        if name == "β̃_t":
+            for row in some:
+                ax.annotate(f"{row['steps']} calls", (row["seconds"], row["distance"]), xytext=(4, -12),
+                            textcoords="offset points", fontsize=8)
+    ax.set(xscale="log", yscale="log", xlabel="seconds an image", ylabel="Fréchet distance")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend()
+    figure.savefig(path, dpi=120)
+
+@common.command
+def main(argv=None) -> int:
+    """Prints the table and draws the curve: see the text at the head of this file."""
+    parser = common.Parser(__doc__)
+    parser.add("--checkpoint", "--data-dir", "--device", "--precision")
+    parser.add_argument("--out", type=Path, default=Path("steps"), help="folder (default: steps)")
+    parser.add_argument("--steps", type=common.count, nargs="+", default=[20, 50, 100],
+                        help="network calls (default: 20 50 100)")
+    args = parser.parse_args(argv)
+    machine = common.find_machine(args.device, args.precision)
+    args.out.mkdir(exist_ok=True, parents=True)
+    folder = args.data_dir or "data"
+    train, test = (data.load("fashion_mnist", folder, split).images for split in ("train", "test"))
+    kept = args.out / "classifier.pt"
+    if kept.exists():
+        net = Classifier().eval()
+        net.load_state_dict(torch.load(kept, weights_only=True))
+    else:
+        net = classifier(train, labels(Path(folder), "train"))
+        torch.save(net.state_dict(), kept)
+    with torch.no_grad():
+        features = {split: torch.cat([net(x) for x in images.split(500)])
+                    for split, images in (("train", train[:N]), ("test", test))}
+        right = net.classes(features["test"]).argmax(1) == labels(Path(folder), "test")
+    print(f"the classifier is right for {right.double().mean():.1%} of the test images")
+    print("2,000 training images in place of samples: {:.3f} ± {:.3f}".format(
+        *distance(features["train"], features["test"])), flush=True)
+    trained, rows = sample.load(args.checkpoint, folder, True, machine), []
+    for steps in args.steps:
+        for name, sampler in SAMPLERS.items():
+            path, note = args.out / f"{steps}-{sampler}.pt", args.out / f"{steps}-{sampler}.json"
+            if not note.exists():
+                images, seconds = draw(trained, sampler, steps, machine)
+                torch.save(images, path)
+                note.write_text(json.dumps({"seconds": seconds / N}), encoding="utf-8")
+            with torch.no_grad():
+                made = torch.cat([net(x) for x in torch.load(path).split(500)])
+            value, error = distance(made, features["test"])
+            rows.append({"steps": steps, "sampler": name, "distance": value, "error": error,
+                         **json.loads(note.read_text(encoding="utf-8"))})
+            print(f"{steps:4} calls, {name:8} {value:8.3f} ± {error:.3f}   "
+                  f"{rows[-1]['seconds']:.3f} s an image", flush=True)
+    (args.out / "steps.json").write_text(json.dumps(rows), encoding="utf-8")
+    plot(rows, args.out / "steps.png")
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
