@@ -366,16 +366,15 @@ def decode(file: Path, size: int) -> Tensor:
 def shapes(n: int, size: int = 16, split: str = "train") -> Tensor:
     """A data set made here: one disc, square, triangle or ring on black: uint8 (n, 3, …).
 
-    It is red, yellow, green, cyan, blue or magenta. Its place and its size are random. The same n,
-    size and split are the same images, always.
+    Its hue and its place are random. The same n, size and split are the same images, always.
     """
     g = torch.Generator().manual_seed({"train": 1, "test": 2}[split])
-    radius, x, y = torch.rand(3, n, generator=g)
-    kind, colour = torch.randint(4, (n,), generator=g), torch.randint(1, 7, (n,), generator=g)
-    cover = covers(0.4 * x - 0.2, 0.4 * y - 0.2, 0.55 + 0.15 * radius, size)
-    cover = cover[kind, torch.arange(n), None]                                  # (n, 1, size, size)
-    rgb = colour[:, None] >> torch.arange(3) & 1                                # (n, 3): 0 or 1
-    return to_uint8(2 * rgb[..., None, None] * cover - 1)
+    hue, x, y = torch.rand(3, n, generator=g)
+    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[:, None]) % 6          # hue → red, green, blue
+    colour = 1 - 0.8 * torch.minimum(k, 4 - k).clamp(0, 1)              # (n, 3), saturation 0.8
+    kind = torch.randint(4, (n,), generator=g)
+    cover = covers(0.4 * x - 0.2, 0.4 * y - 0.2, torch.full((n,), 0.65), size)
+    return to_uint8(2 * colour[..., None, None] * cover[kind, torch.arange(n), None] - 1)
 
 def covers(x: Tensor, y: Tensor, radius: Tensor, size: int) -> Tensor:
     """How much of each pixel a disc, a square, a triangle, a ring covers: (4, n, size, size).

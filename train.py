@@ -574,7 +574,8 @@ def begin(run: Run) -> None:
     """Cleans up after a kill, and shows the settings: on stderr and in settings.json."""
     settings, machine, folder = run.settings, run.machine, run.folder
     for leftover in folder.iterdir():
-        if re.fullmatch(r"(checkpoint.*|settings|log|samples-\d+)\.\w+\.\d+\.part", leftover.name):
+        if re.fullmatch(r"(checkpoint.*|settings|log|loss|samples-\d+|ema-\d+)\.\w+\.\d+\.part",
+                        leftover.name):
             leftover.unlink()
     cut_log(folder / "log.jsonl", run.step)
     with data.written(folder / "settings.json") as file:
@@ -591,6 +592,12 @@ def begin(run: Run) -> None:
     elif settings["steps"] < settings["warmup"]:
         say(f"warning: the learning rate rises for --warmup {settings['warmup']} steps, longer "
             "than the whole run")
+    threads = torch.get_num_threads()
+    if machine.device.type == "cpu" and threads > 1 and hasattr(os, "getloadavg"):
+        load = os.getloadavg()[0]  # programs that wanted to compute in the last minute
+        if load > os.cpu_count():
+            say(f"warning: other programs keep this machine busy (load {load:.1f}); {threads} "
+                "threads that wait for each other may then be slower than OMP_NUM_THREADS=1")
 
 if __name__ == "__main__":
     sys.exit(main())
