@@ -3,6 +3,7 @@ line."""
 import gzip
 import hashlib
 import io
+import math
 import os
 import struct
 import tarfile
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+import judge
 import weights
 
 
@@ -160,6 +162,50 @@ def test_shapes_are_the_same_always():
     assert torch.equal(a, b) and a.shape == (16, 3, 16, 16) and a.dtype == torch.uint8
     assert not torch.equal(a, data.shapes(16, split="test"))
     assert a.float().std() > 20 and len(a.flatten(1).unique(dim=0)) == 16
+
+
+def test_shapes_have_the_areas_of_geometry():
+    """Disc πr², square (1.7 r)², triangle 3√3 (0.55 r)², ring 3πr²/4; at their place, base below.
+
+    Kills: rows and columns exchanged, pictures upside down, an outline of another size."""
+    x, y, r = torch.tensor([-0.2, 0.1]), torch.tensor([0.15, -0.1]), torch.tensor([0.5, 0.65])
+    side, axis = 64, (torch.arange(64) + 0.5) / 32 - 1
+    cover = data.covers(x, y, r, side)
+    areas = cover.sum((2, 3)) * (2 / side) ** 2
+    for area, factor in zip(areas, (math.pi, 1.7 ** 2, 3 ** 1.5 * 0.55 ** 2, 0.75 * math.pi)):
+        torch.testing.assert_close(area, factor * r ** 2, rtol=0.02, atol=0)
+    for kind in (0, 1, 2, 3):
+        across = (cover[kind].sum(1) * axis).sum(1) / cover[kind].sum((1, 2))
+        down = (cover[kind].sum(2) * axis).sum(1) / cover[kind].sum((1, 2))
+        torch.testing.assert_close(across, x, rtol=0, atol=0.01)
+        torch.testing.assert_close(down, y, rtol=0, atol=0.01)
+    widths = cover[2, 0].sum(1)
+    rows = widths[widths > 1][:-1]                              # the last one is half covered
+    assert (rows[1:] > rows[:-1]).all() and rows[-1] > 3 * rows[0]
+
+
+def test_shapes_have_one_kind_and_one_colour_on_black():
+    """All kinds and all hues about equally often; every pixel is a mixture of black and the hue."""
+    images = data.shapes(1000).double()
+    brightest = images.flatten(2).amax(2)                                       # (N, RGB)
+    mixed = images / brightest[..., None, None].clamp(min=1)
+    assert (mixed - mixed.amax(1, keepdim=True)).abs().max() < 0.03
+    assert (brightest.amax(1) == 255).all() and (brightest.amin(1) == 51).all()
+    hues = torch.bincount(brightest.argmax(1) * 3 + brightest.argmin(1), minlength=9)
+    assert ((hues > 0) == torch.tensor([0, 1, 1, 1, 0, 1, 1, 1, 0]).bool()).all()
+    assert hues[hues > 0].min() > 120
+
+
+def test_judge():
+    """The judge takes the generator's test images; not noise, nothing, blurs, or two shapes."""
+    real = data.shapes(40, split="test")
+    assert judge.clean(real).all()
+    blurred = torch.nn.functional.avg_pool2d(real.float(), 5, 1, 2).byte()
+    two = torch.maximum(real, real.roll(1, 0))
+    g = torch.Generator().manual_seed(0)
+    noisy = (real + 20 * torch.randn(real.shape, generator=g)).clamp(0, 255).byte()
+    for bad in (blurred, two, noisy, torch.zeros_like(real)):
+        assert judge.clean(bad).double().mean() < 0.06
 
 
 def test_download_is_whole_or_not_there(tmp_path, server):
