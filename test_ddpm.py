@@ -78,6 +78,29 @@ def iterated(s, t: int) -> tuple[float, float]:
     return chain(s)[t]
 
 
+def conditioned(s, t: int, x0, x_t) -> tuple:
+    """Mean and variance of x_{t−1} given x_0 and x_t, from Eq. 2 alone.
+
+    Given x_0, x_{t−1} ~ N(m, v) and x_t = c x_{t−1} + N(0, n) are jointly Gaussian. So the mean of
+    x_{t−1} given x_t is m + gain (x_t − c m) with gain = Cov/Var = c v / (c² v + n), and its
+    variance is v − gain c v = v n / (c² v + n)."""
+    (a, v), (c, noise) = iterated(s, t - 1), kernel(s, t)
+    total = c ** 2 * v + noise ** 2
+    return a * x0 + c * v / total * (x_t - c * a * x0), v * noise ** 2 / total
+
+
+def mean_of_quadratic(f, mean, variance):
+    """E f(X) for X ~ N(m, v) and a quadratic f: the mean of f at the two nodes m ± √v.
+
+    For f = A x² + B x + C it is A (m² + v) + B m + C, since ((m + √v)² + (m − √v)²)/2 = m² + v."""
+    return (f(mean + variance ** 0.5) + f(mean - variance ** 0.5)) / 2
+
+
+def mean_log_ratio(q, p):
+    """KL(q ‖ p) = E_q[log q − log p] of two Gaussians (mean, variance), whose ratio is quadratic."""
+    return mean_of_quadratic(lambda x: log_normal(x, *q) - log_normal(x, *p), *q)
+
+
 # --------------------------------------------------------------------------- §2, §4: the schedule
 
 def test_sec4_the_papers_numbers():
@@ -135,6 +158,20 @@ def test_sec4_schedules_by_name():
         ddpm.make_schedule(T=1)
 
 
+@pytest.mark.parametrize("T", [10, 1000])
+def test_sec31_a_schedule_ends_near_pure_noise(T):
+    """A schedule with ᾱ_T ≤ 10⁻³ is taken, and one just above is refused: p(x_T) = N(0, I) says that
+    x_T shows nothing of the image."""
+    for wanted, taken in ((0.99e-3, True), (1.01e-3, False)):
+        beta = 1 - wanted ** (1 / T)                         # constant: ᾱ_T = (1 − β)^T
+        try:
+            s = ddpm.make_schedule(T, "constant", beta_end=beta * T / 1000)
+        except ValueError:
+            assert not taken
+        else:
+            assert taken and abs(s.alpha_bars[T] - wanted) < 1e-9
+
+
 # --------------------------------------------------------------------- §2: the forward process q
 
 @given(beta_lists(), numbers)
@@ -175,12 +212,10 @@ def test_eq07_posterior_is_bayes_rule(betas, seed):
     Kills: the posterior variance β_t in place of β̃_t, √ᾱ_t in place of √ᾱ_{t−1} or √α_t."""
     s, x0, x_t = ddpm.schedule_from_betas(betas), randn(seed, 1, 5), randn(seed + 1, 1, 5)
     for t in {1, min(2, s.T), (s.T + 1) // 2, s.T}:
-        (a, v), (scale, noise) = iterated(s, t - 1), kernel(s, t)
-        total = scale ** 2 * v + noise ** 2                 # Var(x_t | x_0)
-        gain = scale * v / total                            # Cov(x_{t−1}, x_t | x_0) / Var
+        mean, variance = conditioned(s, t, x0, x_t)
         q = ddpm.q_posterior_mean_variance(s, x0, x_t, at(t))
-        same(q.mean, a * x0 + gain * (x_t - scale * a * x0))
-        same(q.variance, [[v * noise ** 2 / total]], 1e-9, 0)
+        same(q.mean, mean)
+        same(q.variance, [[variance]], 1e-9, 0)
         if t == 1:
             assert torch.equal(q.mean, x0) or (q.mean - x0).abs().max() < 1e-9
             assert q.variance.item() == 0
@@ -243,12 +278,12 @@ def test_eq11_every_prediction_gives_the_posterior_mean(betas, seed, predict):
         a, v = iterated(s, t)
         assume(a * a >= 1e-8)
         x_t = a * x0 + math.sqrt(v) * eps
-        q = ddpm.q_posterior_mean_variance(s, x0, x_t, at(t))
-        answer = {"eps": eps, "x0": x0, "mean": q.mean}[predict]
+        mean, _ = conditioned(s, t, x0, x_t)
+        answer = {"eps": eps, "x0": x0, "mean": mean}[predict]
         seen = []
         p = ddpm.p_mean_variance(s, lambda x, u: seen.append(u) or answer, x_t, at(t), predict,
                                  clip=False)
-        same(p.mean, q.mean, 1e-9, 1e-9 / a)
+        same(p.mean, mean, 1e-9, 1e-9 / a)
         assert seen[0].tolist() == [t]
 
 
@@ -264,7 +299,7 @@ def test_eq11_clipping_comes_before_the_mean():
     for predict, answer in (("eps", eps), ("x0", (x_t - math.sqrt(v) * eps) / a)):
         p = ddpm.p_mean_variance(s, lambda x, u: answer, x_t, t, predict)
         same(p.x0_hat, x0)
-        same(p.mean, ddpm.q_posterior_mean_variance(s, x0, x_t, t).mean)
+        same(p.mean, conditioned(s, 300, x0, x_t)[0])
     p = ddpm.p_mean_variance(s, lambda x, u: 5 * x, x_t, t, "mean")
     assert torch.equal(p.mean, 5 * x_t) and p.x0_hat.abs().max() <= 1
 
@@ -496,11 +531,9 @@ def test_eq13_gradient(mean, sigma, k):
 
 @given(st.floats(-3, 3), st.floats(1e-4, 10), st.floats(-3, 3), st.floats(1e-4, 10))
 def test_eq05_kl_is_the_mean_log_ratio(m1, v1, m2, v2):
-    """KL(q ‖ p) = E_q[log q − log p]: exact with the nodes μ ± σ, the ratio being quadratic."""
+    """KL(q ‖ p) = E_q[log q − log p]; 0 for the same distribution twice."""
     q, p = (Gaussian(*(torch.tensor([x], dtype=F64) for x in g)) for g in ((m1, v1), (m2, v2)))
-    nodes = [q.mean + sign * q.variance.sqrt() for sign in (1, -1)]
-    mean = sum(log_normal(x, *q) - log_normal(x, *p) for x in nodes) / 2
-    same(ddpm.normal_kl(q, p), mean, 1e-9, 1e-9)
+    same(ddpm.normal_kl(q, p), mean_log_ratio(q, p), 1e-9, 1e-9)
     assert ddpm.normal_kl(q, q).abs() < 1e-12
 
 
@@ -512,10 +545,7 @@ def test_eq05_prior_term(betas, seed):
     Kills: q at another time than T, a mean over dimensions in place of the sum."""
     s, x0 = ddpm.schedule_from_betas(betas), randn(seed, 2, 3)
     a, v = iterated(s, s.T)
-    nodes = [a * x0 + sign * math.sqrt(v) for sign in (1, -1)]
-    variance = torch.tensor(v, dtype=F64)
-    ratio = sum(log_normal(x, a * x0, variance) - log_normal(x, 0, torch.ones(1, dtype=F64))
-                for x in nodes) / 2
+    ratio = mean_log_ratio((a * x0, torch.tensor(v, dtype=F64)), (0, torch.ones(1, dtype=F64)))
     same(ddpm.prior_kl(s, x0), ratio.sum(1), 1e-9, 1e-10)
 
 
@@ -538,10 +568,8 @@ def test_eq05_terms_are_mean_log_ratios(betas, seed, variance):
             sigma = math.sqrt(var[0])
             same(got[i], -sum(log_bin_of(int(n), m.item(), sigma) for n, m in zip(k[i], mean)))
             continue
-        q = ddpm.q_posterior_mean_variance(s, x0[i:i + 1], x_t[i:i + 1], at(u))
-        sd = q.variance.sqrt()
-        ratio = sum(log_normal(x, *q) - log_normal(x, mean, var)
-                    for x in (q.mean + sd, q.mean - sd)) / 2
+        m, v = conditioned(s, u, x0[i], x_t[i])
+        ratio = mean_log_ratio((m, torch.tensor(v, dtype=F64)), (mean, var))
         same(got[i], ratio.sum(), 1e-9, 1e-9)
 
 
@@ -571,9 +599,8 @@ def test_eq12_weight(betas, seed, variance):
 def test_eq16_equals_eq05_for_gaussian_data(betas, m, v, slope, sigma2):
     """KL(q(x_T) ‖ p) + Σ E KL(q(x_{t−1} | x_t) ‖ p_θ) + H(x_0) = E[L_T + Σ L_{t−1} + L_0].
 
-    x_0 ~ N(m, v), p_θ(x_{t−1} | x_t) = N(slope · x_t, σ²), L_0 a density. Expectations of
-    quadratics
-    are exact with two nodes for each variable."""
+    x_0 ~ N(m, v), p_θ(x_{t−1} | x_t) = N(slope · x_t, σ²), L_0 a density. The left side knows
+    nothing of x_0; its divergences are mean log-ratios, and those of the right side are the code's."""
     s = ddpm.schedule_from_betas(betas)
     one = torch.ones(1, 1, dtype=F64)
 
@@ -581,7 +608,7 @@ def test_eq16_equals_eq05_for_gaussian_data(betas, m, v, slope, sigma2):
         return Gaussian(slope * x_t, sigma2 * one)
 
     def kl(mean, var, p):
-        return ddpm.normal_kl(Gaussian(mean * one, var * one), p).mean()
+        return mean_log_ratio((mean * one, var * one), p).mean()
 
     x0 = m + math.sqrt(v) * torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=F64)
     eps = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=F64)
@@ -592,9 +619,9 @@ def test_eq16_equals_eq05_for_gaussian_data(betas, m, v, slope, sigma2):
         (a, w), (b, u), (scale, noise) = iterated(s, t), iterated(s, t - 1), kernel(s, t)
         prior = b * b * v + u
         gain, rest = scale * prior / (a * a * v + w), prior * noise ** 2 / (a * a * v + w)
-        for sign in (1, -1):                               # x_t ~ q(x_t), two nodes
-            x_t = a * m + sign * math.sqrt(a * a * v + w) * one
-            left += kl(b * m + gain * (x_t - a * m), rest, reverse(x_t)) / 2
+        left += mean_of_quadratic(                          # over x_t ~ q(x_t)
+            lambda x_t: kl(b * m + gain * (x_t - a * m), rest, reverse(x_t)),
+            a * m * one, (a * a * v + w) * one)
         x_t = ddpm.q_sample(s, x0, at(t, 4), eps)
         if t == 1:
             right -= log_normal(x0, *reverse(x_t)).mean()
@@ -644,7 +671,7 @@ def test_eq14_loss_simple(betas, seed):
     x0, eps, error = (randn(seed + i, n, 2, 5) for i in range(3))
     coefficients = [iterated(s, u) for u in t.tolist()]
     x_t = torch.stack([a * x + math.sqrt(v) * e for (a, v), x, e in zip(coefficients, x0, eps)])
-    mean = ddpm.q_posterior_mean_variance(s, x0, x_t, t).mean
+    mean = torch.stack([conditioned(s, u, x, y)[0] for u, x, y in zip(t.tolist(), x0, x_t)])
     for predict, target in (("eps", eps), ("x0", x0), ("mean", mean)):
         def model(x, u):
             same(x, x_t)
@@ -654,6 +681,33 @@ def test_eq14_loss_simple(betas, seed):
         same(got, [sum(e * e for e in row.flatten().tolist()) / 10 for row in error], 1e-9, 1e-9)
     with pytest.raises(ValueError):
         ddpm.loss_simple(s, model, x0, t, eps, "score")
+
+
+def test_respaced_times_are_what_every_function_shows_the_network():
+    """After `respace` the network is called with τ_i: by the loss, the bound, both samplers; and a
+    schedule that is respaced twice still tells the times of the first.
+
+    Kills: i in place of τ_i in one of them, times counted in the shorter chain."""
+    s = ddpm.respace(ddpm.respace(ddpm.make_schedule(), 100), 10)
+    tau = s.times.tolist()
+    assert len(tau) == 11 and tau[0] == 0 and tau[1] == 1 and tau[10] == 1000
+    assert all(abs(t - (1 + 999 * i / 9)) < 7 for i, t in enumerate(tau[1:]))
+    same(s.alpha_bars[1:], ddpm.make_schedule().alpha_bars[tau[1:]])
+    x0, z, shown = images8(0, 10, 3), randn(1, 10, 3), []
+
+    def model(x, t):
+        shown.extend(t.tolist())
+        return 0 * x
+    ddpm.loss_simple(s, model, x0, torch.arange(1, 11), z)
+    assert shown == tau[1:]
+    for run in (lambda: ddpm.p_sample_loop(s, model, z[:1], lambda t: z[:1]),
+                lambda: ddpm.send(s, model, x0[:1], lambda t: z[:1]),
+                lambda: ddpm.receive(s, model, z[:1], lambda t, p: z[:1]),
+                lambda: ddpm.interpolate(s, model, x0[:1], x0[:1], torch.ones(1), 10, z[:1], z[:1],
+                                         lambda t: z[:1])):
+        shown.clear()
+        list(run())
+        assert shown == tau[:0:-1]
 
 
 def test_table1_bits_per_dim():
