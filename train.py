@@ -81,9 +81,9 @@ SETTINGS = {
 RECIPES = {
     "mnist": dict(flip=False),
     "fashion_mnist": dict(flip=False),
-    "shapes": dict(steps=2000, batch_size=32, lr=5e-4, warmup=200, ema=0.995, dropout=0.0,
-                   channels=64, multipliers=[1, 2, 2], blocks=1, variance="fixed_small",
-                   save_every=500, sample_every=1000, samples=36, sample_steps=250),
+    "shapes": dict(steps=2000, batch_size=32, lr=1e-3, warmup=100, ema=0.998, dropout=0.0,
+                   channels=64, multipliers=[1, 2], blocks=1, attention=[8], variance="fixed_small",
+                   save_every=500, sample_every=500, samples=36, sample_steps=100),
 }
 # CelebA-HQ and LSUN, 256×256 (§4, Appendix B). LSUN took 1.2 to 2.4 million steps, and LSUN Bedroom
 # was not flipped. The variance is that of the released code.

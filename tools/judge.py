@@ -23,7 +23,7 @@ import data
 import sample
 from common import count
 
-LIMIT = 10.0   # of 255 levels: noise of 4 %
+LIMIT = 7.0   # of 255 levels
 
 def fit(images: Tensor) -> tuple[Tensor, Tensor]:
     """The best fit of shape, place, size and two colours: its RMS error, and the RMS distance of
