@@ -154,8 +154,8 @@ FLAGS = {
     "--data-dir": dict(type=word, help="folder of data and downloads (default: the run's or data)"),
     "--steps": dict(type=KINDS["sample_steps"], help="network calls for each sample, at times "
                     "evenly spaced from T to 1 (default: all T)"),
-    "--no-clip": dict(action="store_true", help="do not clip x̂_0 to [−1, 1]; the paper does not, "
-                      "the authors' code does"),
+    "--no-clip": dict(action="store_true", help="do not clip x̂_0 to [−1, 1] (the paper has no "
+                      "clipping; the authors' code clips)"),
     "--seed": dict(type=KINDS["seed"], default=0, help="seed of all random numbers (default: 0)"),
     "--batch-size": dict(type=KINDS["batch_size"], help="images computed at a time (default: 256 "
                          "on CUDA, else 16)"),

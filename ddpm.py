@@ -18,8 +18,9 @@ over all dimensions unless the docstring says otherwise; `bits_per_dim` converts
     s = make_schedule()
     t = torch.randint(1, s.T + 1, (len(x0),))
     loss = loss_simple(s, model, x0, t, torch.randn_like(x0)).mean()          # Algorithm 1, line 5
-    for state in p_sample_loop(s, model, x_T, lambda t: torch.randn_like(x_T)):
-        print(state.t, state.x_t, state.x0_hat)                               # Algorithm 2
+    with torch.no_grad():
+        for state in p_sample_loop(s, model, x_T, lambda t: torch.randn_like(x_T)):
+            print(state.t, state.x_t, state.x0_hat)                           # Algorithm 2
 """
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ class Schedule:
     """β_t, α_t = 1 − β_t and ᾱ_t = ∏_{i≤t} α_i for t = 0 … T: float64 tensors (T + 1,).   [DDPM §2]
 
     β_0 = 0 and ᾱ_0 = 1, so that `alpha_bars[t − 1]` is right at t = 1 too. `times[t]` is the time
-    that is passed to the network. It is t, unless `respace` made this schedule from the one in
-    `full`.
+    that is passed to the network. It is t, except after `respace`: then it is the time in the
+    original schedule, which is kept in `full`.
     """
     betas: Tensor
     alphas: Tensor
@@ -128,7 +129,7 @@ def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t = √(1 − β_t) x_{t−1} + √β_t ε, a sample of q(x_t | x_{t−1}).   [DDPM Eq. 2]
 
     x: x_{t−1} (B, …) → x_t (B, …). The factor √(1 − β_t) keeps a variance of 1 at 1:
-    (1 − β_t) · 1 + β_t = 1.
+    (1 − β_t) · 1 + β_t = 1. Only tests call this function: Eq. 4 jumps to any t at once.
     """
     return _like(s.alphas[t].sqrt(), x) * x + _like(s.betas[t].sqrt(), x) * eps
 
@@ -136,9 +137,9 @@ def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 #
 #     −log p_θ(x_0) ≤ E_q[ −log p(x_T) − Σ_{t≥1} log [p_θ(x_{t−1} | x_t) / q(x_t | x_{t−1})] ] =: L
 #
-# by Jensen's inequality (derived in PAPER.md), here for one x_0; the paper's L is the mean over the
-# data. L is the negative evidence lower bound (ELBO) of a variational autoencoder with a fixed
-# encoder q, whose latents x_1 … x_T have the shape of the data.
+# by Jensen's inequality (derived in PAPER.md). In this file L is a function of one x_0; the paper's
+# L is its mean over the data. L is the negative evidence lower bound (ELBO) of a variational
+# autoencoder with a fixed encoder q, whose latents x_1 … x_T have the shape of the data.
 
 # --- Eq. 4: from x_0 to any x_t in one jump -------------------------------------------------------
 
@@ -159,14 +160,14 @@ def q_sample(s: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 
 # --- Eq. 5: the bound as a sum of KL divergences --------------------------------------------------
 #
-# For t > 1 Bayes' rule with x_0 given turns q(x_t | x_{t−1}) = q(x_t | x_{t−1}, x_0) round, into
-# q(x_{t−1} | x_t, x_0) q(x_t | x_0) / q(x_{t−1} | x_0), and the last two factors telescope. In
+# For t > 1 Bayes' rule with x_0 given rewrites q(x_t | x_{t−1}) = q(x_t | x_{t−1}, x_0) as
+# q(x_{t−1} | x_t, x_0) q(x_t | x_0) / q(x_{t−1} | x_0). The last two factors telescope. In
 # expectation, and only there, the remaining log-ratios are KL divergences (derived in PAPER.md):
 #
 #     L = E_q[ L_T + Σ_{t>1} L_{t−1} + L_0 ]
 #     L_T = KL(q(x_T | x_0) ‖ p(x_T))                            `prior_kl`   (§3.1)
-#     L_{t−1} = KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t))   `vlb_term`   (§3.2)
-#     L_0 = −log p_θ(x_0 | x_1)                                  `vlb_term`   (§3.3)
+#     L_{t−1} = KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t))   `vlb_term`   (after §3.3)
+#     L_0 = −log p_θ(x_0 | x_1)                                  `vlb_term`   (after §3.3)
 
 def normal_kl(q: Gaussian, p: Gaussian) -> Tensor:
     """KL(q ‖ p) = ½ (log(σ_p²/σ_q²) + (σ_q² + (μ_q − μ_p)²)/σ_p² − 1).   [DDPM Eq. 5]
@@ -185,8 +186,8 @@ def q_posterior_mean_variance(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor) -
         μ̃_t = √ᾱ_{t−1} β_t / (1 − ᾱ_t) x_0  +  √α_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t) x_t
         β̃_t = (1 − ᾱ_{t−1}) / (1 − ᾱ_t) β_t
 
-    By Bayes' rule it is the product q(x_t | x_{t−1}) q(x_{t−1} | x_0), as a function of x_{t−1}: a
-    Gaussian with mean x_t/√α_t and precision α_t/β_t, times one with mean √ᾱ_{t−1} x_0 and
+    By Bayes' rule it is proportional to q(x_t | x_{t−1}) q(x_{t−1} | x_0) as a function of x_{t−1}:
+    a Gaussian with mean x_t/√α_t and precision α_t/β_t, times one with mean √ᾱ_{t−1} x_0 and
     precision 1/(1 − ᾱ_{t−1}). In a product of Gaussians precisions add, and μ̃_t is the average of
     the two means weighted by their precisions. At t = 1 it is the point x_0, because β̃_1 = 0.
     """
@@ -223,8 +224,8 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
     """Σ_θ = σ_t² I with σ_t² = β_t ("fixed_large") or σ_t² = β̃_t ("fixed_small").   [DDPM §3.2]
 
     → (B,) float64. β_t is optimal if x_0 ~ N(0, I), β̃_t if x_0 is always the same point.
-    Except at t = 1: there σ_1² = β̃_2 in both cases, because β̃_1 = 0 has no logarithm. This is Ho
-    et al.'s CIFAR-10 code, not the paper. (A schedule of one step has no β̃_2: σ_1² = β_1.) Only
+    At t = 1 both choices give σ_1² = β̃_2 instead, because β̃_1 = 0 has no logarithm. This is Ho et
+    al.'s CIFAR-10 code, not the paper. (A schedule of one step has no β̃_2: there σ_1² = β_1.) Only
     L_0 depends on σ_1², since Algorithm 2 adds no noise at t = 1.
     """
     if variance not in ("fixed_large", "fixed_small"):
@@ -263,9 +264,9 @@ def p_mean_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 def vlb_weight(s: Schedule, t: Tensor, variance: str = "fixed_large") -> Tensor:
     """β_t² / (2 σ_t² α_t (1 − ᾱ_t)), the weight of ‖ε − ε_θ‖² in L_{t−1} − C.   [DDPM Eq. 12]
 
-    → (B,) float64. It is Eq. 8 with Eq. 10 for μ̃_t and Eq. 11 for μ_θ: x_t cancels, and
-    β_t²/(α_t (1 − ᾱ_t)) ‖ε − ε_θ‖² is left, which resembles denoising score matching. t > 1: the
-    bound's term at t = 1 is L_0, to which Eq. 12 does not apply.
+    → (B,) float64. Put Eq. 10 for μ̃_t and Eq. 11 for μ_θ into Eq. 8. Then x_t cancels, and
+    ‖μ̃_t − μ_θ‖² = β_t²/(α_t (1 − ᾱ_t)) ‖ε − ε_θ‖², which resembles denoising score matching. t > 1:
+    the bound's term at t = 1 is L_0, to which Eq. 12 does not apply. Only tests use this function.
     """
     weight = s.betas[t] ** 2 / (s.alphas[t] * (1 - s.alpha_bars[t]))
     return weight / (2 * p_variance(s, t, variance))
@@ -281,10 +282,11 @@ def p_mean_variance(s: Schedule, model: Model, x_t: Tensor, t: Tensor, predict: 
     """p_θ(x_{t−1} | x_t) = N(μ_θ(x_t, t), σ_t² I).   [DDPM Eqs. 1, 11]
 
     predict: what the network returns: "eps" for ε, "x0" for x_0 (§3.2), "mean" for μ̃_t (Table 2).
-    variance: "fixed_large", "fixed_small", or "learned" (Table 2): then the network has twice the
-    channels, and the second half is log σ², one number for each dimension.
+    variance: "fixed_large", "fixed_small", or "learned" (Table 2): then the network returns twice
+    the channels, and the second half is log σ², one number for each dimension.
     clip: Ho et al.'s code, not the paper: x̂_0 is clipped to [−1, 1] and put into Eq. 7. That is
-    Eq. 11 again wherever nothing was clipped. A predicted mean is not clipped.
+    Eq. 11 again wherever nothing was clipped. A predicted mean stays as it is, except after
+    `respace`, where the mean is always computed from x̂_0.
     ValueError for "learned" with a schedule of `respace`: the network knows the variance of its own
     steps only.
     """
@@ -324,7 +326,7 @@ class State(NamedTuple):
     """The state of a chain at time t. At t = 0 both tensors are the sample x_0."""
     t: int
     x_t: Tensor
-    x0_hat: Tensor    # x̂_0(x_t) of Eq. 15
+    x0_hat: Tensor    # x̂_0(x_t), as `p_mean_variance` returns it
 
 def p_sample(p: Gaussian | Reverse, z: Tensor) -> Tensor:
     """x_{t−1} = μ_θ(x_t, t) + σ_t z.   [DDPM Alg. 2, line 4]"""
@@ -340,7 +342,7 @@ def p_sample_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int],
     """
     if start is None:
         start = s.T
-    # 1: x_T ~ N(0, I)
+    # 1: x_T ~ N(0, I), drawn by the caller
     x_t = x_T
     # 2: for t = T, …, 1 do
     for t in range(start, 0, -1):
@@ -365,7 +367,7 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, variance: Tens
     sum to 1, and −log₂ of them is the length of a code for 8-bit data.
     Ho et al.'s code approximates Φ with a tanh and floors the probability at 10⁻¹²; this does not.
     """
-    infinity = 1e30  # a finite stand-in for ∞, which would make gradients NaN
+    infinity = 1e30  # a large finite number, because a true ∞ would make gradients NaN
     mean, sigma = _float64(mean), _float64(variance).sqrt()
     x0 = ((_float64(x0) + 1) * 127.5).round() / 127.5 - 1  # undoes a rounding to float32
     lower = torch.where(x0 > -1, x0 - 1 / 255, -infinity)
@@ -393,8 +395,8 @@ def vlb_term(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, p: Gaussian | Reve
     """L_{t−1} = KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)); L_0 at t = 1.   [DDPM Eq. 5]
 
     x_t ~ q(x_t | x_0); p: p_θ(x_{t−1} | x_t) as `p_mean_variance` returns it; t may differ between
-    images. Where t = 1, x0 must lie on the 256 levels of Eq. 13. → (B,) nats in float64, with a
-    gradient in p.
+    images. Where t = 1, x0 must lie on the 256 levels of Eq. 13. → (B,) nats in float64,
+    differentiable with respect to p.
     """
     x0, x_t = _float64(x0), _float64(x_t)
     p = Gaussian(_float64(p.mean), _float64(p.variance))
@@ -421,7 +423,7 @@ def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
     at small t. So L_simple counts the errors at small t, where x_t has little noise, less than the
     bound does. At t = 1 it corresponds to L_0 with the integral of Eq. 13 approximated by the
     density times the width of the bin, σ_1² and the edges ignored.
-    predict: "x0" and "mean" compare the network with x_0 and with μ̃_t in place of ε (Table 2).
+    predict: "x0" (§3.2) and "mean" (Table 2) compare the network with x_0 and μ̃_t in place of ε.
     """
     x_t = q_sample(s, x0, t, eps)
     if predict == "eps":
@@ -456,12 +458,15 @@ def predict_eps_from_x0(s: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tens
 def predict_x0_from_mean(s: Schedule, x_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
     """The x_0 for which μ̃_t(x_t, x_0) = mean.   [DDPM Eq. 7 solved for x_0]
 
-    μ̃_t is a sum of two terms: x_0 = 0 leaves that of x_t, and x_0 = 1, x_t = 0 the weight of x_0.
+    μ̃_t is a sum of a term with x_t and a term with x_0. With x_0 = 0 only the first is left. With
+    x_0 = 1 and x_t = 0 the result is the weight of x_0.
     """
     zero, one = torch.zeros_like(x_t), torch.ones_like(x_t)
     term_x_t = q_posterior_mean_variance(s, zero, x_t, t).mean
     weight_x0 = q_posterior_mean_variance(s, one, zero, t).mean
     return (mean - term_x_t) / weight_x0
+
+# --- Algorithm 3: sending -------------------------------------------------------------------------
 
 class Sent(NamedTuple):
     """What the receiver holds at time t, and how much has been sent for it."""
@@ -475,26 +480,28 @@ def send(s: Schedule, model: Model, x0: Tensor, noise: Callable[[int], Tensor],
     """x_T ~ q(x_T | x_0); x_t ~ q(x_t | x_{t+1}, x_0) for t = T − 1 … 1; x_0.   [DDPM Alg. 3]
 
     x0: (B, …) on the 256 levels of Eq. 13. noise(t): returns the noise ~ N(0, I) with which x_t is
-    drawn. choices: those of `p_mean_variance`. Nothing is written: the messages are only accounted
-    for, by their length. Yields t = T … 0, where the rate at t = 1 is L_T + L_{T−1} + … + L_1, and
-    that at t = 0 is the whole of Eq. 5.
+    drawn (in `p_sample_loop` noise(t) draws x_{t−1}). choices: those of `p_mean_variance`. Nothing
+    is written: the messages are only accounted for, by their length. Yields t = T … 0, where the
+    rate at t = 1 is L_T + L_{T−1} + … + L_1, and that at t = 0 is the whole of Eq. 5.
     """
     # 1: send x_T ~ q(x_T | x_0) using p(x_T), for L_T nats
     x = q_sample(s, x0, _all(s.T, x0), noise(s.T))
     rate = prior_kl(s, x0)
     # 2: for t = T − 1, …, 1 do   (here x is x_{t+1})
     for t in range(s.T - 1, 0, -1):
-        after = _all(t + 1, x0)
-        p = p_mean_variance(s, model, x, after, **choices)
+        sent = _all(t + 1, x0)
+        p = p_mean_variance(s, model, x, sent, **choices)
         yield Sent(t + 1, x, p.x0_hat, rate)
         # 3: send x_t ~ q(x_t | x_{t+1}, x_0) using p_θ(x_t | x_{t+1}), for L_t nats
-        q = q_posterior_mean_variance(s, x0, x, after)
-        rate = rate + vlb_term(s, x0, x, after, p)
+        q = q_posterior_mean_variance(s, x0, x, sent)
+        rate = rate + vlb_term(s, x0, x, sent, p)
         x = q.mean + q.variance.sqrt() * noise(t)
     # 5: send x_0 using p_θ(x_0 | x_1), for L_0 nats   (here x is x_1)
     p = p_mean_variance(s, model, x, _all(1, x0), **choices)
     yield Sent(1, x, p.x0_hat, rate)
     yield Sent(0, x0, x0, rate + vlb_term(s, x0, x, _all(1, x0), p))
+
+# --- Algorithm 4: receiving -----------------------------------------------------------------------
 
 def receive(s: Schedule, model: Model, x_T: Tensor, decode: Callable[[int, Reverse], Tensor],
             **choices) -> Iterator[State]:
@@ -502,7 +509,7 @@ def receive(s: Schedule, model: Model, x_T: Tensor, decode: Callable[[int, Rever
 
     x_T: (B, …), received using p(x_T). decode(t, p): the caller's decoder, which returns the x_t
     that was sent, where p is the p_θ(x_t | x_{t+1}) by which it was coded; at t = 0 it returns x_0.
-    Yields the states at t = T … 0.
+    Yields the states at t = T … 0. Nothing here decodes bits, so only tests call this function.
     """
     # 1: receive x_T using p(x_T)
     x = x_T
@@ -525,8 +532,8 @@ def variational_bound(s: Schedule, model: Model, x0: Tensor, noise: Callable[[in
                       **choices) -> Bound:
     """L = L_T + Σ_{t=2}^{T} L_{t−1} + L_0, estimated from one path x_1 … x_T.   [DDPM Eq. 5]
 
-    The arguments are those of `send`, which adds up the same terms: its rate is L_T at t = T, then
-    L_T + Σ L_{t−1} at t = 1, and all at t = 0. The expectation of the sum is L ≥ −log p_θ(x_0).
+    The arguments are those of `send`, which adds up the same terms, so each part is a difference of
+    its rates at T, 1 and 0. The expectation of the sum is L ≥ −log p_θ(x_0).
     """
     rate = {sent.t: sent.rate for sent in send(s, model, x0, noise, **choices)}
     return Bound(L_T=rate[s.T], L_middle=rate[1] - rate[s.T], L_0=rate[0] - rate[1])
@@ -540,10 +547,11 @@ def distortion(x0: Tensor, x0_hat: Tensor) -> Tensor:
 
 # --- Eq. 16 ---------------------------------------------------------------------------------------
 #
-#     L = KL(q(x_T) ‖ p(x_T)) + E_q[ Σ_{t≥1} KL(q(x_{t−1} | x_t) ‖ p_θ(x_{t−1} | x_t)) ] + H(x_0)
+#     E L = KL(q(x_T) ‖ p(x_T)) + E_q[ Σ_{t≥1} KL(q(x_{t−1} | x_t) ‖ p_θ(x_{t−1} | x_t)) ] + H(x_0)
 #
-# This is Eq. 3 with Bayes' rule applied without x_0 (derived in PAPER.md). q(x_{t−1} | x_t) depends
-# on the unknown distribution of the data, so only a test, for Gaussian data, computes it.
+# where the mean is over x_0 too. This is Eq. 3 with Bayes' rule applied without x_0 (derived in
+# PAPER.md). q(x_{t−1} | x_t) depends on the unknown distribution of the data, so only a test, for
+# Gaussian data, computes it.
 
 # === §4.4  Interpolation ==========================================================================
 
@@ -554,8 +562,8 @@ def interpolate(s: Schedule, model: Model, x0: Tensor, other: Tensor, lam: Tenso
 
     lam: (B,), one λ in [0, 1] for each row of the batch; x0, other: (B, …), the two images in each
     row; t: one number, 500 in the paper; eps, eps_other: the noise that encodes them as x_t and
-    x'_t (Eq. 4), the same for every λ; noise, choices: as in `p_sample_loop`, whose states from t
-    on are yielded.
+    x'_t (Eq. 4), the same for every λ; noise, choices: as in `p_sample_loop`, whose states at t,
+    t − 1, …, 0 are yielded.
     """
     x_t = q_sample(s, x0, _all(t, x0), eps)
     other_t = q_sample(s, other, _all(t, x0), eps_other)
@@ -569,7 +577,8 @@ def respace(s: Schedule, n: int) -> Schedule:
 
     The schedule of a chain with n steps. The times τ are evenly spaced, and ᾱ'_i = ᾱ_{τ_i}, so
     x_{τ_i} has the distribution (Eq. 4) on which the network was trained. All functions above work
-    with it; the network is called with `times[i]` = τ_i. n: 2 … T, or ValueError; n = T returns s.
+    with it, but for a learned variance; the network is called with `times[i]` = τ_i. n: 2 … T, or
+    ValueError; n = T returns s.
     """
     if n == s.T:
         return s

@@ -278,8 +278,8 @@ def parse(argv):
     parser = common.Parser(__doc__)
     parser.add("--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip", "--seed",
                "--batch-size", "--device", "--precision")
-    parser.add_argument("--n", type=count, help="how many images (default: 64), or rows "
-                        "or columns of a figure (default: 8)")
+    parser.add_argument("--n", type=count, help="how many images (default: 64); "
+                        "rows of Figures 6 and 8, samples in a row of Figure 7 (default: 8)")
     parser.add_argument("--variance", choices=("fixed_large", "fixed_small"),
                         help="σ_t²: β_t or β̃_t (default: as trained)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png file, a .pt "

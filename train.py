@@ -6,8 +6,9 @@
     python train.py --dataset shapes --help            every setting, with its value for shapes
     torchrun --nproc-per-node 8 train.py               the same batches, spread over 8 GPUs
 
-What step k draws depends on the seed and on k alone (and dropout on the process), so a resumed run
-is bit-identical to an uninterrupted one on the same machine with the same number of threads.
+What step k draws depends on the seed and on k alone; the dropout masks depend on the process's rank
+too. So a resumed run is bit-identical to an uninterrupted one on the same machine with the same
+number of threads (on CUDA with --deterministic).
 """
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ from data import say
 
 # === Settings =====================================================================================
 # The defaults are the paper's CIFAR-10 run (§4, Appendix B). The warm-up and the clipping are those
-# of its released code, and ema_ramp is not in it. RECIPES has what other data change.
+# of the released code. ema_ramp is in neither. RECIPES lists what differs for other data sets.
 
 SETTINGS = {
     # name: (default, meaning); common.KINDS has the types and ranges
@@ -51,7 +52,8 @@ SETTINGS = {
     "flip": (True, "mirror each image at random, with probability 1/2"),
     "steps": (800_000, "training steps in all"),
     "batch_size": (128, "images in a step, summed over all processes"),
-    "micro_batch": (None, "images computed at a time, to save memory: the same step, to rounding"),
+    "micro_batch": (None, "images computed at a time, to save memory: the same step, but for "
+                    "rounding and dropout's masks"),
     "lr": (2e-4, "learning rate of Adam"),
     "warmup": (5000, "steps in which the learning rate rises from 0"),
     "clip": (1.0, "largest norm of the gradient; larger ones are scaled down"),
@@ -59,11 +61,12 @@ SETTINGS = {
     "ema_ramp": (True, "let the decay begin at 0.1 and rise; off: the released code"),
     "dropout": (0.1, "probability of dropout in each residual block"),
     "channels": (128, "width of the U-Net's first level, a multiple of 32"),
-    "multipliers": ([1, 2, 2, 2], "width of each level of the U-Net over --channels"),
-    "blocks": (2, "residual blocks in each level"),
+    "multipliers": ([1, 2, 2, 2], "width of each level of the U-Net, as a multiple of --channels"),
+    "blocks": (2, "residual blocks in each level on the way down (one more on the way up)"),
     "attention": ([16], "resolutions in pixels with self-attention"),
     "timesteps": (1000, "T, the number of time steps"),
-    "schedule": ("linear", "how β_t rises with t"),
+    "schedule": ("linear", "β_t from beta_start to beta_end in equal steps of β (linear) or of √β "
+                 "(quadratic), or always beta_end"),
     "beta_start": (1e-4, "β_1; multiplied by 1000/T if T is not 1000"),
     "beta_end": (0.02, "β_T; multiplied by 1000/T if T is not 1000"),
     "predict": ("eps", "what the network predicts: ε, x_0 or μ̃_t (§3.2, Table 2)"),
@@ -97,9 +100,10 @@ MAY_CHANGE = {"data_dir", "steps", "log_every", "save_every", "sample_every", "s
 def training_step(settings: dict, s: ddpm.Schedule, images: Tensor, k: int, rows: slice,
                   model: ddpm.Model, params: list[Tensor], averages: list[Tensor],
                   adam: torch.optim.Adam, scaler: torch.amp.GradScaler) -> tuple:
-    """One pass of the loop, for step k = 0, 1, …   [DDPM Alg. 1]
+    """Lines 2 to 5 of the box, for step k = 0, 1, …; `Run.train` repeats them.   [DDPM Alg. 1]
 
-    images: the data set, uint8; rows: the part of the batch that this process computes; model:
+    images: the data set, uint8; rows: the part of the batch that this process computes (every
+    process draws the whole batch, so the draws do not depend on the number of processes); model:
     ε_θ, whose parameters are `params`; averages: their averages, which sampling uses; scaler:
     torch's gradient scaler, which does nothing unless --precision is fp16. Returns the loss and the
     time of each row, and the norm of the gradient.
@@ -117,7 +121,7 @@ def training_step(settings: dict, s: ddpm.Schedule, images: Tensor, k: int, rows
     # 4: ε ~ N(0, I)
     eps = torch.randn(n, *images.shape[1:], generator=generator, device=device)[rows]
     # 5: take a gradient descent step on ∇_θ ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖²
-    #    (its gradient clipped as in the released code, by Adam as in the paper)
+    #    (the step is Adam's; the gradient is clipped first)
     adam.zero_grad()
     losses = []
     for part in torch.arange(len(t), device=device).split(settings["micro_batch"] or len(t)):
@@ -137,7 +141,7 @@ def loss_of(settings: dict, s: ddpm.Schedule, model: ddpm.Model, x0: Tensor, t: 
             eps: Tensor) -> Tensor:
     """L_simple (Eq. 14), or with --objective vlb the term of Eq. 5 for each t in bits/dim.  → (B,)
 
-    Over t, the mean of that term is (L − L_T)/T. x̂_0 is not clipped in it (the L of Table 2).
+    Over t, the mean of that term is (L − L_T)/T. As for the L of Table 2, x̂_0 is not clipped here.
     """
     if settings["objective"] == "simple":
         return ddpm.loss_simple(s, model, x0, t, eps, settings["predict"])
@@ -165,7 +169,8 @@ def permutation(seed: int, epoch: int, n: int, device) -> Tensor:
     return torch.randperm(n, generator=generator).to(device)
 
 def batch_indices(seed: int, n: int, k: int, batch: int, device="cpu") -> Tensor:
-    """The images of step k: one permutation of all n images after another, cut into batches."""
+    """The images of step k. Each epoch is a new permutation of all n images; the epochs are joined,
+    and step k takes the k-th batch."""
     first, last = k * batch, (k + 1) * batch
     return torch.cat([permutation(seed, e, n, device)[max(first - e * n, 0):last - e * n]
                       for e in range(first // n, (last - 1) // n + 1)])
@@ -191,7 +196,7 @@ class Run:
         self.sums = torch.zeros(9, device=device)
         self.largest = torch.zeros((), device=device)           # norm since the last line
         self.skipped = torch.zeros((), device=device)           # steps in a row, not finite
-        self.bad = torch.tensor(-1, device=device)              # the first step that was too many
+        self.bad = torch.tensor(-1, device=device)              # the step at which the run failed
         self.seconds, self.seconds_logged = 0.0, 0.0            # of training, in this process
         fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
         self.images = images.to(device) if fits else images
@@ -228,7 +233,8 @@ class Run:
             say(f"warning: this run was in {before}, and goes on in {self.machine.dtype}")
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, if it was not written yet. ValueError of `check`."""
+        """Writes the checkpoint of this step, if it was not written yet. Raises what `check` does.
+        """
         self.check()
         if self.saved == self.step:
             return
@@ -246,7 +252,8 @@ class Run:
     def check(self) -> None:
         """ValueError naming the first step whose loss or gradient was not finite, if there is one.
 
-        To ask makes the device wait. So this is called only to print a loss, and before a save.
+        Reading the value waits for the device, so this is called only to print a loss, and before a
+        save.
         """
         if (bad := self.bad.item()) >= 0:
             last = f"is of step {self.saved}" if self.saved >= 0 else "does not exist yet"
@@ -256,8 +263,8 @@ class Run:
     def count(self, losses: Tensor, t: Tensor, norm: Tensor) -> None:
         """Adds a step to the sums for the next line of the log, if it was finite.
 
-        With fp16 a step that is not finite changes nothing but the scaler's scale. Only a long row
-        of such steps is a divergence.
+        With fp16 a step that is not finite leaves the weights as they are and lowers the scale of
+        the gradients. Only a long row of such steps is a divergence.
         """
         loss, losses = losses.mean().float(), losses.float()
         finite = loss.isfinite() & norm.isfinite()
@@ -265,10 +272,10 @@ class Run:
         allowed = 30 if self.scaler.is_enabled() else 0
         self.bad = torch.where((self.bad < 0) & (self.skipped > allowed), self.step, self.bad)
         third = (t - 1) * 3 // self.schedule.T
-        ones = torch.zeros(3, device=t.device)
+        zeros = torch.zeros(3, device=t.device)
         new = torch.cat([torch.stack([torch.ones_like(loss), loss, norm]),
-                         ones.index_add(0, third, losses),
-                         ones.index_add(0, third, torch.ones_like(losses))])
+                         zeros.index_add(0, third, losses),
+                         zeros.index_add(0, third, torch.ones_like(losses))])
         self.sums += torch.where(finite, new, 0)
         self.largest = torch.where(finite, torch.maximum(self.largest, norm), self.largest)
 
@@ -314,8 +321,8 @@ class Run:
     def grid(self) -> None:
         """Draws a grid of samples with the averaged weights, always from the same noise.
 
-        Unless --sample-steps says how many network calls to make, they take at most a tenth of the
-        time of the training so far.
+        Unless --sample-steps says how many network calls to make, it is the number that takes a
+        tenth of the time for which this command has trained so far, but ten calls at least.
         """
         settings, machine, n = self.settings, self.machine, self.settings["samples"]
         path = self.folder / f"samples-{self.step:07d}.png"
@@ -410,7 +417,7 @@ def plot_losses(folder: Path) -> None:
 def cut_log(path: Path, step: int) -> None:
     """Removes the lines after `step` from log.jsonl, since the resumed run writes them again.
 
-    If there are lines that the log cannot have, the file as it was is kept under another name.
+    If there are lines that are no entries, the file as it was is kept under another name.
     """
     damaged, aside = False, path.with_name("log.damaged.jsonl")
     path.touch()
@@ -421,7 +428,8 @@ def cut_log(path: Path, step: int) -> None:
             entry = re.match(rb'\{"step": (\d+), .*\}\n$', line)
             if entry and int(entry[1]) <= step and not line.endswith(b'"last": true}\n'):
                 kept.write(line)
-            damaged |= not entry and line.endswith(b"\n")  # half a line is what a kill leaves
+            # A last line without its end is normal after a kill; any other bad line is damage.
+            damaged |= not entry and line.endswith(b"\n")
         if damaged:
             shutil.copyfile(path, aside)
             say(f"{path} has damaged lines: they are left out, and the file is kept as {aside}")
@@ -444,14 +452,15 @@ def compiled(net: nn.Module, machine: common.Machine, shape: tuple) -> nn.Module
 # === The command ==================================================================================
 
 def recipe(dataset: str, side: int | None) -> dict:
-    """The settings of a data set whose images have this side, unless flags change them."""
+    """The default settings for this data set and this side of its images."""
     if side is None and Path(dataset).is_dir():
         side = 256
     changes = RECIPE_256 if (side or 0) >= 256 else RECIPES.get(dataset, {})
     return {**{name: default for name, (default, _) in SETTINGS.items()}, **changes}
 
 def parse(argv) -> dict:
-    """The flags that were given, and no others: defaults depend on the data and the checkpoint."""
+    """The flags that were given. A setting that was not given has no entry, because its default
+    depends on the data and the checkpoint."""
     first = common.Parser("", add_help=False)  # the data set decides on the other defaults
     first.add_argument("--dataset", type=common.word, default=SETTINGS["dataset"][0])
     first.add_argument("--image-size", type=common.KINDS["image_size"])
@@ -468,8 +477,8 @@ def parse(argv) -> dict:
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
                             **options)
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATASET)")
-    parser.add_argument("--init", type=common.word, help="start from these weights (all that "
-                        "--checkpoint of sample.py takes)")
+    parser.add_argument("--init", type=common.word, help="start from these weights (anything "
+                        "that sample.py --checkpoint accepts)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="use torch.compile (default: on CUDA only)")
     parser.add_argument("--deterministic", action="store_true",

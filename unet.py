@@ -21,11 +21,11 @@ class UNet(nn.Module):
 
     channels: width of the first level, a multiple of 32. Take 64 or more: with 32 each group of the
     first level is one channel, and its normalisation removes what the time embedding has added.
-    multipliers: width of each level over `channels`. blocks: residual blocks in each level on the
-    way down; there is one more on the way up. attention: the resolutions with self-attention (the
-    middle block always has it), for an image of side image_size. The choice of levels is made when
-    the network is built, whatever image comes later. ValueError if `channels` is no multiple of 32,
-    or, later, if H or W is not divisible by 2^(levels − 1).
+    multipliers: width of each level, in units of `channels`. blocks: residual blocks in each level
+    on the way down; there is one more on the way up. attention: the resolutions with self-attention
+    (the middle block always has it), for an image of side image_size. The choice of levels is made
+    when the network is built, whatever image comes later. ValueError if `channels` is no multiple
+    of 32, or, later, if H or W is not divisible by 2^(levels − 1).
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, channels: int = 128,

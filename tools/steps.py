@@ -1,6 +1,6 @@
 """Fewer network calls: which sampler makes the best pictures from 20, 50 and 100 of them?
 
-    python tools/steps.py --checkpoint runs/fashion_mnist --data-dir data       (an hour on two cores)
+    python tools/steps.py --checkpoint runs/fashion_mnist --data-dir data
 
 The quality is the Fréchet distance between 2,000 samples and the 10,000 test images in the features
 of a small classifier, which is trained here on the labels of Fashion-MNIST in two minutes. It is no
@@ -84,7 +84,8 @@ def draw(trained: sample.Trained, sampler, steps: int, machine) -> tuple[Tensor,
         x = noise()
         for step in range(s.T, 0, -1):
             t = torch.full((100,), step)
-            p = ddpm.p_mean_variance(s, model, x, t, **{**trained.choices, "variance": "fixed_small"})
+            choices = {**trained.choices, "variance": "fixed_small"}
+            p = ddpm.p_mean_variance(s, model, x, t, **choices)
             eps = ddpm.predict_eps_from_x0(s, x, t, p.x0_hat)  # of the clipped x̂_0
             bar = s.alpha_bars[step - 1].float()
             variance = (sampler ** 2 * p.variance if step > 1 else torch.zeros(1)).float()
@@ -118,8 +119,8 @@ def plot(rows: list[dict], path: Path) -> None:
                     [row["error"] for row in some], marker="o", capsize=3, label=name)
         if name == "β̃_t":
             for row in some:
-                ax.annotate(f"{row['steps']} calls", (row["seconds"], row["distance"]), xytext=(4, -12),
-                            textcoords="offset points", fontsize=8)
+                ax.annotate(f"{row['steps']} calls", (row["seconds"], row["distance"]), fontsize=8,
+                            xytext=(4, -12), textcoords="offset points")
     ax.set(xscale="log", yscale="log", xlabel="seconds an image", ylabel="Fréchet distance")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
