@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import data
 import judge
+import sample
 import weights
 
 
@@ -129,6 +130,65 @@ def test_tensor_file(tmp_path):
     path.write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(ValueError, match="no tensor file"):
         data.load(str(path))
+
+
+def picture(*shape) -> torch.Tensor:
+    """Random pixels, so that no turning, mirroring or exchange of channels leaves them alike."""
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def test_cifar10_pixels_are_where_they_belong(tmp_path):
+    """1,024 bytes of red in rows from the top, then green, then blue.
+
+    Kills: rows and columns exchanged, colours in another order, pictures upside down."""
+    records = picture(30, 3, 32, 32)
+    files = {f"data_batch_{i + 1}.bin": records[5 * i:5 * i + 5] for i in range(5)}
+    files["test_batch.bin"] = records[25:]
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        for name, images in files.items():
+            body = b"".join(bytes([7, *(image[c, y, x].item() for c in range(3) for y in range(32)
+                                        for x in range(32))]) for image in images)
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            entry.size = len(body)
+            archive.addfile(entry, io.BytesIO(body))
+    assert torch.equal(data.load("cifar10", tmp_path).images, records[:25])
+    assert torch.equal(data.load("cifar10", tmp_path, "test").images, records[25:])
+
+
+def test_pictures_of_a_folder_are_as_one_sees_them(tmp_path):
+    """The pixels of a PNG by `sample.write_png` and by Pillow; the middle of a wide and of a high
+    one; what EXIF turns; 16-bit grey; white behind what is transparent.
+
+    Kills: pictures transposed or mirrored, RGB as BGR, the left part in place of the middle."""
+    Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    folder, rgb = tmp_path / "p", picture(3, 16, 16)
+    folder.mkdir()
+
+    def pil(x, mode="RGB"):
+        return Image.frombytes(mode, (x.shape[2], x.shape[1]), bytes(x.permute(1, 2, 0).flatten().tolist()))
+    sample.write_png(folder / "a.png", rgb)
+    pil(rgb).save(folder / "b.png")
+    noise = picture(3, 16, 9)
+    pil(torch.cat([noise, rgb, noise], 2)).save(folder / "c.png")
+    pil(torch.cat([noise.transpose(1, 2), rgb, noise.transpose(1, 2)], 1)).save(folder / "d.png")
+    turned = pil(rgb.rot90(1, (1, 2)))                      # by a quarter to the left
+    exif = turned.getexif()
+    exif[0x0112] = 6                                        # "turn it by a quarter to the right"
+    turned.save(folder / "e.png", exif=exif)
+    alpha = torch.cat([rgb, torch.full((1, 16, 16), 255, dtype=torch.uint8)])
+    pil(alpha, "RGBA").save(folder / "f.png")
+    clear = torch.cat([rgb, torch.zeros(1, 16, 16, dtype=torch.uint8)])
+    pil(clear, "RGBA").save(folder / "g.png")
+    grey = picture(1, 16, 16)
+    Image.frombytes("I;16", (16, 16), b"".join(struct.pack("<H", 257 * v) for v in grey.flatten().tolist())
+                    ).save(folder / "h.png")
+    pil(grey, "L").save(folder / "i.png")
+    images = data.load(str(folder), tmp_path / "data", image_size=16).images
+    for name, got in zip("abcdef", images):
+        assert torch.equal(got, rgb), name
+    assert (images[6] == 255).all()
+    for got in images[7:]:
+        assert torch.equal(got, grey.expand(3, -1, -1))
 
 
 def test_folder_of_pictures(tmp_path):
