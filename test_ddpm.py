@@ -387,6 +387,43 @@ def test_alg2_moments_of_the_sampler(betas, m, v, variance):
     same(got[1], var, 1e-8, 1e-10)
 
 
+CHOICES = [{}, {"clip": False}, {"variance": "fixed_small"}, {"predict": "x0"},
+           {"predict": "mean", "variance": "fixed_small"}]
+
+
+def step_by_hand(s, t: int, x_t, out, predict="eps", variance="fixed_large", clip=True) -> tuple:
+    """μ_θ, σ_t² and x̂_0 where the network answers `out`, from Eq. 2 alone."""
+    (a, v), (c, noise) = iterated(s, t), kernel(s, t)
+    known, shift = conditioned(s, t, 0 * x_t, x_t)[0], conditioned(s, t, 1 + 0 * x_t, 0 * x_t)[0]
+    x0_hat = {"eps": (x_t - math.sqrt(v) * out) / a, "x0": out, "mean": (out - known) / shift}[predict]
+    if clip:
+        x0_hat = x0_hat.clamp(-1, 1)
+    mean = out if predict == "mean" else conditioned(s, t, x0_hat, x_t)[0]
+    sigma2 = noise ** 2 if variance == "fixed_large" else conditioned(s, t, 0, 0)[1]
+    return mean, sigma2, x0_hat
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+def test_alg2_every_state_by_hand(choices):
+    """x_{t−1} = μ_θ + σ_t z along one chain, for every choice; from T, and from another start.
+
+    Kills: a minus before the noise, choices that get lost, x̂_0 or x_t of another time."""
+    s, model = ddpm.make_schedule(10), lambda x, t: 0.5 * x + 0.1
+    z = {t: randn(t, 2, 3) for t in range(1, 11)}
+    for start in (10, 4):
+        x = randn(99, 2, 3)
+        states = list(ddpm.p_sample_loop(s, model, x, z.get, None if start == 10 else start,
+                                         **choices))
+        assert [state.t for state in states] == list(range(start, -1, -1))
+        for state in states[:-1]:
+            mean, sigma2, x0_hat = step_by_hand(s, state.t, x, model(x, None), **choices)
+            same(state.x_t, x)
+            same(state.x0_hat, x0_hat, 1e-8)
+            x = mean + math.sqrt(sigma2) * z[state.t] if state.t > 1 else mean
+        same(states[-1].x_t, x, 1e-8)
+        same(states[-1].x0_hat, x, 1e-8)
+
+
 def test_alg2_paper_schedule_standard_normal_data():
     """x_0 ~ N(0, 1), σ_t² = β_t: every x_t has variance 1, and the noiseless last step leaves
     α_1."""
@@ -688,7 +725,9 @@ def test_respaced_times_are_what_every_function_shows_the_network():
     schedule that is respaced twice still tells the times of the first.
 
     Kills: i in place of τ_i in one of them, times counted in the shorter chain."""
-    s = ddpm.respace(ddpm.respace(ddpm.make_schedule(), 100), 10)
+    full = ddpm.make_schedule()
+    s = ddpm.respace(ddpm.respace(full, 100), 10)
+    assert s.full is full and full.full is None
     tau = s.times.tolist()
     assert len(tau) == 11 and tau[0] == 0 and tau[1] == 1 and tau[10] == 1000
     assert all(abs(t - (1 + 999 * i / 9)) < 7 for i, t in enumerate(tau[1:]))
@@ -727,7 +766,6 @@ def images8(seed: int, *shape) -> torch.Tensor:
 def test_alg3_alg4_rate_and_distortion_are_the_bound(betas, seed):
     """rate(t) = L_T + Σ_{s>t} L_{s−1} along the sender's chain; with L_0 it is Eq. 5's sum.
 
-    The receiver, given only the x_{t−1} that are sent, computes the same x̂_0 to the bit.
     Kills: a term lost or counted twice, x̂_0 of another time, L_0 inside the rate at t = 1."""
     s, x0 = ddpm.schedule_from_betas(betas), images8(seed, 2, 3)
     noise = {t: randn(seed + t, 2, 3) for t in range(1, s.T + 1)}
@@ -749,9 +787,36 @@ def test_alg3_alg4_rate_and_distortion_are_the_bound(betas, seed):
     same(bound.L_T, ddpm.prior_kl(s, x0))
     same(bound.L_0, paid - sent[-2].rate, 1e-9, 1e-9)
 
-    decoded = {c.t: c.x_t for c in sent}
-    for c, r in zip(sent, ddpm.receive(s, model, decoded[s.T], lambda t, p: decoded[t])):
-        assert r.t == c.t and torch.equal(r.x0_hat, c.x0_hat)
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+def test_alg3_alg4_the_receiver_has_what_the_sender_codes_with(choices):
+    """The receiver, given only what is sent, holds the sender's x_t and x̂_0 to the bit, and decodes
+    each x_t with the p_θ(x_t | x_{t+1}) whose divergence the sender accounts for.
+
+    Kills: choices that one side loses, p of another time, an x_t that is not the decoder's."""
+    s, x0, model = ddpm.make_schedule(10), images8(3, 2, 3), lambda x, t: 0.3 * x
+    noise, calls = {t: randn(t, 2, 3) for t in range(1, 11)}, []
+    sent = {c.t: c for c in ddpm.send(s, model, x0, noise.get, **choices)}
+
+    def decode(t, p):
+        calls.append(t)
+        mean, sigma2, _ = step_by_hand(s, t + 1, sent[t + 1].x_t, model(sent[t + 1].x_t, None),
+                                       **choices)
+        same(p.mean, mean, 1e-8)
+        if t:
+            same(p.variance, sigma2)
+            q, variance = conditioned(s, t + 1, x0, sent[t + 1].x_t)
+            ratio = mean_log_ratio((q, torch.tensor(variance, dtype=F64)), (p.mean, p.variance))
+            same(sent[t].rate - sent[t + 1].rate, ratio.sum(1), 1e-6, 1e-9)
+        return sent[t].x_t
+    received = list(ddpm.receive(s, model, sent[10].x_t, decode, **choices))
+    assert calls == list(range(9, -1, -1)) and [r.t for r in received] == list(range(10, -1, -1))
+    for r in received:
+        assert torch.equal(r.x_t, sent[r.t].x_t) and torch.equal(r.x0_hat, sent[r.t].x0_hat)
+    bound = ddpm.variational_bound(s, model, x0, noise.get, **choices)
+    same(sum(bound), sent[0].rate)
+    same(bound.L_middle, sent[1].rate - sent[10].rate, 1e-9, 1e-9)
 
 
 @given(beta_lists(8), st.integers(0, 255))
@@ -801,6 +866,11 @@ def test_sec44_interpolation(t, lam, seed):
     same(seen[0][1], mixed, 1e-9, 1e-9)
     *_, last = ddpm.p_sample_loop(s, lambda x, u: 0.1 * x, seen[0][1], lambda u: z, start=t)
     assert torch.equal(states[-1].x_t, last.x_t)
+    for choices in CHOICES:
+        *_, one = ddpm.interpolate(s, model, x0, other, torch.full((2,), lam, dtype=F64), t, eps,
+                                   eps_other, lambda u: z, **choices)
+        *_, two = ddpm.p_sample_loop(s, model, mixed, lambda u: z, start=t, **choices)
+        same(one.x_t, two.x_t, 1e-9, 1e-9)
 
     asked = []                                             # z at t, …, 2, and none at t = 1
     list(ddpm.interpolate(s, model, x0, other, torch.zeros(2), t, eps, eps_other,
