@@ -591,3 +591,25 @@ def respace(s: Schedule, n: int) -> Schedule:
     alphas = torch.cat([alpha_bars[:1], alpha_bars[1:] / alpha_bars[:-1]])
     full = s if s.full is None else s.full
     return Schedule(1 - alphas, alphas, alpha_bars, s.times[tau], full)
+
+def ddim_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
+              eta: float = 0.0, **choices) -> Iterator[State]:
+    """x_{t−1} = √ᾱ_{t−1} x̂_0 + √(1 − ᾱ_{t−1} − σ²) ε̂ + σ z,  σ² = η² β̃_t.   [Song et al. 2021]
+
+    ε̂ is the noise that takes x̂_0 to x_t (Eq. 15 inverted). If x̂_0 were x_0, then x_{t−1} would have
+    the distribution of Eq. 4 for every η in [0, 1]. With η = 1 this is Algorithm 2 with σ_t² = β̃_t,
+    whose mean is Eq. 7. With η = 0 no noise is added, and x_0 is a function of x_T alone. At t = 1
+    the result is x̂_0. The other arguments and the states are those of `p_sample_loop`.
+    """
+    x_t = x_T
+    for t in range(s.T, 0, -1):
+        now = _all(t, x_t)
+        x0_hat = p_mean_variance(s, model, x_t, now, **choices).x0_hat
+        yield State(t, x_t, x0_hat)
+        eps = predict_eps_from_x0(s, x_t, now, x0_hat)
+        z = noise(t) if eta and t > 1 else torch.zeros_like(x_t)
+        alpha_bar_before = _like(s.alpha_bars[now - 1], x_t)
+        sigma2 = eta ** 2 * q_posterior_mean_variance(s, x0_hat, x_t, now).variance
+        rest = (1 - alpha_bar_before - sigma2).clamp(min=0)  # rounding may make it −10⁻⁸
+        x_t = alpha_bar_before.sqrt() * x0_hat + rest.sqrt() * eps + sigma2.sqrt() * z
+    yield State(0, x_t, x_t)

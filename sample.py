@@ -142,10 +142,12 @@ def inference_model(net: nn.Module, machine: Machine) -> ddpm.Model:
 @torch.no_grad()
 def draw_batches(trained: Trained, first: int, n: int, seed: int = 0, batch_size: int | None = None,
                  steps: int | None = None, machine: Machine | None = None,
-                 progress: Progress | None = None, **choices) -> Iterator[Tensor]:
+                 progress: Progress | None = None, eta: float | None = None,
+                 **choices) -> Iterator[Tensor]:
     """Images first … n − 1 of a seed, by `ddpm.p_sample_loop`, in batches: uint8 (B, C, H, W).
 
-    steps: network calls for each image, T by default. choices: these replace `trained.choices`.
+    steps: network calls for each image, T by default. eta: take the steps of `ddpm.ddim_loop`, with
+    this η, in place of Algorithm 2. choices: these replace `trained.choices`.
     Under torchrun each process computes a batch, and all of them get all images, on the CPU.
     """
     machine = machine or common.find_machine(str(next(trained.net.parameters()).device))
@@ -157,8 +159,11 @@ def draw_batches(trained: Trained, first: int, n: int, seed: int = 0, batch_size
         batch = range(i, min(n, i + batch_size * machine.world))
         mine = [batch[j] for j in machine.share(len(batch))]
         noise = Noise(seed, mine, trained.shape, machine.device)
-        x_t = noise()
-        for t, x_t, _ in ddpm.p_sample_loop(s, model, x_t, noise, **{**trained.choices, **choices}):
+        if eta is None:
+            states = ddpm.p_sample_loop(s, model, noise(), noise, **{**trained.choices, **choices})
+        else:
+            states = ddpm.ddim_loop(s, model, noise(), noise, eta, **{**trained.choices, **choices})
+        for t, x_t, _ in states:
             if progress:
                 progress.update(min(n, i + len(batch) * (1 - t / s.T)))
         yield machine.gather(data.to_uint8(x_t).cpu(), len(batch))

@@ -393,7 +393,7 @@ CHOICES = [{}, {"clip": False}, {"variance": "fixed_small"}, {"predict": "x0"},
 
 def step_by_hand(s, t: int, x_t, out, predict="eps", variance="fixed_large", clip=True) -> tuple:
     """μ_θ, σ_t² and x̂_0 where the network answers `out`, from Eq. 2 alone."""
-    (a, v), (c, noise) = iterated(s, t), kernel(s, t)
+    (a, v), (_, noise) = iterated(s, t), kernel(s, t)
     known, shift = conditioned(s, t, 0 * x_t, x_t)[0], conditioned(s, t, 1 + 0 * x_t, 0 * x_t)[0]
     x0_hat = {"eps": (x_t - math.sqrt(v) * out) / a, "x0": out, "mean": (out - known) / shift}[predict]
     if clip:
@@ -484,6 +484,46 @@ def test_respace_of_a_predicted_mean_goes_through_x0():
     for n in (0, 1, 1001):
         with pytest.raises(ValueError, match="sampling steps"):
             ddpm.respace(s, n)
+
+
+@given(beta_lists(), numbers, st.floats(0, 1))
+@example(PAPER[::100], 0, 0.0)
+@example(PAPER[::100], 0, 1.0)
+def test_ddim_has_the_marginals_of_eq04_for_every_eta(betas, seed, eta):
+    """With x̂_0 = x_0 and x_t ~ N(√ᾱ_t x_0, 1 − ᾱ_t), x_{t−1} ~ N(√ᾱ_{t−1} x_0, 1 − ᾱ_{t−1}).
+
+    Kills: ε̂ scaled by √(1 − ᾱ_{t−1}) whatever σ is, σ for σ², another time's ᾱ."""
+    s, pixel = ddpm.schedule_from_betas(betas), randn(seed, 1).clamp(-1, 1).item()
+    a, v = iterated(s, s.T)
+    assume(a * a >= 1e-8)
+
+    def run(draws):                                         # draws: of x_T, and z at t = T … 2
+        x0 = torch.full((len(draws), 1), pixel, dtype=F64)
+        states = ddpm.ddim_loop(s, lambda x, t: x0, a * x0 + math.sqrt(v) * draws[:, :1],
+                                lambda t: draws[:, t - 1:t], eta, predict="x0")
+        return torch.cat([state.x_t for state in states], 1)
+
+    out = run(torch.cat([torch.zeros(1, s.T, dtype=F64), torch.eye(s.T, dtype=F64)]))
+    for i, t in enumerate(range(s.T, -1, -1)):
+        a, v = iterated(s, t)
+        same(out[0, i], a * pixel, 1e-9, 1e-9)
+        same(((out[1:, i] - out[0, i]) ** 2).sum(), v, 1e-8, 1e-9)
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+def test_ddim_with_eta_1_is_algorithm_2_and_with_eta_0_needs_no_noise(choices):
+    """η = 1: μ̃_t(x_t, x̂_0) and β̃_t. η = 0: x_0 is a function of x_T."""
+    s, model, z = ddpm.make_schedule(10), lambda x, t: 0.5 * x, {t: randn(t, 2, 3) for t in range(11)}
+    one = list(ddpm.ddim_loop(s, model, z[0], z.get, 1.0, **choices))
+    assert [state.t for state in one] == list(range(10, -1, -1))
+    for state, after in zip(one, one[1:]):
+        *_, x0_hat = step_by_hand(s, state.t, state.x_t, model(state.x_t, None), **choices)
+        mean, variance = conditioned(s, state.t, x0_hat, state.x_t)
+        same(state.x0_hat, x0_hat, 1e-8)
+        same(after.x_t, mean + math.sqrt(variance) * z[state.t], 1e-7, 1e-8)
+    asked = []
+    *_, last = ddpm.ddim_loop(s, model, z[0], lambda t: asked.append(t) or z[t], **choices)
+    assert not asked and torch.equal(last.x_t, last.x0_hat)
 
 
 # --------------------------------------------------------------------------- §3.3: the decoder

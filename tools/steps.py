@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-import ddpm
 import evaluate
 import sample
 
 N = 2000
-SAMPLERS = {  # name: variance of Algorithm 2, or η of DDIM's step
-    "β_t": "fixed_large", "β̃_t": "fixed_small", "η = 0.5": 0.5, "η = 0": 0.0}
+SAMPLERS = {  # Algorithm 2 with one of its variances, or the steps of `ddpm.ddim_loop`
+    "β_t": {"variance": "fixed_large"}, "β̃_t": {"variance": "fixed_small"},
+    "η = 0.5": {"eta": 0.5}, "η = 0": {"eta": 0.0}}
 
 def labels(folder: Path, split: str) -> Tensor:
     """The labels of Fashion-MNIST: an IDX file of bytes with a header of 8."""
@@ -67,34 +67,6 @@ def classifier(images: Tensor, wanted: Tensor, epochs: int = 3) -> Classifier:
             adam.step()
             progress.update(epoch * len(images) + (i + 1) * 128, f"loss {loss.item():.3f}")
     return net.eval()
-
-@torch.no_grad()
-def draw(trained: sample.Trained, sampler, steps: int, machine) -> tuple[Tensor, float]:
-    """N samples, and the seconds that they took."""
-    if isinstance(sampler, str):
-        started = time.monotonic()
-        progress = common.Progress(N, "samples")
-        images = sample.draw_samples(trained, N, 0, 100, steps, machine, progress, variance=sampler)
-        return images, time.monotonic() - started
-    s = ddpm.respace(trained.schedule, steps).to(machine.device)
-    model = sample.inference_model(trained.net, machine)
-    started, done, progress = time.monotonic(), [], common.Progress(N, "samples")
-    for i in range(0, N, 100):
-        noise = common.Noise(0, range(i, i + 100), trained.shape, machine.device)
-        x = noise()
-        for step in range(s.T, 0, -1):
-            t = torch.full((100,), step)
-            choices = {**trained.choices, "variance": "fixed_small"}
-            p = ddpm.p_mean_variance(s, model, x, t, **choices)
-            eps = ddpm.predict_eps_from_x0(s, x, t, p.x0_hat)  # of the clipped x̂_0
-            bar = s.alpha_bars[step - 1].float()
-            variance = (sampler ** 2 * p.variance if step > 1 else torch.zeros(1)).float()
-            x = bar.sqrt() * p.x0_hat + (1 - bar - variance).clamp(min=0).sqrt() * eps
-            if sampler and step > 1:
-                x = x + variance.sqrt() * noise()
-        done.append(data.to_uint8(x))
-        progress.update(i + 100)
-    return torch.cat(done), time.monotonic() - started
 
 def distance(features: Tensor, real: Tensor) -> tuple[float, float]:
     """The Fréchet distance, and its standard deviation over bootstrap samples of the features."""
@@ -156,10 +128,13 @@ def main(argv=None) -> int:
     trained, rows = sample.load(args.checkpoint, folder, True, machine), []
     for steps in args.steps:
         for name, sampler in SAMPLERS.items():
-            path, note = args.out / f"{steps}-{sampler}.pt", args.out / f"{steps}-{sampler}.json"
+            file = "-".join(f"{key}-{value}" for key, value in sampler.items())
+            path, note = args.out / f"{steps}-{file}.pt", args.out / f"{steps}-{file}.json"
             if not note.exists():
-                images, seconds = draw(trained, sampler, steps, machine)
-                torch.save(images, path)
+                started, progress = time.monotonic(), common.Progress(N, "samples")
+                torch.save(sample.draw_samples(trained, N, 0, 100, steps, machine, progress,
+                                               **sampler), path)
+                seconds = time.monotonic() - started
                 note.write_text(json.dumps({"seconds": seconds / N}), encoding="utf-8")
             with torch.no_grad():
                 made = torch.cat([net(x) for x in torch.load(path).split(500)])
