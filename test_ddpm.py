@@ -182,6 +182,7 @@ def test_eq02_forward_step(betas, seed):
     s, x, eps = ddpm.schedule_from_betas(betas), randn(seed, 4), randn(seed + 1, 4)
     for t, beta in enumerate(betas, 1):
         a, b = kernel(s, t)
+        assert a > 0 and b > 0
         same(a * a, 1 - beta)
         same(b * b, beta)
         same(ddpm.q_step(s, x[None], at(t), eps[None])[0], a * x + b * eps)
@@ -847,6 +848,7 @@ def test_alg3_alg4_the_receiver_has_what_the_sender_codes_with(choices):
         if t:
             same(p.variance, sigma2)
             q, variance = conditioned(s, t + 1, x0, sent[t + 1].x_t)
+            same(sent[t].x_t, q + math.sqrt(variance) * noise[t], 1e-8)
             ratio = mean_log_ratio((q, torch.tensor(variance, dtype=F64)), (p.mean, p.variance))
             same(sent[t].rate - sent[t + 1].rate, ratio.sum(1), 1e-6, 1e-9)
         return sent[t].x_t

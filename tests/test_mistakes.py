@@ -88,6 +88,9 @@ MISTAKES = {
         "ddpm.py", D + "test_respace_is_the_chain_of_fewer_steps", [
             ("alpha_bars, s.times[tau], full)", "alpha_bars, torch.arange(n + 1), full)")]),
     # --- the decoder and the bound
+    "DDIM's noise and direction not balanced": (
+        "ddpm.py", D + "test_ddim_has_the_marginals_of_eq04_for_every_eta", [
+            ("(1 - alpha_bar_before - sigma2)", "(1 - alpha_bar_before)")]),
     "finite outermost bins": ("ddpm.py", D + "test_eq13_probabilities_sum_to_one", [
         ("torch.where(x0 > -1, x0 - 1 / 255, -infinity)", "x0 - 1 / 255")]),
     "bins half a level too wide": ("ddpm.py", D + "test_eq13_each_bin_is_an_integral", [

@@ -83,11 +83,11 @@ def test_ddim(circle):
     """Twenty deterministic steps end on the circle, and the same noise gives the same points."""
     torch.manual_seed(1)
     exec(block("DDIM"), circle)
-    first = circle["x"]
+    first = circle["last"].x_t
     torch.manual_seed(1)
     exec(block("DDIM"), circle)
     assert abs(first.norm(dim=1).mean() - 1) < 0.05 and first.norm(dim=1).std() < 0.15
-    assert torch.equal(first, circle["x"])
+    assert torch.equal(first, circle["last"].x_t)
 
 
 def test_two_lines_load_and_draw(tmp_path, monkeypatch):
