@@ -3,7 +3,7 @@
     python sample.py --n 64                            averaged weights of the newest run
     python sample.py --n 50000 --out samples.pt        a uint8 tensor (n, C, H, W)
     python sample.py --n 50000 --out samples/          a folder with one PNG for each image
-    python sample.py --steps 100                       100 network calls an image in place of T
+    python sample.py --steps 50                        50 network calls an image in place of T
     python sample.py --progressive                     x̂_0 over time, one row an image (Figure 6)
     python sample.py --shared                          samples that share x_t (Figure 7)
     python sample.py --interpolate                     between images of the data set (Figure 8)
@@ -139,6 +139,8 @@ def inference_model(net: nn.Module, machine: Machine) -> ddpm.Model:
 
 # === Algorithm 2 on batches =======================================================================
 
+FEW_STEPS_ETA = 0.0  # the best of the README's four for 20 network calls
+
 @torch.no_grad()
 def draw_batches(trained: Trained, first: int, n: int, seed: int = 0, batch_size: int | None = None,
                  steps: int | None = None, machine: Machine | None = None,
@@ -146,12 +148,15 @@ def draw_batches(trained: Trained, first: int, n: int, seed: int = 0, batch_size
                  **choices) -> Iterator[Tensor]:
     """Images first … n − 1 of a seed, by `ddpm.p_sample_loop`, in batches: uint8 (B, C, H, W).
 
-    steps: network calls for each image, T by default. eta: take the steps of `ddpm.ddim_loop`, with
-    this η, in place of Algorithm 2. choices: these replace `trained.choices`.
+    steps: network calls for each image, T by default. eta: take the steps of `ddpm.ddim_loop` with
+    this η in place of Algorithm 2; the default for fewer steps than T is η = 0, unless choices name
+    a variance of Algorithm 2. choices: these replace `trained.choices`.
     Under torchrun each process computes a batch, and all of them get all images, on the CPU.
     """
     machine = machine or common.find_machine(str(next(trained.net.parameters()).device))
     s = trained.schedule if steps is None else ddpm.respace(trained.schedule, steps)
+    if eta is None and s.T < trained.schedule.T and "variance" not in choices:
+        eta = FEW_STEPS_ETA
     s, model = s.to(machine.device), inference_model(trained.net, machine)
     batch_size = min(n, batch_size or (256 if machine.device.type == "cuda" else 16))
     common.require_network(trained.settings, machine, 1, batch_size, False)
@@ -287,6 +292,8 @@ def parse(argv):
                         "rows of Figures 6 and 8, samples in a row of Figure 7 (default: 8)")
     parser.add_argument("--variance", choices=("fixed_large", "fixed_small"),
                         help="σ_t²: β_t or β̃_t (default: as trained)")
+    parser.add_argument("--eta", type=common.number(float, 0, 1), help="take DDIM's steps with this "
+                        "η (default: 0 with --steps and without --variance; else Algorithm 2)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png file, a .pt "
                         "file for a uint8 tensor, or a folder for PNGs (default: samples.png)")
     figure = parser.add_mutually_exclusive_group()
@@ -305,6 +312,8 @@ def parse(argv):
                          "it must end in .png or .pt, or be a folder without a point in its name"))
     if args.figure is not interpolation and (args.time or args.dataset):
         raise UsageError("--time and --dataset go with --interpolate")
+    if args.eta is not None and (args.variance or args.figure):
+        raise UsageError("--eta takes steps without --variance, and no figure uses it")
     args.n = args.n or (8 if args.figure else 64)
     return args
 
@@ -323,7 +332,7 @@ def main(argv=None) -> int:
     for flag, value in (("--steps", args.steps), ("--time", args.time)):
         if value and value > T:
             raise UsageError(f"{flag} {value} exceeds the network's T = {T}")
-    args.choices = dict(trained.choices)
+    args.choices = dict(trained.choices) if args.figure else {}
     if args.no_clip:
         args.choices["clip"] = False
     if args.variance:
@@ -342,7 +351,7 @@ def main(argv=None) -> int:
     elif args.out.suffix == ".png":
         progress = Progress(args.n, "samples", quiet=not machine.chief)
         picture = grid(draw_samples(trained, args.n, args.seed, args.batch_size, args.steps,
-                                    machine, progress, **args.choices))
+                                    machine, progress, args.eta, **args.choices))
     else:
         draw_many(trained, machine, args)
     if machine.chief:
@@ -361,7 +370,7 @@ def draw_many(trained: Trained, machine: Machine, args) -> None:
     raw, size = args.out.with_name(args.out.name + ".raw"), math.prod(trained.shape)
     note = args.out.with_name(args.out.name + ".json") if tensor else args.out / "samples.json"
     about = {"source": trained.source, "seed": args.seed, "steps": args.steps or trained.schedule.T,
-             "shape": list(trained.shape), **args.choices}
+             "shape": list(trained.shape), "eta": args.eta, **trained.choices, **args.choices}
     found = weights.read_json(note)
     if found is not None and found != about:
         raise ValueError(f"{note} tells of other samples: delete it and them, or give another "
@@ -380,7 +389,7 @@ def draw_many(trained: Trained, machine: Machine, args) -> None:
                     file.truncate(first * size)  # half an image, as a kill leaves it
     progress = Progress(args.n, "samples", first, quiet=not machine.chief)
     for images in draw_batches(trained, first, args.n, args.seed, args.batch_size, args.steps,
-                               machine, progress, **args.choices):
+                               machine, progress, args.eta, **args.choices):
         if machine.chief and tensor:
             with data.naming(raw), open(raw, "ab") as file:
                 file.write(data.raw_bytes(images))

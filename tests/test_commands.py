@@ -141,11 +141,6 @@ def test_train_resume_sample(capsys):
     assert len(x.flatten(1).unique(dim=0)) == 5
     assert sample.main("--n 5 --seed 1 --steps 7 --no-ema --no-clip --variance fixed_small".split()) == 0
     assert read_png("samples.png")[0] == (24 * 20, 16 * 20)
-    for flag, size in (("--progressive", (96 * 5, 16 * 5)), ("--shared", (24 * 20, 32 * 20)),
-                       ("--interpolate", (88 * 5, 16 * 5))):
-        assert sample.main(["--n", "2", flag, "--out", "f.png"]) == 0
-        assert read_png("f.png")[0] == size
-    assert sample.main("--interpolate --n 1 --time 10 --steps 5 --out f.png".split()) == 0
 
 
 def test_resume_at_any_step_is_exact():
@@ -539,7 +534,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, status):
 
 def test_kill_at_random_instants_loses_nothing(long):
     """kill −9 again and again: the run still ends with the bits of an undisturbed one."""
-    steps, kills = (1500, 100) if long else (150, 3)
+    steps, kills = (1500, 100) if long else (40, 1)
     flags = ("--steps", steps, "--save-every", 3, "--dropout", 0.1)
     assert script(*flags, "--out", "whole").wait() == 0
     g, killed, ended = torch.Generator().manual_seed(0), 0, 0

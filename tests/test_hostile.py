@@ -31,7 +31,7 @@ TINY = ("--dataset images.pt --channels 32 --multipliers 1 --blocks 1 --attentio
 HUGE = [10 ** 400, -10 ** 400, 2 ** 63, 1e308]
 JUNK = st.sampled_from([None, True, False, "", "x", "\x1b[31m\n\r\0", "9" * 400, [], {}, [[1]], -1, 0,
                         0.5, math.nan, math.inf, -math.inf, {"a": [1]}, ["a"], [None], *HUGE])
-many = settings(max_examples=200)
+many = settings(max_examples=120)
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +104,12 @@ def test_train_flags(place, case):
 
 
 OTHER_FLAGS = [(sample, flag) for flag in (
-    "--n", "--steps", "--seed", "--batch-size", "--time", "--variance", "--device", "--precision",
+    "--n", "--steps", "--seed", "--batch-size", "--time", "--variance", "--eta", "--device", "--precision",
     "--checkpoint", "--dataset", "--data-dir")] + [(evaluate, flag) for flag in (
         "--n", "--terms", "--seed", "--batch-size", "--split", "--device", "--checkpoint")]
 
 
-@many
+@settings(max_examples=60)
 @given(st.sampled_from(OTHER_FLAGS), st.sampled_from([
     "", " ", "\0", "x", "-1", "nan", "1e9", "9" * 400, "9" * 5000, "1.5", "٣x", "\x1b[31m", "hpu",
     "cuda:99", "a\nb", "None", "--n"]))
@@ -124,7 +124,7 @@ def test_other_flags(place, case, text):
 
 # -------------------------------------------------------------------------- settings of a checkpoint
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(common.KINDS)) | st.just("unknown"), JUNK, st.booleans())
 def test_checkpoint_settings(place, name, value, missing):
     """A checkpoint whose settings are not what they can be: refused by all who read it."""

@@ -50,8 +50,10 @@ def alpha_bar() -> torch.Tensor:
     return torch.cat([torch.ones(1), (1 - beta).cumprod(0)]).double()
 
 
-def chain(net, x, z, start=None, clip=True, small=False, times=None) -> list:
-    """Algorithm 2 by Eqs. 7 and 15: (t, x_t, x̂_0 of x_t) for t = start … 1, and (0, x_0, x_0)."""
+def chain(net, x, z, start=None, clip=True, small=False, times=None, eta=None) -> list:
+    """Algorithm 2 by Eqs. 7 and 15: (t, x_t, x̂_0 of x_t) for t = start … 1, and (0, x_0, x_0).
+
+    With η, DDIM's step in its place: x̂_0 at t − 1 with noise, of which σ² is new."""
     bar = alpha_bar()
     times = times or list(range(T + 1))
     start = start or len(times) - 1
@@ -65,7 +67,12 @@ def chain(net, x, z, start=None, clip=True, small=False, times=None) -> list:
         states.append((i, x, x0))
         beta, alpha = 1 - a / b, a / b
         mean = (b.sqrt() * beta * x0 + alpha.sqrt() * (1 - b) * x) / (1 - a)
-        variance = beta * (1 - b) / (1 - a) if small else beta
+        variance = beta * (1 - b) / (1 - a) if small or eta else beta
+        if eta is not None:
+            variance, eps = eta ** 2 * variance * (i > 1), (x - a.sqrt() * x0) / (1 - a).sqrt()
+            x = b.sqrt() * x0 + (1 - b - variance).clamp(min=0).sqrt() * eps
+            x = x + variance.sqrt() * z() if eta and i > 1 else x
+            continue
         x = mean + (variance.sqrt() * z() if i > 1 else 0)
     return [*states, (0, x, x)]
 
@@ -113,13 +120,16 @@ def test_samples(run):
             (3, [], "ema", {}), (3, ["--no-ema"], "model", {}),
             (3, ["--no-clip"], "ema", {"clip": False}), (4, ["--seed", "4"], "ema", {}),
             (3, ["--variance", "fixed_small"], "ema", {"small": True}),
-            (3, ["--steps", "3"], "ema", {"times": [0, 1, 10, 20]})):
+            (3, ["--steps", "3"], "ema", {"times": [0, 1, 10, 20], "eta": 0}),
+            (3, ["--steps", "3", "--eta", "0.5"], "ema", {"times": [0, 1, 10, 20], "eta": 0.5}),
+            (3, ["--eta", "1"], "ema", {"small": True}), (3, ["--eta", "0"], "ema", {"eta": 0}),
+            (3, ["--steps", "3", "--variance", "fixed_large"], "ema", {"times": [0, 1, 10, 20]})):
         z = Noise(seed, range(3), (3, SIDE, SIDE), "cpu")
         want = levels(chain(run[net], z(), z, **options)[-1][1])
         assert sample.main([*FLAGS, "--n", "3", "--batch-size", "2", "--out", "x.pt", *flags]) == 0
         assert_alike(torch.load("x.pt"), want)
-        assert sample.main([*FLAGS, "--n", "3", "--out", "x.png", *flags]) == 0
-        assert_alike(cells("x.png", 2, 30)[:3], want)
+    assert sample.main([*FLAGS, "--n", "3", "--out", "x.png", *flags]) == 0
+    assert_alike(cells("x.png", 2, 30)[:3], want)
 
 
 def test_grids_during_training(run, monkeypatch):
