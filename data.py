@@ -153,8 +153,11 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder")
     probe = path.with_name(f"{path.name}.{os.getpid()}.test")
-    with written(probe):
-        pass
+    try:
+        with written(probe):
+            pass
+    except OSError as error:
+        raise OSError(str(error).replace(probe.name, path.name)) from error
     probe.unlink()
 
 def say(text: str, end: str = "\n") -> None:

@@ -3,14 +3,16 @@
     python sample.py --n 64                            averaged weights of the newest run
     python sample.py --n 50000 --out samples.pt        a uint8 tensor (n, C, H, W)
     python sample.py --n 50000 --out samples/          a folder with one PNG for each image
-    python sample.py --steps 50                        50 network calls an image in place of T
+    python sample.py --steps 50                        50 network calls an image in place of T, by
+                                                       default with DDIM's steps (see --eta)
     python sample.py --progressive                     x̂_0 over time, one row an image (Figure 6)
     python sample.py --shared                          samples that share x_t (Figure 7)
     python sample.py --interpolate                     between images of the data set (Figure 8)
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out samples.pt          on 8 GPUs
 
-Image i is a function of the seed, of i and of the kind of device. The batch size changes it by
-rounding errors only. The same command again continues an unfinished tensor or folder.
+With the same network and flags, image i depends only on the seed, on i and on the kind of device.
+The batch size changes it by rounding errors only. The same command again continues an unfinished
+tensor or folder.
 """
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ class Trained(NamedTuple):
 
     @property
     def model_settings(self) -> dict:
-        """The settings that say which function the network is, and of which chain."""
+        """The settings of the network and of its noise schedule."""
         return {name: self.settings[name] for name in (
             "in_channels", "image_size", "channels", "multipliers", "blocks", "attention",
             "timesteps", "schedule", "beta_start", "beta_end", "predict", "variance", "clip_sample")
@@ -139,8 +141,6 @@ def inference_model(net: nn.Module, machine: Machine) -> ddpm.Model:
 
 # === Algorithm 2 on batches =======================================================================
 
-FEW_STEPS_ETA = 0.0  # the best of the README's four for 20 network calls
-
 @torch.no_grad()
 def draw_batches(trained: Trained, first: int, n: int, seed: int = 0, batch_size: int | None = None,
                  steps: int | None = None, machine: Machine | None = None,
@@ -149,14 +149,16 @@ def draw_batches(trained: Trained, first: int, n: int, seed: int = 0, batch_size
     """Images first … n − 1 of a seed, by `ddpm.p_sample_loop`, in batches: uint8 (B, C, H, W).
 
     steps: network calls for each image, T by default. eta: take the steps of `ddpm.ddim_loop` with
-    this η in place of Algorithm 2; the default for fewer steps than T is η = 0, unless choices name
-    a variance of Algorithm 2. choices: these replace `trained.choices`.
+    this η in place of Algorithm 2. With fewer steps than T, σ_t² = β_t leaves visible noise; so
+    then the default of a network with that variance is η = 0. choices: these override entries of
+    `trained.choices`.
     Under torchrun each process computes a batch, and all of them get all images, on the CPU.
     """
     machine = machine or common.find_machine(str(next(trained.net.parameters()).device))
     s = trained.schedule if steps is None else ddpm.respace(trained.schedule, steps)
-    if eta is None and s.T < trained.schedule.T and "variance" not in choices:
-        eta = FEW_STEPS_ETA
+    few = s.T < trained.schedule.T and trained.settings["variance"] == "fixed_large"
+    if eta is None and few and "variance" not in choices:
+        eta = 0.0
     s, model = s.to(machine.device), inference_model(trained.net, machine)
     batch_size = min(n, batch_size or (256 if machine.device.type == "cuda" else 16))
     common.require_network(trained.settings, machine, 1, batch_size, False)
@@ -180,7 +182,7 @@ def draw_samples(trained: Trained, n: int, *arguments, **options) -> Tensor:
 
 @torch.no_grad()
 def seconds_of_a_call(trained: Trained, n: int, machine: Machine) -> float:
-    """How long one network call for each of n images takes, in batches of 32."""
+    """Estimated seconds of one network call for each of n images, in batches of 32."""
     model = inference_model(trained.net, machine)
     x = torch.zeros(min(n, 32), *trained.shape, device=machine.device)
     t = torch.ones(len(x), dtype=torch.int64, device=machine.device)
@@ -292,8 +294,9 @@ def parse(argv):
                         "rows of Figures 6 and 8, samples in a row of Figure 7 (default: 8)")
     parser.add_argument("--variance", choices=("fixed_large", "fixed_small"),
                         help="σ_t²: β_t or β̃_t (default: as trained)")
-    parser.add_argument("--eta", type=common.number(float, 0, 1), help="take DDIM's steps with this "
-                        "η (default: 0 with --steps and without --variance; else Algorithm 2)")
+    parser.add_argument("--eta", type=common.number(float, 0, 1), help="take DDIM's steps with "
+                        "this η (default: 0 for fewer steps than T of a network trained with "
+                        "fixed_large; else Algorithm 2)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png file, a .pt "
                         "file for a uint8 tensor, or a folder for PNGs (default: samples.png)")
     figure = parser.add_mutually_exclusive_group()
@@ -313,7 +316,7 @@ def parse(argv):
     if args.figure is not interpolation and (args.time or args.dataset):
         raise UsageError("--time and --dataset go with --interpolate")
     if args.eta is not None and (args.variance or args.figure):
-        raise UsageError("--eta takes steps without --variance, and no figure uses it")
+        raise UsageError("--eta replaces Algorithm 2: leave out --variance and the figures")
     args.n = args.n or (8 if args.figure else 64)
     return args
 

@@ -6,9 +6,9 @@
     python train.py --dataset shapes --help            every setting, with its value for shapes
     torchrun --nproc-per-node 8 train.py               the same batches, spread over 8 GPUs
 
-What step k draws depends on the seed and on k alone; the dropout masks depend on the process's rank
-too. So a resumed run is bit-identical to an uninterrupted one on the same machine with the same
-number of threads (on CUDA with --deterministic).
+The images, t and ε of step k depend only on the seed and on k; the dropout masks depend on the
+process, too. So a resumed run is bit-identical to an uninterrupted one on the same machine with the
+same number of threads (on CUDA with --deterministic).
 """
 from __future__ import annotations
 
@@ -52,13 +52,14 @@ SETTINGS = {
     "flip": (True, "mirror each image at random, with probability 1/2"),
     "steps": (800_000, "training steps in all"),
     "batch_size": (128, "images in a step, summed over all processes"),
-    "micro_batch": (None, "images computed at a time, to save memory: the same step, but for "
-                    "rounding and dropout's masks"),
+    "micro_batch": (None, "images computed at a time, to save memory: the same step, except "
+                    "for rounding and dropout's masks"),
     "lr": (2e-4, "learning rate of Adam"),
     "warmup": (5000, "steps in which the learning rate rises from 0"),
     "clip": (1.0, "largest norm of the gradient; larger ones are scaled down"),
     "ema": (0.9999, "decay of the averaged weights, which sampling uses"),
-    "ema_ramp": (True, "let the decay begin at 0.1 and rise; off: the released code"),
+    "ema_ramp": (True, "start the decay at 0.1 and raise it to --ema; without it the decay is "
+                 "constant, as in the released code"),
     "dropout": (0.1, "probability of dropout in each residual block"),
     "channels": (128, "width of the U-Net's first level, a multiple of 32"),
     "multipliers": ([1, 2, 2, 2], "width of each level of the U-Net, as a multiple of --channels"),
@@ -69,17 +70,19 @@ SETTINGS = {
                  "(quadratic), or always beta_end"),
     "beta_start": (1e-4, "β_1; multiplied by 1000/T if T is not 1000"),
     "beta_end": (0.02, "β_T; multiplied by 1000/T if T is not 1000"),
-    "predict": ("eps", "what the network predicts: ε, x_0 or μ̃_t (§3.2, Table 2)"),
-    "variance": ("fixed_large", "σ_t²: β_t, β̃_t, or predicted by the network (§3.2, Table 2)"),
-    "objective": ("simple", "L_simple (Eq. 14), or the bound L (Eq. 5)"),
+    "predict": ("eps", "what the network predicts: ε (eps), x_0 (x0), μ̃_t (mean); §3.2, Table 2"),
+    "variance": ("fixed_large", "σ_t²: β_t (fixed_large), β̃_t (fixed_small), or predicted by the "
+                 "network (learned); §3.2, Table 2"),
+    "objective": ("simple", "L_simple (simple; Eq. 14), or the bound L (vlb; Eq. 5)"),
     "seed": (0, "seed of all random numbers"),
     "log_every": (100, "steps between two lines of log.jsonl"),
     "save_every": (5000, "steps between two checkpoints"),
     "sample_every": (25_000, "steps between two grids of samples"),
     "samples": (64, "images in a grid; 0 draws no grids"),
     "sample_steps": (None, "network calls for each image of a grid (default: what a tenth of the "
-                     "training time so far allows)"),
-    "keep": (None, "steps between two files with the averaged weights (default: none are kept)"),
+                     "training time so far allows, ten at least)"),
+    "keep": (None, "steps between two files with the averaged weights (default: only checkpoint.pt "
+             "has them)"),
 }
 RECIPES = {
     "mnist": dict(flip=False),
@@ -191,8 +194,8 @@ class Run:
         self.adam = torch.optim.Adam(self.params, lr=settings["lr"], fused=device.type != "mps")
         self.scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
         self.step, self.saved = 0, -1               # steps done, and those in the last checkpoint
-        # Since the last line of the log: steps, the sums of loss and norm, and for each third of
-        # the times 1 … T the sum of the losses and their number.
+        # Sums since the last line of the log: steps, loss, norm, the losses in each third of the
+        # times 1 … T, and their numbers.
         self.sums = torch.zeros(9, device=device)
         self.largest = torch.zeros((), device=device)           # norm since the last line
         self.skipped = torch.zeros((), device=device)           # steps in a row, not finite
@@ -250,10 +253,10 @@ class Run:
                 "dtype": str(self.machine.dtype)})
 
     def check(self) -> None:
-        """ValueError naming the first step whose loss or gradient was not finite, if there is one.
+        """ValueError naming the step at which a loss or gradient that is not finite ended the run.
 
-        Reading the value waits for the device, so this is called only to print a loss, and before a
-        save.
+        Reading the value waits for the device. So this is called only before a line of the log or
+        of the progress, and before a save.
         """
         if (bad := self.bad.item()) >= 0:
             last = f"is of step {self.saved}" if self.saved >= 0 else "does not exist yet"
@@ -414,7 +417,7 @@ def plot_losses(folder: Path) -> None:
         figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
 
-def cut_log(path: Path, step: int) -> None:
+def cut_log(path: Path, step: int, goes_on: bool) -> None:
     """Removes the lines after `step` from log.jsonl, since the resumed run writes them again.
 
     If there are lines that are no entries, the file as it was is kept under another name.
@@ -426,7 +429,8 @@ def cut_log(path: Path, step: int) -> None:
     with data.written(path) as kept, open(path, "rb") as lines:
         for line in lines:
             entry = re.match(rb'\{"step": (\d+), .*\}\n$', line)
-            if entry and int(entry[1]) <= step and not line.endswith(b'"last": true}\n'):
+            last = goes_on and line.endswith(b'"last": true}\n')
+            if entry and int(entry[1]) <= step and not last:
                 kept.write(line)
             # A last line without its end is normal after a kill; any other bad line is damage.
             damaged |= not entry and line.endswith(b"\n")
@@ -529,6 +533,8 @@ def main(argv=None) -> int:
     given = parse(argv)
     name = given.get("dataset", SETTINGS["dataset"][0])
     folder = given["out"] or Path("runs", Path(name).stem)
+    if folder.is_file():
+        raise UsageError(f"--out {folder} is a file: name a folder")
     machine = common.find_machine(given["device"], given["precision"])
     if given["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -586,7 +592,7 @@ def begin(run: Run) -> None:
         if re.fullmatch(r"(checkpoint.*|settings|log|loss|samples-\d+|ema-\d+)\.\w+\.\d+\.part",
                         leftover.name):
             leftover.unlink()
-    cut_log(folder / "log.jsonl", run.step)
+    cut_log(folder / "log.jsonl", run.step, run.step < settings["steps"])
     with data.written(folder / "settings.json") as file:
         file.write((json.dumps(settings, indent=2) + "\n").encode())
     parameters = sum(p.numel() for p in run.params)

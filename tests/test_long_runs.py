@@ -70,6 +70,8 @@ def test_the_last_line_of_a_short_run_is_taken_out_again():
     """A run that ends between two lines logs its loss; continued, it has the log of a whole run."""
     trains("--steps", 3, "--log-every", 10)
     assert [e["step"] for e in entries()] == [3]
+    trains("--steps", 3, "--log-every", 10)                          # nothing is left to do
+    assert [e["step"] for e in entries()] == [3]
     trains("--steps", 7, "--log-every", 5)
     trains("--steps", 7, "--log-every", 5, "--out", "whole")
     assert losses() == losses("whole") and [e["step"] for e in losses()] == [5, 7]
