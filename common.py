@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import functools
 import hashlib
 import io
@@ -47,7 +48,10 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str):
-        raise UsageError(f"{message} (see --help)")
+        wrong = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
+        flags = self._option_string_actions if wrong.startswith("-") else ()
+        near = difflib.get_close_matches(wrong, flags, 1)
+        raise UsageError(f"{message} ({f'did you mean {near[0]}?' if near else 'see --help'})")
 
     def add(self, *names: str) -> None:
         """Adds flags of FLAGS, which several scripts have."""

@@ -306,6 +306,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a safetensors file, and the metadata in its header."""
+    common.require(2 * data.size_of(Path(path)), f"reading {path}")
     raw = memoryview(Path(path).read_bytes())
 
     def check(sound: bool, what: str) -> None:
