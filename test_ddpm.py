@@ -172,6 +172,24 @@ def test_sec31_a_schedule_ends_near_pure_noise(T):
             assert taken and abs(s.alpha_bars[T] - wanted) < 1e-9
 
 
+def test_a_schedule_moves_whole(monkeypatch):
+    """`to` moves every tensor, and the full schedule too; float64 stays, except on Apple's MPS.
+
+    Kills: β and α exchanged, the full schedule left behind, float64 asked of MPS."""
+    s = ddpm.respace(ddpm.make_schedule(), 10)
+    names = ("betas", "alphas", "alpha_bars", "times")
+    for here, there, copy in ((s, s.to("meta"), s.to("cpu")),
+                              (s.full, s.to("meta").full, s.to("cpu").full)):
+        for name in names:
+            assert getattr(there, name).device.type == "meta"
+            assert getattr(there, name).dtype == (torch.int64 if name == "times" else F64)
+            assert torch.equal(getattr(copy, name), getattr(here, name))
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *place: asked.append(place) or x)
+    s.to("mps")
+    assert asked == 2 * [*3 * [("mps", torch.float32)], ("mps",)]
+
+
 # --------------------------------------------------------------------- §2: the forward process q
 
 @given(beta_lists(), numbers)
@@ -515,14 +533,24 @@ def test_ddim_has_the_marginals_of_eq04_for_every_eta(betas, seed, eta):
 def test_ddim_with_eta_1_is_algorithm_2_and_with_eta_0_needs_no_noise(choices):
     """η = 1: μ̃_t(x_t, x̂_0) and β̃_t. η = 0: x_0 is a function of x_T."""
     s, model, z = ddpm.make_schedule(10), lambda x, t: 0.5 * x, {t: randn(t, 2, 3) for t in range(11)}
-    one = list(ddpm.ddim_loop(s, model, z[0], z.get, 1.0, **choices))
-    assert [state.t for state in one] == list(range(10, -1, -1))
-    for state, after in zip(one, one[1:]):
-        *_, x0_hat = step_by_hand(s, state.t, state.x_t, model(state.x_t, None), **choices)
-        mean, variance = conditioned(s, state.t, x0_hat, state.x_t)
-        same(state.x0_hat, x0_hat, 1e-8)
-        same(after.x_t, mean + math.sqrt(variance) * z[state.t], 1e-7, 1e-8)
-    asked = []
+    asked: list[int] = []
+    for eta in (1.0, 0.5):
+        asked.clear()
+        states = list(ddpm.ddim_loop(s, model, z[0], lambda t: asked.append(t) or z[t], eta, **choices))
+        assert [state.t for state in states] == list(range(10, -1, -1))
+        assert asked == list(range(10, 1, -1))
+        for state, after in zip(states, states[1:]):
+            *_, x0_hat = step_by_hand(s, state.t, state.x_t, model(state.x_t, None), **choices)
+            mean, variance = conditioned(s, state.t, x0_hat, state.x_t)
+            same(state.x0_hat, x0_hat, 1e-8)
+            if eta == 1:
+                same(after.x_t, mean + math.sqrt(variance) * z[state.t], 1e-7, 1e-8)
+            else:  # a quarter of the variance is new noise; the rest of it is the direction of ε̂
+                (a, v), (b, w) = iterated(s, state.t), iterated(s, state.t - 1)
+                eps = (state.x_t - a * x0_hat) / math.sqrt(v)
+                same(after.x_t, b * x0_hat + math.sqrt(w - variance / 4) * eps
+                     + math.sqrt(variance) / 2 * z[state.t], 1e-7, 1e-8)
+    asked.clear()
     *_, last = ddpm.ddim_loop(s, model, z[0], lambda t: asked.append(t) or z[t], **choices)
     assert not asked and torch.equal(last.x_t, last.x0_hat)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 TESTS = {
-    "ddpm": ["test_ddpm.py", "tests/test_pictures.py"],
+    "ddpm": ["test_ddpm.py"],
     "unet": ["tests/test_unet.py", "tests/test_weights.py"],
     "data": ["tests/test_data.py", "tests/test_hostile.py"],
     "weights": ["tests/test_weights.py"],
