@@ -4,9 +4,10 @@
     python tools/mutation.py ddpm                  every mutant
     python tools/mutation.py train --sample 150    150 of them, drawn at random
 
-The minutes on two cores are in PROGRAM below. Changes in the wording of messages are left out, as
-no test should pin a sentence. What was tested already is not tested again, until the folder that
-the first line of the output names is deleted. At the end stand the survivors, as differences.
+All mutants of ddpm.py take about half an hour on two cores. Changes in the wording of messages are
+left out, as no test should pin a sentence. What was tested already is not tested again, until the
+folder that the first line of the output names is deleted. At the end stand the survivors, as
+differences.
 """
 from __future__ import annotations
 
