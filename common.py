@@ -495,3 +495,13 @@ class Progress:
         line = f"{done:.0f}/{self.total:.0f} {self.unit} {note} {speed}, {left} left"
         end = "" if self.terminal and done < self.total else "\n"
         say(("\r\x1b[K" if self.terminal else "") + " ".join(line.split()), end=end)
+
+def pyplot():
+    """matplotlib.pyplot, which draws into files alone; None if matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot

@@ -265,8 +265,9 @@ def vlb_weight(s: Schedule, t: Tensor, variance: str = "fixed_large") -> Tensor:
     """β_t² / (2 σ_t² α_t (1 − ᾱ_t)), the weight of ‖ε − ε_θ‖² in L_{t−1} − C.   [DDPM Eq. 12]
 
     → (B,) float64. Put Eq. 10 for μ̃_t and Eq. 11 for μ_θ into Eq. 8. Then x_t cancels, and
-    ‖μ̃_t − μ_θ‖² = β_t²/(α_t (1 − ᾱ_t)) ‖ε − ε_θ‖², which resembles denoising score matching. t > 1:
-    the bound's term at t = 1 is L_0, to which Eq. 12 does not apply. Only tests use this function.
+    ‖μ̃_t − μ_θ‖² = β_t²/(α_t (1 − ᾱ_t)) ‖ε − ε_θ‖², which resembles denoising score matching.
+    t > 1: the bound's term at t = 1 is L_0, to which Eq. 12 does not apply. Only tests use this
+    function.
     """
     weight = s.betas[t] ** 2 / (s.alphas[t] * (1 - s.alpha_bars[t]))
     return weight / (2 * p_variance(s, t, variance))
@@ -596,10 +597,11 @@ def ddim_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int], Ten
               eta: float = 0.0, **choices) -> Iterator[State]:
     """x_{t−1} = √ᾱ_{t−1} x̂_0 + √(1 − ᾱ_{t−1} − σ²) ε̂ + σ z,  σ² = η² β̃_t.   [Song et al. 2021]
 
-    ε̂ is the noise that takes x̂_0 to x_t (Eq. 15 inverted). If x̂_0 were x_0, then x_{t−1} would have
-    the distribution of Eq. 4 for every η in [0, 1]. With η = 1 this is Algorithm 2 with σ_t² = β̃_t,
-    whose mean is Eq. 7. With η = 0 no noise is added, and x_0 is a function of x_T alone. At t = 1
-    the result is x̂_0. The other arguments and the states are those of `p_sample_loop`.
+    ε̂ is the noise that takes x̂_0 to x_t (Eq. 15 inverted). If x̂_0 were x_0, then x_{t−1} would
+    have the distribution of Eq. 4 for every η in [0, 1]. With η = 1 this is Algorithm 2 with
+    σ_t² = β̃_t, whose mean is Eq. 7. With η = 0 no noise is added, and x_0 is a function of x_T
+    alone. At t = 1 the result is x̂_0. The other arguments and the states are those of
+    `p_sample_loop`.
     """
     x_t = x_T
     for t in range(s.T, 0, -1):

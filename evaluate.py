@@ -124,13 +124,9 @@ def rate_distortion(curve: Tensor, images: Tensor, out: Path) -> None:
         file.write(b"t,rate_bits_per_dim,distortion_rmse\n")
         for i, (r, d) in enumerate(zip(rate, rmse)):
             file.write(f"{T - i},{r:.8f},{d:.5f}\n".encode())
-    try:
-        import matplotlib
-    except ImportError:
+    if not (pyplot := common.pyplot()):
         print(f"{path} has every t (for a plot: pip install matplotlib)")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     step = ("reverse step T − t + 1", range(1, T + 1))
     error, bits = ("distortion (RMSE)", rmse), ("rate (bits/dim)", rate)

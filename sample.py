@@ -110,7 +110,6 @@ def kept_weights(path: Path, machine: Machine) -> tuple | None:
     """Network, settings and source of a file of train.py --keep, or None for another file."""
     if path.suffix != ".safetensors":
         return None
-    data.size_of(path)
     state, metadata = weights.read_header(path)
     if "ddpm" not in metadata:
         return None

@@ -394,12 +394,8 @@ class Run:
 
 def plot_losses(folder: Path) -> None:
     """loss.png: the loss of log.jsonl over the steps, and that of each third of t; log axes."""
-    try:
-        import matplotlib
-    except ImportError:
+    if not (pyplot := common.pyplot()):
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     log = folder / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     entries = [entry for entry in map(json.loads, lines) if "loss_thirds" in entry]

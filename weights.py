@@ -278,7 +278,6 @@ def read_json(path: Path) -> dict | None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A .safetensors or .bin file: name → tensor of finite floating-point numbers, or ValueError.
     """
-    common.require(3 * data.size_of(path), f"reading {path}")
     state = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
     for key, value in state.items():
         if (value.layout != torch.strided or value.is_quantized or value.is_meta
@@ -290,6 +289,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def read_bin(path: Path) -> dict[str, Tensor]:
     """A dictionary of tensors that torch.save wrote, or ValueError."""
+    common.require(3 * data.size_of(path), f"reading {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         assert all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
@@ -306,8 +306,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a safetensors file, and the metadata in its header."""
-    common.require(2 * data.size_of(Path(path)), f"reading {path}")
-    raw = memoryview(Path(path).read_bytes())
+    common.require(3 * data.size_of(path), f"reading {path}")
+    raw = memoryview(path.read_bytes())
 
     def check(sound: bool, what: str) -> None:
         if not sound:

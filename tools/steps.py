@@ -78,12 +78,8 @@ def distance(features: Tensor, real: Tensor) -> tuple[float, float]:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Distance against seconds an image, one curve for each sampler."""
-    try:
-        import matplotlib
-    except ImportError:
+    if not (pyplot := common.pyplot()):
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     figure, ax = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for name in SAMPLERS:
         some = [row for row in rows if row["sampler"] == name]
