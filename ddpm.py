@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -573,21 +573,24 @@ def interpolate(s: Schedule, model: Model, x0: Tensor, other: Tensor, lam: Tenso
 
 # === Not in the paper: fewer sampling steps =======================================================
 
-def respace(s: Schedule, n: int) -> Schedule:
-    """β'_i = 1 − ᾱ_{τ_i} / ᾱ_{τ_{i−1}} for n times τ_1 = 1 … τ_n = T.   [Nichol, Dhariwal 2021]
+def respace(s: Schedule, times: int | Sequence[int]) -> Schedule:
+    """β'_i = 1 − ᾱ_{τ_i} / ᾱ_{τ_{i−1}} for n times τ_1 < … < τ_n = T.   [Nichol, Dhariwal 2021]
 
-    The schedule of a chain with n steps. The times τ are evenly spaced, and ᾱ'_i = ᾱ_{τ_i}, so
-    x_{τ_i} has the distribution (Eq. 4) on which the network was trained. All functions above work
-    with it, but for a learned variance; the network is called with `times[i]` = τ_i. n: 2 … T, or
-    ValueError; n = T returns s.
+    The schedule of a chain with n steps: ᾱ'_i = ᾱ_{τ_i}, so x_{τ_i} has the distribution (Eq. 4) on
+    which the network was trained. All functions above work with it, but for a learned variance; the
+    network is called with `times[i]` = τ_i. times: the list of the τ, at least two; or their number
+    n, and then they are evenly spaced from 1 to T. ValueError for other times.
     """
-    if n == s.T:
+    if times == s.T:
         return s
-    if not 2 <= n < s.T:
-        raise ValueError(f"{n} sampling steps: choose from 2 to {s.T}, so that t = 1 and "
-                         f"t = {s.T} are among them")
-    tau = torch.linspace(1, s.T, n, dtype=torch.float64).round().long().to(s.times.device)
-    tau = torch.cat([tau.new_zeros(1), tau])
+    if isinstance(times, int):
+        if not 2 <= times < s.T:
+            raise ValueError(f"{times} sampling steps: choose from 2 to {s.T}, so that t = 1 and "
+                             f"t = {s.T} are among them")
+        times = torch.linspace(1, s.T, times, dtype=torch.float64).round().long().tolist()
+    tau = torch.tensor([0, *times], device=s.times.device)
+    if len(tau) < 3 or tau[-1] != s.T or not bool((tau[1:] > tau[:-1]).all()):
+        raise ValueError(f"the times of a chain must rise from 1 or later to T = {s.T}")
     alpha_bars = s.alpha_bars[tau]
     alphas = torch.cat([alpha_bars[:1], alpha_bars[1:] / alpha_bars[:-1]])
     full = s if s.full is None else s.full

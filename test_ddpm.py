@@ -464,9 +464,10 @@ def test_alg2_paper_schedule_standard_normal_data():
 @given(beta_lists(30).filter(lambda b: len(b) > 2), st.data())
 @example(PAPER, None)
 def test_respace_is_the_chain_of_fewer_steps(betas, data):
-    """α'_1 ⋯ α'_i = ᾱ_{τ_i}, τ evenly spaced with 1 and T; the network is shown τ_i.
+    """α'_1 ⋯ α'_i = ᾱ_{τ_i} for the τ of a list, and for n of them evenly spaced with 1 and T; the
+    network is shown τ_i.
 
-    x_0 ~ N(0, 1): the sampler's moments are exact for any spacing, and the last step leaves α_1.
+    x_0 ~ N(0, 1): the sampler's moments are exact for any spacing, and the last step leaves ᾱ_{τ_1}.
     Kills: β_t of the full schedule kept, the network shown i, an end left out."""
     s = ddpm.schedule_from_betas(betas)
     n = data.draw(st.integers(2, s.T)) if data else 50
@@ -474,7 +475,11 @@ def test_respace_is_the_chain_of_fewer_steps(betas, data):
     tau = r.times[1:].tolist()
     assert r.T == n == len(set(tau)) and tau[0] == 1 and tau[-1] == s.T
     gaps = [b - a for a, b in zip(tau, tau[1:])]
-    assert max(gaps) - min(gaps) <= 1 and r.times[0] == 0
+    assert max(gaps) - min(gaps) <= 1
+    if data:
+        tau = sorted(data.draw(st.sets(st.integers(1, s.T - 1), min_size=1))) + [s.T]
+        r, n = ddpm.respace(s, tau), len(tau)
+    assert r.times.tolist() == [0] + tau and r.T == n
     for i in {1, n // 2, n}:
         a, v = iterated(s, int(r.times[i]))
         b, w = iterated(r, i)
@@ -487,7 +492,7 @@ def test_respace_is_the_chain_of_fewer_steps(betas, data):
                                       draws[:, :1], lambda i: draws[:, i - 1:i], clip=False)
         return last.x_t[:, 0]
 
-    same(affine(run, n)[1], kernel(s, 1)[0] ** 2, 1e-7)
+    same(affine(run, n)[1], kernel(s, tau[0])[0] ** 2, 1e-7)
     assert shown == tau[::-1]
 
 
@@ -503,6 +508,9 @@ def test_respace_of_a_predicted_mean_goes_through_x0():
     for n in (0, 1, 1001):
         with pytest.raises(ValueError, match="sampling steps"):
             ddpm.respace(s, n)
+    for times in ([], [1000], [1, 999], [0, 1000], [-1, 1000], [2, 2, 1000], [3, 2, 1000]):
+        with pytest.raises(ValueError, match="rise from 1 or later to T = 1000"):
+            ddpm.respace(s, times)
 
 
 @given(beta_lists(), numbers, st.floats(0, 1))

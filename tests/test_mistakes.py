@@ -86,7 +86,7 @@ MISTAKES = {
              "Schedule(s.betas[tau], s.alphas[tau], alpha_bars, s.times")]),
     "the network given i in place of τ_i": (
         "ddpm.py", D + "test_respace_is_the_chain_of_fewer_steps", [
-            ("alpha_bars, s.times[tau], full)", "alpha_bars, torch.arange(n + 1), full)")]),
+            ("alpha_bars, s.times[tau], full)", "alpha_bars, torch.arange(len(tau)), full)")]),
     # --- the decoder and the bound
     "DDIM's noise and direction not balanced": (
         "ddpm.py", D + "test_ddim_has_the_marginals_of_eq04_for_every_eta", [

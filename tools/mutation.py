@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -49,6 +50,8 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=TESTS, help="the file, without .py")
     parser.add_argument("--sample", type=int, help="how many mutants (default: all of them)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+                        help="how many mutants at a time (default: the number of cores)")
     args = parser.parse_args()
     work = Path(tempfile.gettempdir(), f"ddpm-mutation-{args.name}")
     print(f"working in {work}")
@@ -71,7 +74,7 @@ def main() -> int:
             subprocess.run([*mutmut, "run", "none-of-them"], cwd=work, capture_output=True)
         codes = json.loads(results.read_text(encoding="utf-8"))["exit_code_by_key"]
         names = random.Random(0).sample(sorted(codes), min(args.sample, len(codes)))
-    subprocess.run([*mutmut, "run", *names], cwd=work)
+    subprocess.run([*mutmut, "run", "--max-children", str(args.jobs), *names], cwd=work)
     codes = json.loads(results.read_text(encoding="utf-8"))["exit_code_by_key"]
     tested = {key: code for key, code in codes.items() if code is not None}
     alive = sorted(key for key, code in tested.items() if code in (0, 5, 33))  # 33: no test runs it
