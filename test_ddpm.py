@@ -492,7 +492,7 @@ def test_respace_is_the_chain_of_fewer_steps(betas, data):
                                       draws[:, :1], lambda i: draws[:, i - 1:i], clip=False)
         return last.x_t[:, 0]
 
-    same(affine(run, n)[1], kernel(s, tau[0])[0] ** 2, 1e-7)
+    same(affine(run, n)[1], iterated(s, tau[0])[0] ** 2, 1e-7)
     assert shown == tau[::-1]
 
 
