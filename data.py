@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import io
 import os
+import struct
 import sys
 import tarfile
 import time
@@ -311,6 +312,81 @@ def read_tensor(path: Path) -> Tensor:
     if not images.numel():
         raise ValueError(f"{path} holds no images: {shape}")
     return images
+
+def png(image: Tensor) -> bytes:
+    """uint8 (1 or 3, H, W) as an 8-bit PNG, grey or RGB: the smallest of six.
+
+    A PNG filter predicts a byte from the one to its left, the one above or both. Each of the five
+    filters is tried for all lines, and, as the specification advises, the one with the smallest
+    differences for each line.
+    """
+    c, height, width = image.shape
+    if image.dtype != torch.uint8 or c not in (1, 3) or not height * width:
+        raise ValueError(f"a picture is uint8 (1 or 3, H, W), not {image.dtype} "
+                         f"{tuple(image.shape)}")
+    x = image.permute(1, 2, 0).reshape(height, -1).int()
+    around = F.pad(x, (c, 0, 1, 0))
+    left, above, corner = around[1:, :-c], around[:-1, c:], around[:-1, :-c]
+    lines = torch.stack([x, x - left, x - above, x - (left + above) // 2,
+                         x - paeth(left, above, corner)]) % 256
+    best = torch.minimum(lines, 256 - lines).sum(2).argmin(0)
+    parts = []
+    for kind in [torch.full_like(best, i) for i in range(5)] + [best]:
+        filtered = lines[kind, torch.arange(height)]
+        rows = torch.cat([kind[:, None], filtered], 1).to(torch.uint8)
+        parts.append(zlib.compress(raw_bytes(rows), 9))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0 if c == 1 else 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", min(parts, key=len)), (b"IEND", b"")):
+        content += struct.pack(">I", len(body)) + kind + body
+        content += struct.pack(">I", zlib.crc32(kind + body))
+    return content
+
+def paeth(left: Tensor, above: Tensor, corner: Tensor) -> Tensor:
+    """Of three neighbours the one that is nearest to left + above − corner (PNG's filter 4)."""
+    guess = left + above - corner
+    a, b, c = (guess - left).abs(), (guess - above).abs(), (guess - corner).abs()
+    return torch.where((a <= b) & (a <= c), left, torch.where(b <= c, above, corner))
+
+def read_png(path: Path) -> Tensor:
+    """The pixels of an 8-bit PNG, grey or RGB, not interlaced: uint8 (1 or 3, H, W).
+
+    ValueError for other pictures, which `png` does not write, and for a damaged file.
+    """
+    if size_of(path) > 2 ** 28:
+        raise ValueError(f"{path} is larger than a picture may be here")
+    content, chunks, at = path.read_bytes(), {}, 8
+    while content.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" not in chunks:
+        size, kind = int.from_bytes(content[at:at + 4], "big"), content[at + 4:at + 8]
+        body, check = content[at + 8:at + 8 + size], content[at + 8 + size:at + 12 + size]
+        if check != struct.pack(">I", zlib.crc32(kind + body)):
+            raise ValueError(f"{path} is damaged")
+        chunks[kind] = chunks.get(kind, b"") + body
+        at += 12 + size
+    header = chunks.get(b"IHDR", b"").ljust(13)
+    width, height, depth, colour, *rest = struct.unpack(">IIBBBBB", header[:13])
+    if depth != 8 or colour not in (0, 2) or any(rest) or not 0 < width * height <= 2 ** 26:
+        raise ValueError(f"{path} is no PNG with 8 bits, grey or RGB, not interlaced")
+    c = 3 if colour else 1
+    unpacker = zlib.decompressobj()
+    try:
+        raw = unpacker.decompress(chunks.get(b"IDAT", b""), height * (1 + c * width) + 1)
+    except zlib.error as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if len(raw) != height * (1 + c * width) or max(raw[::1 + c * width]) > 4:
+        raise ValueError(f"{path} is damaged")
+    lines, above = [], bytes(c * width)
+    for y in range(height):
+        kind, *line = raw[y * (1 + c * width):(y + 1) * (1 + c * width)]
+        for i in range(len(line)):  # each byte by those before it, so that no tensor helps
+            a, b = line[i - c] if i >= c else 0, above[i]
+            e = above[i - c] if i >= c else 0
+            near = min((abs(b - e), 0, a), (abs(a - e), 1, b), (abs(a + b - 2 * e), 2, e))[2]
+            line[i] = (line[i] + (0, a, b, (a + b) // 2, near)[kind]) % 256
+        lines.append(bytes(line))
+        above = lines[-1]
+    pixels = torch.frombuffer(bytearray(b"".join(lines)), dtype=torch.uint8)
+    return pixels.view(height, width, c).permute(2, 0, 1).contiguous()
 
 def read_folder(source: Path, cache: Path, size: int) -> Tensor:
     """A folder of pictures, the middle square of each resized: uint8 (N, 3, size, size).

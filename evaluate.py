@@ -9,11 +9,14 @@ All noise is a function of seed, image and t, so the same command gives the same
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import math
 import sys
 import warnings
 from pathlib import Path
+from typing import Callable
 
 import common  # before torch, because it silences a warning of torch's import
 
@@ -254,6 +257,45 @@ def scores(trained, images: Tensor, name: str, split: str, machine: Machine, arg
     if new:  # after the result has been printed
         with data.written(cache) as out:
             torch.save(real, out)
+
+# === Files of compress.py =========================================================================
+
+RIVALS = {"WebP, lossless": dict(format="WEBP", lossless=True, quality=100, method=6),
+          **{f"WebP, quality {q}": dict(format="WEBP", quality=q, method=6) for q in (1, 50)},
+          **{f"JPEG, quality {q}": dict(format="JPEG", quality=q) for q in (5, 25, 75)}}
+
+def files(images: Tensor, encode: Callable, decode: Callable, out: Path) -> None:
+    """Prints bytes, bits/dim and RMSE of files, of their beginnings and of other formats.
+
+    encode: a picture, uint8 (C, H, W), → bytes; decode: bytes, or the first of them, → a picture.
+    `out` gets what 32, 64, 128 and all bytes show of the first pictures, a row each.
+    """
+    rows, shown, progress = {}, [], Progress(len(images), "images")
+    for i, image in enumerate(images, 1):
+        def note(name: str, size: int, decoded: Tensor, image=image) -> None:
+            error = (decoded.double() - image.double()).square().mean().item()
+            rows.setdefault(name, []).append((size, error))
+        content = encode(image)
+        for cut in (32, 64, 128, len(content)):
+            shown.append(decode(content[:cut]))
+            name = "whole files" if cut == len(content) else f"their first {cut} bytes"
+            note(name, cut, shown[-1])
+        note("PNG", len(data.png(image)), image)
+        with contextlib.suppress(ImportError):  # without Pillow PNG is the only rival
+            from PIL import Image
+            size, mode = image.shape[:0:-1], "L" if len(image) == 1 else "RGB"
+            picture = Image.frombytes(mode, size, data.raw_bytes(image.permute(1, 2, 0)))
+            for name, options in RIVALS.items():
+                picture.save(file := io.BytesIO(), **options)
+                raw = bytearray(Image.open(file).convert(mode).tobytes())
+                again = torch.frombuffer(raw, dtype=torch.uint8).view(*image.shape[1:], -1)
+                note(name, len(file.getvalue()), again.permute(2, 0, 1))
+        progress.update(i)
+    for name, values in rows.items():
+        size, error = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+        print(f"{name:22} {size:8.1f} bytes {8 * size / images[0].numel():8.3f} bits/dim   "
+              f"RMSE {error ** 0.5:6.2f}")
+    sample.write_png(out, sample.enlarged(sample.grid(torch.stack(shown[:32]), 4)))
 
 # === The command ==================================================================================
 

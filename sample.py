@@ -21,10 +21,8 @@ import copy
 import json
 import math
 import re
-import struct
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -267,20 +265,10 @@ def enlarged(picture: Tensor) -> Tensor:
     return picture.repeat_interleave(k, 1).repeat_interleave(k, 2)
 
 def write_png(path: Path, image: Tensor) -> None:
-    """Writes uint8 (1 or 3, H, W) as an 8-bit PNG, grey or RGB."""
-    c, height, width = image.shape
-    if image.dtype != torch.uint8 or c not in (1, 3) or not height * width:
-        raise ValueError(f"a picture is uint8 (1 or 3, H, W), not {image.dtype} "
-                         f"{tuple(image.shape)}")
-    lines = torch.zeros(height, 1 + width * c, dtype=torch.uint8)  # byte 0 of a line: no filter
-    lines[:, 1:] = image.permute(1, 2, 0).reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 0 if c == 1 else 2, 0, 0, 0)
+    """Writes uint8 (1 or 3, H, W) as a PNG."""
+    content = data.png(image)
     with data.written(path) as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
-        for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(data.raw_bytes(lines), 9)),
-                           (b"IEND", b"")):
-            check = zlib.crc32(kind + body)
-            file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check))
+        file.write(content)
 
 # === The command ==================================================================================
 

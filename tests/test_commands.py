@@ -628,9 +628,19 @@ def read_png(path) -> tuple[tuple[int, int], bytes, int]:
     assert kinds[0] == b"IHDR" and kinds[-1] == b"IEND"
     channels = {0: 1, 2: 3}[colour]
     lines, stride = zlib.decompress(body), 1 + width * channels
-    assert len(lines) == height * stride and not any(lines[::stride])
-    pixels = b"".join(lines[y * stride + 1:(y + 1) * stride] for y in range(height))
-    return (width, height), pixels, channels
+    assert len(lines) == height * stride
+    pixels, above = [], bytes(stride - 1)
+    for y in range(height):
+        kind, *line = lines[y * stride:(y + 1) * stride]
+        for i in range(len(line) if kind else 0):  # each byte has a prediction added, by its filter
+            left, corner = (line[i - channels], above[i - channels]) if i >= channels else (0, 0)
+            guess = left + above[i] - corner
+            nearest = min((left, above[i], corner), key=lambda byte: abs(guess - byte))
+            line[i] += (0, left, above[i], (left + above[i]) // 2, nearest)[kind]
+            line[i] %= 256
+        above = bytes(line)
+        pixels.append(above)
+    return (width, height), b"".join(pixels), channels
 
 
 @given(st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9), st.integers(0, 999))

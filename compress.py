@@ -1,0 +1,264 @@
+"""Algorithms 3 and 4 with real bits: a file whose first bytes show the picture, and all of them
+give it back exactly.
+
+    python compress.py encode picture.png picture.ddpm            with the newest run's network
+    python compress.py decode picture.ddpm picture.png            all of it: lossless
+    python compress.py decode --bytes 64 picture.ddpm early.png   x̂_0 from the first 64 bytes
+    python compress.py measure --n 20                             sizes and errors of test images
+
+To send a sample of q(x_{t−1} | x_t, x_0) to a receiver who knows p_θ(x_{t−1} | x_t) only, both draw
+the same candidates from p_θ, and the sender writes the number of one (`choose`). PAPER.md says what
+it costs, and why the chain has 20 times. Both sides must compute the same bits: the network runs in
+float64, where machines differ by some 10⁻¹⁴, and its outputs are rounded to multiples of 2⁻¹⁶.
+"""
+from __future__ import annotations
+
+import bisect
+import contextlib
+import copy
+import hashlib
+import itertools
+import json
+import math
+import sys
+import zlib
+from pathlib import Path
+
+import common  # before torch, because it silences a warning of torch's import
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import ddpm
+import evaluate
+import sample
+from common import Progress, UsageError, count, seed_of
+
+MAGIC, VERSION, HEADER = b"DDPM", 1, 13     # then b, 4 bytes of a hash and 3 of the length
+STEPS, CLASSES, BLOCK, BITS = 20, 8, 1024, 16
+
+# === The arithmetic code ==========================================================================
+
+class Code:
+    """An arithmetic code, read from `content` or else written.
+
+    The symbols so far are an interval [low, low + width) / 2^bits, in exact integers.
+    """
+
+    def __init__(self, content: bytes | None = None):
+        self.low, self.width, self.bits, self.content = 0, 1, 0, content
+
+    def __call__(self, frequencies: list[int], symbol: int = 0) -> int:
+        """Writes a symbol, or reads one, and returns it. The frequencies sum to 2^16.
+
+        EOFError if the bytes to be read allow more than one symbol.
+        """
+        self.low, self.bits = self.low << BITS, self.bits + BITS
+        if self.content is not None:
+            value, more = int.from_bytes(self.content, "big"), self.bits - 8 * len(self.content)
+            ends = list(itertools.accumulate(frequencies))
+            few, many = max(more, 0), max(-more, 0)
+            symbol, other = (bisect.bisect_right(ends, ((x >> many) - self.low) // self.width)
+                             for x in (value << few, (value + 1 << few) - 1))
+            if symbol != other or symbol == len(ends):
+                raise EOFError
+        self.low += self.width * sum(frequencies[:symbol])
+        self.width *= frequencies[symbol]
+        return symbol
+
+    def to_bytes(self) -> bytes:
+        """The fewest bytes after which, whatever follows, a number lies in the interval."""
+        for n in itertools.count():
+            more, less = max(8 * n - self.bits, 0), max(self.bits - 8 * n, 0)
+            value = -(-(self.low << more) >> less)                                # rounded up
+            if value + 1 << less <= self.low + self.width << more:
+                return value.to_bytes(n, "big")
+
+def frequencies(p: Tensor) -> Tensor:
+    """Whole numbers above 0 with sum 2^16, as proportional to p (n, …) ≥ 0 as they can be."""
+    found = (p / p.sum(0) * (2 ** BITS - len(p))).floor().long() + 1
+    rest = 2 ** BITS - found.sum(0, keepdim=True)
+    return found.scatter_add(0, found.argmax(0, keepdim=True), rest)
+
+def uniform(n: int) -> list[int]:
+    """n symbols that are equally likely; n is a power of 2."""
+    return [2 ** BITS // n] * n
+
+# === A sample of q for somebody who knows p =======================================================
+
+def rounded(x: Tensor) -> Tensor:
+    """x to multiples of 2⁻¹⁶, which are the same on every machine."""
+    return (x * 2 ** 16).round() / 2 ** 16
+
+# Φ⁻¹ of 65,536 evenly spaced numbers, from which random 16-bit numbers draw the candidates: torch's
+# own normal numbers differ between machines in their last digits.
+NORMAL = rounded(torch.special.ndtri((torch.arange(65536).double() + 0.5) / 65536)).float()
+
+def candidates(key: tuple, block: int, n: int) -> Tensor:
+    """z_i ~ N(0, I) for the numbers i of a block: (BLOCK, n), a function of key and block."""
+    g = torch.Generator().manual_seed(seed_of("candidates", key, block))
+    words = torch.empty(BLOCK * n // 4, dtype=torch.int64).random_(-2 ** 63, None, generator=g)
+    return NORMAL[words.view(torch.int16).int() + 32768].view(BLOCK, n)
+
+def choose(key: tuple, delta: Tensor, b: int) -> int:
+    """K = argmin_i T_i / w_i for i < 2^b, where w_i is the ratio q/p of the densities at z_i.
+
+    q = N(δ, I), p = N(0, I), and T_1 < T_2 < … are the arrival times of a Poisson process. With
+    infinitely many candidates z_K would be a sample of q.   [Li, El Gamal 2018]
+    """
+    g = torch.Generator().manual_seed(seed_of("arrivals", key))
+    waits = torch.empty(2 ** b - 1, dtype=torch.float64).exponential_(generator=g)
+    log_w = torch.cat([candidates(key, block, len(delta)) @ delta.float()      # up to a constant
+                       for block in range(math.ceil(2 ** b / BLOCK))])
+    return int((waits.cumsum(0).log() - log_w[:len(waits)]).argmin()) + 1
+
+def zipf(kl: float, b: int) -> list[int]:
+    """Frequencies of ⌊log₂ K⌋ < b, where p(K) ∝ K^{−λ} with λ = 1 + 1/(KL + (log₂ e)/e + 1)."""
+    exponent = -1 / (kl + math.log2(math.e) / math.e + 1)
+    return frequencies(2 ** (exponent * torch.arange(b).double())).tolist()
+
+# === Algorithms 3 and 4 ===========================================================================
+
+def transmit(trained: sample.Trained, code: Code, b: int, picture: Tensor | None = None):
+    """Algorithm 3 if there is a picture, uint8 (C, H, W), else Algorithm 4, by the same lines.
+
+    `code` writes a symbol and returns it, or returns the one that it reads. Yields the states of
+    `ddpm.receive`, which the sender computes as the receiver does; the last one is the picture.
+    """
+    T, first = trained.schedule.T, max(1, round(trained.schedule.T / 125))
+    s = ddpm.respace(trained.schedule, sorted({round(first * (T / first) ** (i / (STEPS - 1)))
+                                               for i in range(STEPS)}))
+    net = copy.deepcopy(trained.net).double().to(memory_format=torch.contiguous_format)
+    x, scale = torch.zeros(1, *trained.shape, dtype=torch.float64), 0
+    x0 = x if picture is None else picture[None].double() / 127.5 - 1   # not used by the receiver
+
+    def message(t: int, mean: Tensor, sigma: Tensor, wanted: Tensor) -> Tensor:
+        """x_t ~ N(wanted, σ²), for a receiver who knows only N(mean, σ²)."""
+        nonlocal x, scale
+        delta = ((wanted - mean) / sigma).flatten()
+        # The KL, ‖δ‖²/2, comes first, in half octaves, which change little from step to step.
+        law = frequencies(2.0 ** -(torch.arange(64) - scale).abs()).tolist()
+        kl = delta.square().sum().item() / math.log(4)
+        scale = code(law, min(63, round(2 * math.log2(1 + kl))))
+        chunks = max(1, round((kl := 2 ** (scale / 2) - 1) / max(b - 2, 1)))
+        law, z = zipf(kl / chunks, b), torch.zeros(x.numel())
+        order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(t))
+        for c, part in enumerate(order.chunk(chunks)):
+            k = 1 if picture is None else choose((t, c), delta[part], b)
+            octave = 2 ** code(law, k.bit_length() - 1)
+            k = octave + code(uniform(octave), k - octave)
+            z[part] = candidates((t, c), (k - 1) // BLOCK, len(part))[(k - 1) % BLOCK]
+        x = rounded(mean + sigma * z.view_as(x))
+        return x
+
+    def last(mean: Tensor, x0_hat: Tensor) -> Tensor:
+        """x_0, exactly, with the 256 probabilities of Eq. 13 for each pixel."""
+        contrast = F.max_pool2d(x0_hat, 3, 1, 1) + F.max_pool2d(-x0_hat, 3, 1, 1)
+        levels, pixels = torch.arange(256).double()[:, None] / 127.5 - 1, bytearray(x.numel())
+        for part in contrast.flatten().argsort(stable=True).chunk(CLASSES):
+            def log_p(x0: Tensor, k: int, part=part) -> Tensor:     # σ_1² = 2^(k − 10) (1 − ᾱ)
+                return ddpm.discretized_gaussian_log_likelihood(
+                    x0, mean.flatten()[part], (1 - s.alpha_bars[1]) * 2.0 ** (k - 10))
+            own = x0.flatten()[part]
+            k = code(uniform(16), max(range(16), key=lambda k: log_p(own, k).sum().item()))
+            laws = frequencies(log_p(levels, k).exp()).T.tolist()
+            for i, law, pixel in zip(part.tolist(), laws, data.to_uint8(own).tolist()):
+                pixels[i] = code(law, pixel)
+        check = zlib.crc32(pixels).to_bytes(4, "big")
+        if [code(uniform(256), byte) for byte in check] != list(check):
+            raise EOFError("the pixels do not fit their checksum")
+        return torch.frombuffer(pixels, dtype=torch.uint8).view_as(x) / 127.5 - 1
+
+    def receive(t: int, p: ddpm.Reverse) -> Tensor:
+        if t == 0:
+            return last(rounded(p.mean), rounded(p.x0_hat))
+        q = ddpm.q_posterior_mean_variance(s, x0, x, torch.tensor([t + 1]))
+        return message(t, rounded(p.mean), p.variance.sqrt(), q.mean)
+
+    x_T = message(s.T, x, torch.ones(()), s.alpha_bars[s.T].sqrt() * x0)
+    return ddpm.receive(s, lambda x, t: rounded(net(x, t)), x_T, receive,
+                        **{**trained.choices, "variance": "fixed_small"})
+
+def header(trained: sample.Trained, b: int, length: int) -> bytes:
+    """How a file begins that was made with this network and goes on for `length` bytes."""
+    sha = hashlib.sha256(json.dumps(trained.model_settings, sort_keys=True).encode())
+    for name, weight in sorted(trained.net.state_dict().items()):
+        sha.update(name.encode() + data.raw_bytes(weight))
+    return MAGIC + bytes([VERSION, b]) + sha.digest()[:4] + length.to_bytes(3, "big")
+
+def encode(trained: sample.Trained, picture: Tensor, b: int = 12, quiet: bool = True) -> bytes:
+    """A picture, uint8 (C, H, W), as a file. ValueError if it has not the network's size."""
+    if tuple(picture.shape) != trained.shape:
+        raise ValueError(f"the picture is {tuple(picture.shape)} (C, H, W), but the network's are "
+                         f"{trained.shape}")
+    code, progress = Code(), Progress(STEPS, "steps", quiet=quiet)
+    for state in transmit(trained, code, b, picture):
+        progress.update(STEPS - state.t)
+    return header(trained, b, len(body := code.to_bytes())) + body
+
+def decode(trained: sample.Trained, content: bytes, name="this") -> tuple[Tensor, int]:
+    """The picture, or what the first bytes show of it: uint8 (C, H, W); and its step, 0 if whole.
+
+    The estimate is x̂_0 of the last x_t that the bytes determine. ValueError if they are no such
+    file, from another network, or damaged (the checksum comes last, so a part is not checked).
+    """
+    if content[:4] != MAGIC or len(content) < HEADER:
+        raise ValueError(f"{name} is no file of compress.py, or less than its first {HEADER} bytes")
+    if content[4] != VERSION or not 1 <= content[5] <= 16:
+        raise ValueError(f"{name} has version {content[4]} of the format, or is damaged")
+    body, length = content[HEADER:], int.from_bytes(content[10:HEADER], "big")
+    if content[:HEADER] != header(trained, content[5], length):
+        raise ValueError(f"{name} was made with another network: give its --checkpoint")
+    code, state = Code(body), False
+    with contextlib.suppress(EOFError):
+        for state in transmit(trained, code, content[5]):
+            pass
+    done = bool(state) and state.t == 0
+    if done != (len(body) == length) or done and code.to_bytes() != body:
+        raise ValueError(f"{name} is damaged")
+    if not state:
+        raise ValueError(f"{len(content)} bytes of {name} are too few to show anything")
+    return data.to_uint8(state.x0_hat)[0], state.t
+
+@common.command
+def main(argv=None) -> int:
+    """Writes a file, reads one, or measures: see the text at the head of this file."""
+    parser = common.Parser(__doc__)
+    parser.add_argument("action", choices=("encode", "decode", "measure"))
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="from, to")
+    parser.add_argument("--b", type=common.number(int, 1, 16), default=12,
+                        help="choose from 2^b − 1 candidates (default: 12)")
+    parser.add_argument("--bytes", type=count, help="decode only so many bytes of the file")
+    parser.add_argument("--n", type=count, default=20, help="images of measure (default: 20)")
+    parser.add_argument("--out", type=Path, default=Path("compress.png"), help="its picture")
+    parser.add("--checkpoint", "--data-dir")
+    args = parser.parse_args(argv)
+    if len(args.files) != (0 if args.action == "measure" else 2):
+        raise UsageError(f"{args.action} takes {'no' if args.action == 'measure' else 'two'} FILEs")
+    cpu = common.find_machine("cpu", "fp32")
+    trained = sample.load(args.checkpoint, args.data_dir or "data", True, cpu)
+    if trained.settings["variance"] == "learned":
+        raise ValueError("a network with learned variance takes all T steps, which costs too much")
+    if args.action == "measure":
+        folder = args.data_dir or trained.settings["data_dir"]
+        images = data.load(trained.settings["dataset"], folder, "test", trained.shape[1]).images
+        evaluate.files(images[:args.n], lambda image: encode(trained, image, args.b),
+                       lambda content: decode(trained, content)[0], args.out)
+        return 0
+    source, target = args.files
+    if args.action == "encode":
+        content = encode(trained, data.read_png(source), args.b, quiet=False)
+        with data.written(target) as file:
+            file.write(content)
+        data.say(f"{target} has {len(content)} bytes")
+    else:
+        data.size_of(source)  # ValueError if it is no file
+        picture, t = decode(trained, source.read_bytes()[:args.bytes], source)
+        sample.write_png(target, picture)
+        data.say(f"{target} holds " + (f"an estimate, x̂_0 at step {t}" if t else "all of it"))
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
