@@ -14,18 +14,21 @@ import torch
 from hypothesis import Phase, settings
 
 import test_commands
+import test_compress
 import test_data
 import test_ddpm
 import test_evaluate
 import test_unet
 import test_weights
-from test_weights import folder  # a fixture
+from test_compress import file  # a fixture, as is the next one
+from test_weights import folder
 
 HERE = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 # name: (file, test, [(right, wrong), …]); PAPER.md says what each of them does
-D, C, E, U, W = "test_ddpm.", "test_commands.", "test_evaluate.", "test_unet.", "test_weights."
+D, C, E, R = "test_ddpm.", "test_commands.", "test_evaluate.", "test_compress."
+U, W = "test_unet.", "test_weights."
 MISTAKES = {
     # --- the schedule and the forward process
     "ᾱ_0 ≠ 1": ("ddpm.py", D + "test_sec2_alpha_bar_is_the_running_product", [
@@ -134,6 +137,23 @@ MISTAKES = {
         ("return 127.5 * (x0 - x0_hat)", "return (x0 - x0_hat)")]),
     "interpolation decoded from t − 1": ("ddpm.py", D + "test_sec44_interpolation", [
         ("noise, start=t, **choices)", "noise, start=t - 1, **choices)")]),
+    # --- real bits
+    "the candidate with the largest ratio": (
+        "compress.py", R + "test_the_chosen_candidate_is_a_sample_of_q", [
+            ("(waits.cumsum(0).log() - log_w", "(-log_w")]),
+    "all octaves of K equally likely": (
+        "compress.py", R + "test_the_mean_length_keeps_the_bound", [("exponent = -1 /", "exponent = 0 *")]),
+    "candidates from torch.randn": ("compress.py", R + "test_candidates_are_standard_normal", [
+        ("NORMAL[words.view(torch.int16).int() + 32768].view(BLOCK, n)",
+         "torch.randn(BLOCK, n, generator=g)")]),
+    "bits beyond the end read as zeros": (
+        "compress.py", R + "test_code_length_is_that_of_the_probabilities", [
+            ("if symbol != other or symbol", "if symbol")]),
+    "the sender goes on with a sample of its own": (
+        "compress.py", R + "test_a_file_gives_the_picture_back", [
+            ("sigma * z.view_as(x)", "sigma * (z if code.content else delta).view_as(x)")]),
+    "a file without a checksum": ("compress.py", R + "test_every_damaged_byte_is_noticed", [
+        ("if [code(uniform(256), byte) for byte in check] != list(check):", "if False:")]),
     # --- the network
     "attention's softmax over the queries": ("unet.py", U + "test_softmax_is_over_the_keys", [
         ("scores.softmax(dim=2)", "scores.softmax(dim=1)")]),

@@ -15,8 +15,8 @@ from test_mistakes import MISTAKES
 HERE = Path(__file__).resolve().parents[1]
 README, PAPER = ((HERE / name).read_text() for name in ("README.md", "PAPER.md"))
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-MODULES = ("ddpm", "train", "sample", "evaluate", "data", "unet", "weights", "common")
-TESTS = ("test_ddpm", "test_commands", "test_data", "test_evaluate", "test_pictures", "test_unet",
+MODULES = ("ddpm", "train", "sample", "evaluate", "compress", "data", "unet", "weights", "common")
+TESTS = ("test_ddpm", "test_commands", "test_compress", "test_data", "test_evaluate", "test_pictures", "test_unet",
          "test_weights")
 
 
@@ -109,7 +109,7 @@ def test_the_algorithms_are_quoted_as_they_stand():
         assert text.rstrip() in inspect.getsource(function), function.__name__
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "bench", "weights"])
+@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "compress", "bench", "weights"])
 def test_flags_exist(script, capsys):
     """Every flag that README and PAPER give to a script is one of its flags."""
     assert importlib.import_module(script).main(["--help"]) == 0
