@@ -1,4 +1,6 @@
 """The network of the released code: its size, its wiring, and the mistakes that its shape hides."""
+import math
+
 import pytest
 import torch
 
@@ -49,6 +51,26 @@ def test_first_output_is_zero():
     assert 0.98 * bound < block.conv1.weight.abs().max() <= bound
 
 
+def test_initial_weights_are_uniform_with_variance_2_over_fan_in_plus_fan_out():
+    """This holds for every convolution and linear layer but the last of each branch and of the
+    network, whose weights are 0. All biases are 0, and normalisations begin as the identity."""
+    torch.manual_seed(0)
+    last = ("conv2", "attention.out", "conv_out")
+    for name, module in unet.UNet(**SMALL).named_modules():
+        if not hasattr(module, "weight"):
+            continue
+        weight = module.weight.detach()
+        assert not module.bias.any(), name
+        if isinstance(module, unet.Norm):
+            assert (weight == 1).all(), name
+        elif name.endswith(last):
+            assert not weight.any(), name
+        else:
+            variance = 2 / (weight[0].numel() + weight[:, 0].numel())
+            assert weight.abs().max() <= (3 * variance) ** 0.5, name
+            assert abs(weight.var() / variance - 1) < 5 * (0.8 / weight.numel()) ** 0.5, name
+
+
 def test_softmax_is_over_the_keys():
     """If every value is the same, so is what attention returns, whatever the queries.
 
@@ -83,6 +105,49 @@ def test_time_1_is_embedded_as_0():
     torch.testing.assert_close(e[1, [64, 127]], angle.cos())
 
 
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_time_embedding_is_its_formula_in_double_precision(width):
+    """sin and cos of ω_i (t − 1), where ω_i = 10000^(−i/(half − 1)), for all i and large t too."""
+    times, half = [1, 2, 17, 1000, 4000], width // 2
+    angles = [[(t - 1) * 10000 ** (-i / (half - 1)) for i in range(half)] for t in times]
+    want = [[*map(math.sin, row), *map(math.cos, row)] for row in angles]
+    torch.testing.assert_close(unet.time_embedding(torch.tensor(times), width, torch.float64),
+                               torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-11)
+
+
+def test_time_embedding_has_the_dtype_asked_for_and_the_device_of_t():
+    """The dtype is float32 if none is asked for, and never that of t."""
+    for t in (torch.tensor([1, 500]), torch.tensor([1.0, 500.0], dtype=torch.float64)):
+        assert unet.time_embedding(t, 64).dtype == torch.float32
+        assert unet.time_embedding(t, 64, torch.float64).dtype == torch.float64
+    with torch.device("meta"):  # elsewhere than t
+        assert unet.time_embedding(t, 64).device == t.device
+
+
+def test_a_network_of_doubles_computes_in_doubles():
+    """Every layer's output is float64. The network's is that of float32, but for the rounding."""
+    net, kinds, g = randomised().eval(), set(), torch.Generator().manual_seed(2)
+    x, t = torch.randn(2, 3, 8, 8, generator=g), torch.tensor([7, 900])
+    with torch.no_grad():
+        single = net(x, t)
+        net.double()
+        for module in net.modules():
+            module.register_forward_hook(lambda _, __, y: kinds.add(y.dtype))
+        double = net(x.double(), t)
+    assert kinds == {torch.float64}
+    assert (double - single).norm() / double.norm() < 1e-5
+
+
+def test_a_block_adds_the_time_to_its_first_convolution():
+    """What the second normalisation sees is conv(SiLU(norm(x))) + time, the same at all pixels."""
+    block, seen, g = randomised().down[0].eval(), [], torch.Generator().manual_seed(3)
+    block.norm2.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    x, emb = torch.randn(2, 64, 4, 4, generator=g), torch.randn(2, 256, generator=g)
+    block(x, emb)
+    first = block.conv1(torch.nn.functional.silu(block.norm1(x)))
+    torch.testing.assert_close(seen[0] - first, block.time(emb)[..., None, None].expand_as(first))
+
+
 def test_downsampling_pads_right_and_below():
     """TensorFlow's SAME padding: the first output sees pixels 0 … 2, the last one zeros beyond
     7."""
@@ -110,6 +175,32 @@ def test_dropout_drops_a_tenth_and_is_off_when_sampling():
     assert abs(pairs.double().mean() - 0.01) < 0.001
 
 
+@pytest.mark.parametrize("p, level", [(2 ** -16, 1), (0.1, 6554), (0.5, 32768), (0.9, 58982),
+                                      (0.99, 64881)])
+def test_dropout_rounds_p_to_a_multiple_of_2_to_the_minus_16(monkeypatch, p, level):
+    """Of the 65,536 values of a 16-bit number, `level` drop an element. The others scale it so that
+    the mean stays. The elements take the numbers as they lie in memory: channels last."""
+    values = torch.arange(-2 ** 15, 2 ** 15).to(torch.int16).view(torch.int64)
+    monkeypatch.setattr(torch.Tensor, "random_", lambda words, *_: words.copy_(values))
+    y = unet.Dropout(p)(torch.ones(2, 64, 16, 32)).permute(0, 2, 3, 1).flatten()
+    assert not y[:level].any()
+    assert torch.equal(y[level:], torch.full((2 ** 16 - level,), 2 ** 16 / (2 ** 16 - level)))
+
+
+def test_dropout_draws_one_word_for_four_elements():
+    """For n elements the generator moves on by ⌈n/4⌉ words, and not at all if none is dropped."""
+    for n in range(1, 10):
+        x = torch.ones(1, n, 1, 1)
+        for layer, words in ((unet.Dropout(0.5), (n + 3) // 4), (unet.Dropout(0.0), 0),
+                             (unet.Dropout(0.5).eval(), 0)):
+            torch.manual_seed(n)
+            y, after = layer(x), torch.rand(())
+            assert y.shape == x.shape and set(y.flatten().tolist()) <= ({0, 2} if words else {1})
+            torch.manual_seed(n)
+            torch.empty(words, dtype=torch.int64).random_(-2 ** 63, None)
+            assert torch.rand(()) == after
+
+
 def test_dropout_is_before_the_second_convolution_of_every_block():
     """What the second convolution sees is SiLU(norm(h)), a part of it 0 and the rest scaled; its
     output is added to the shortcut as it is. The blocks drop with the probability of the network.
@@ -134,24 +225,50 @@ def test_dropout_is_before_the_second_convolution_of_every_block():
         torch.testing.assert_close(made[block, "sum"], made[block, "short"] + made[block, "conv"])
 
 
-def test_attention_levels_follow_the_configured_size():
-    """16×16 of a 32×32 network is its second level, also for images of another size."""
-    net = unet.UNet(channels=32)
-    attends = [isinstance(m.attention, unet.Attention) for m in net.down if isinstance(m, unet.Block)]
-    assert attends == [False, False, True, True, False, False, False, False]
-    attends = [isinstance(m.attention, unet.Attention) for m in net.up if isinstance(m, unet.Block)]
-    assert attends == [False] * 6 + [True] * 3 + [False] * 3
-    assert [isinstance(m.attention, unet.Attention) for m in net.middle] == [True, False]
-    x = torch.randn(1, 3, 16, 24)
-    assert unet.UNet(**SMALL)(x, torch.tensor([3])).shape == x.shape
+@pytest.mark.parametrize("settings, levels", [
+    ({}, {1}), (unet.SETTINGS_256, {4}), (dict(attention=()), set()), (dict(attention=(32,)), {0}),
+    (dict(image_size=37, attention=(9,)), {2}), (dict(image_size=37, attention=(4, 37)), {0, 3})])
+def test_attention_levels_follow_the_configured_size(settings, levels):
+    """16×16 of a 32×32 network is its second level. A side that cannot be halved is rounded down.
+
+    The levels are the same on both ways. In the middle, the first of the two blocks attends."""
+    with torch.device("meta"):
+        net = unet.UNet(**settings)
+
+    def attends(part) -> list[bool]:
+        return [isinstance(m.attention, unet.Attention) for m in part if isinstance(m, unet.Block)]
+
+    order = [level in levels for level in range(net.levels)]
+    assert attends(net.down) == [attend for attend in order for _ in range(2)]
+    assert attends(net.up) == [attend for attend in reversed(order) for _ in range(3)]
+    assert attends(net.middle) == [True, False]
 
 
-def test_what_cannot_be_built_or_halved():
-    """Sides not divisible by 2^(levels − 1), channels not by 32: ValueError in words."""
-    with pytest.raises(ValueError, match="divisible by 2"):
-        unet.UNet(**SMALL)(torch.zeros(1, 3, 9, 8), torch.tensor([1]))
-    with pytest.raises(ValueError, match="multiple of 32"):
-        unet.UNet(channels=48)
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+def test_accepted_sides_are_the_multiples_of_2_to_the_number_of_halvings(levels):
+    """With L levels there are L − 1 halvings. The output has the size of the input. A refusal names
+    the sides."""
+    unit, t = 2 ** (levels - 1), torch.tensor([1, 2])
+    net = unet.UNet(channels=32, multipliers=(1,) * levels, blocks=1).eval()
+    for side in range(1, 13):
+        for shape in ((2, 3, side, unit), (2, 3, unit, side)):
+            if side % unit:
+                with pytest.raises(ValueError) as error:
+                    net(torch.zeros(shape), t)
+                assert all(str(length) in str(error.value) for length in shape[2:])
+            else:
+                assert net(torch.zeros(shape), t).shape == shape
+
+
+def test_channels_must_be_a_positive_multiple_of_32():
+    """Others are refused in words of our own, which name the number."""
+    for channels in (-32, 0, 1, 31, 33, 48, 144):
+        with pytest.raises(ValueError) as error:
+            unet.UNet(channels=channels)
+        assert str(error.value).startswith(str(channels))
+    for channels in (32, 96):
+        with torch.device("meta"):
+            assert unet.UNet(channels=channels).conv_in.out_channels == channels
 
 
 def test_bfloat16_is_close_to_float32():
@@ -163,3 +280,39 @@ def test_bfloat16_is_close_to_float32():
         with torch.autocast("cpu", torch.bfloat16):
             half = net(x, t).float()
     assert (half - full).norm() / full.norm() < 0.03
+
+
+@pytest.mark.parametrize("c, height, width", [(480, 4, 4), (512, 4, 4), (32, 31, 33), (32, 32, 32)])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_norm_has_float32_statistics_whichever_way_it_takes(c, height, width, gradient):
+    """Against the definition in float64, only the rounding of the output is left. This holds for
+    bfloat16 far from 0, whose own statistics would be useless, and where ε = 10⁻⁶ matters."""
+    g = torch.Generator().manual_seed(0)
+    norm = unet.Norm(c)
+    with torch.no_grad():
+        norm.weight.normal_(generator=g), norm.bias.normal_(generator=g)
+    for dtype, error, mean, scale in ((torch.float32, 1e-6, 0, 1), (torch.float32, 1e-6, 0, 1e-3),
+                                      (torch.bfloat16, 2 ** -8, 100, 1),
+                                      (torch.bfloat16, 2 ** -8, 0, 1e-3)):
+        x = (mean + scale * torch.randn(2, c, height, width, generator=g)).to(dtype)
+        groups = x.double().reshape(2, 32, -1)
+        away = groups - groups.mean(2, keepdim=True)
+        want = (away / (away.square().mean(2, keepdim=True) + 1e-6).sqrt()).view_as(x)
+        want = want * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+        with torch.set_grad_enabled(gradient):
+            y = norm(x)
+        assert y.dtype == dtype
+        assert ((y.double() - want).abs() < error * (1 + want.abs())).all()
+
+
+@pytest.mark.parametrize("c, height, width, gradient, converts", [
+    (480, 1, 1, False, True), (512, 1, 1, False, False), (512, 1, 1, True, False),
+    (32, 512, 1, False, True), (32, 31, 33, False, True), (32, 16, 64, False, False),
+    (32, 64, 16, False, False), (32, 64, 16, True, True)])
+def test_norm_converts_where_the_kernel_is_slow(monkeypatch, c, height, width, gradient, converts):
+    """On a CPU, bfloat16 becomes float32, but for wide groups and large maps without gradients."""
+    seen = []
+    monkeypatch.setattr(torch.nn.GroupNorm, "forward", lambda _, x: seen.append(x.dtype) or x)
+    with torch.set_grad_enabled(gradient):
+        y = unet.Norm(c)(torch.zeros(1, c, height, width, dtype=torch.bfloat16))
+    assert seen == [torch.float32 if converts else torch.bfloat16] and y.dtype == torch.bfloat16

@@ -1,10 +1,13 @@
 """The diffusers layout, in and out, and the safetensors format, whose reader takes nothing on
 trust."""
+import functools
 import inspect
 import io
 import json
 import math
+import os
 import struct
+import urllib.error
 import zlib
 
 import pytest
@@ -119,6 +122,11 @@ def safetensors(tensors: dict[str, torch.Tensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
+@functools.cache
+def state_file() -> bytes:
+    return safetensors(state())
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A diffusers folder of the layout above."""
@@ -126,7 +134,7 @@ def folder(tmp_path):
                                  ("scheduler", "scheduler_config.json", SCHEDULER)):
         (tmp_path / place).mkdir()
         (tmp_path / place / name).write_text(json.dumps(content))
-    (tmp_path / "unet" / weights.MODEL[0]).write_bytes(safetensors(state()))
+    (tmp_path / "unet" / weights.MODEL[0]).write_bytes(state_file())
     return tmp_path
 
 
@@ -162,6 +170,75 @@ def test_every_form_of_the_layout_loads(folder, tmp_path_factory):
         assert torch.equal(outputs(trained.net.eval()), want), name
 
 
+# Other networks of the family: the widths, blocks in a level, channels and the level that attends.
+FAMILY = [([32, 64], 1, 3, 0), ([32, 32, 64], 3, 1, 1), ([64, 128, 128, 64], 2, 2, 3)]
+
+
+def config_of(widths: list[int], blocks: int, channels: int, attending: int) -> dict:
+    """The config.json of one that attends at 16×16."""
+    kinds = ["DownBlock2D"] * len(widths)
+    kinds[attending] = "AttnDownBlock2D"
+    return {**CONFIG, "block_out_channels": widths, "layers_per_block": blocks,
+            "in_channels": channels, "out_channels": channels, "down_block_types": kinds,
+            "sample_size": 16 * 2 ** attending,
+            "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)]}
+
+
+@pytest.mark.parametrize("member", FAMILY)
+def test_the_layers_of_both_layouts_are_in_one_to_one_correspondence(member):
+    """Each layer of UNet2DModel has one name here, and there are no others; the shapes agree, but
+    for the 1×1 convolutions in attention, which are linear layers there."""
+    config = config_of(*member)
+    settings = weights.from_config(config, "config.json")
+    with torch.device("meta"):
+        net = common.build_network({**settings, "variance": "fixed_large"})
+    names, ours, theirs = weights.names(net), net.state_dict(), layout(config)
+    leaves = ("weight", "bias")
+    assert len(set(names.values())) == len(names)
+    assert {f"{name}.{leaf}" for name in names for leaf in leaves} == ours.keys()
+    assert {f"{name}.{leaf}" for name in names.values() for leaf in leaves} == theirs.keys()
+    for here, there in names.items():
+        shape = list(ours[f"{here}.weight"].shape)
+        assert (shape[:2] if ".attentions." in there else shape) == theirs[f"{there}.weight"]
+
+
+@pytest.mark.parametrize("member", FAMILY)
+def test_a_config_is_inferred_from_the_shapes(member):
+    """If one level attends, at 16×16, the shapes determine every entry that matters."""
+    config = config_of(*member)
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in layout(config).items()}
+    found = weights.inferred(shapes, "file")
+    for key in config.keys() - {"_class_name"}:
+        assert found[key] == config[key], key
+    assert weights.from_config(found, "file") == weights.from_config(config, "file")
+
+
+def test_shapes_that_leave_a_choice_are_not_guessed(tmp_path):
+    """Two levels that attend, none, or no first layer: ValueError that names the file."""
+    two = {**CONFIG, "down_block_types": ["AttnDownBlock2D"] * 2,
+           "up_block_types": ["AttnUpBlock2D"] * 2}
+    none = {**CONFIG, "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    headless = layout(CONFIG)
+    del headless["conv_in.weight"]
+    path = tmp_path / "x.safetensors"
+    for shapes in (layout(two), layout(none), headless):
+        path.write_bytes(safetensors({name: torch.zeros(1) for name in shapes}))
+        with pytest.raises(ValueError) as error:
+            weights.from_diffusers(path)
+        assert str(path) in str(error.value)
+
+
+def test_the_old_names_of_attention_are_the_current_ones():
+    """They are renamed in attention only, and current names stay as they are."""
+    old, new = ("query", "key", "value", "proj_attn"), ("to_q", "to_k", "to_v", "to_out.0")
+    for a, b in zip(old, new):
+        place, elsewhere = "up_blocks.10.attentions.2.", f"up_blocks.1.resnets.2.{a}.bias"
+        assert weights.current_name(f"{place}{a}.bias") == f"{place}{b}.bias"
+        assert weights.current_name(elsewhere) == elsewhere
+    for name in layout(CONFIG):
+        assert weights.current_name(name) == name
+
+
 @pytest.mark.parametrize("key, value", [
     ("act_fn", "gelu"), ("attention_head_dim", 8), ("norm_eps", 1e-5), ("downsample_padding", 1),
     ("flip_sin_to_cos", True), ("freq_shift", 0), ("out_channels", 5), ("sample_size", None),
@@ -170,9 +247,19 @@ def test_every_form_of_the_layout_loads(folder, tmp_path_factory):
 def test_another_architecture_is_refused(folder, key, value):
     """A config under which UNet2DModel is another function is refused by name, never
     approximated."""
-    (folder / "unet" / "config.json").write_text(json.dumps({**CONFIG, key: value}))
-    with pytest.raises(ValueError, match="config.json"):
-        sample.load(str(folder), "data", machine=CPU)
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**CONFIG, key: value}))
+    with pytest.raises(ValueError) as error:
+        weights.from_diffusers(folder)
+    assert str(error.value).startswith(str(file))
+
+
+def test_settings_beyond_what_is_known_are_refused(folder):
+    """The text names the folder that they are from."""
+    (folder / "unet" / "config.json").write_text(json.dumps({**CONFIG, "layers_per_block": 99}))
+    with pytest.raises(ValueError) as error:
+        weights.from_diffusers(folder)
+    assert str(error.value).startswith(str(folder))
 
 
 # What UNet2DModel and DDPMScheduler of diffusers 0.42 take where a file says nothing.
@@ -201,6 +288,14 @@ def read(function, *arguments):
         return function(*arguments)
     except ValueError as error:
         return str(error)
+
+
+def test_what_a_config_sets():
+    """All settings of the network that it describes. Whole numbers stay whole."""
+    config = {**CONFIG, **EXPORTED, "layers_per_block": 3}
+    assert json.dumps(weights.from_config(config, "config.json"), sort_keys=True) == json.dumps({
+        "attention": [37, 9], "blocks": 3, "channels": 32, "dropout": 0.0, "image_size": 37,
+        "in_channels": 1, "multipliers": [1, 2, 2]})
 
 
 @pytest.mark.parametrize("key", UNET_DEFAULTS)
@@ -254,13 +349,63 @@ def test_schedules_are_those_of_diffusers(T, name):
 
 @pytest.mark.parametrize("change", [
     {"prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"},
-    {"variance_type": "learned_range"}, {"trained_betas": [0.1]}, {"num_train_timesteps": "x"}])
-def test_another_schedule_is_refused(folder, change):
-    """What the sampler here does not know is refused, with what it knows."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**SCHEDULER, **change}))
-    with pytest.raises(ValueError, match="scheduler_config"):
-        sample.load(str(folder), "data", machine=CPU)
+    {"variance_type": "learned_range"}, {"trained_betas": [0.1]}, {"num_train_timesteps": "x"},
+    {"beta_schedule": ["linear"]}, {"prediction_type": None}, {"variance_type": 1},
+    {"beta_end": "x"}, {"beta_start": -1}, {"clip_sample": 2}, {"thresholding": True},
+    {"clip_sample_range": 2.0}, {"rescale_betas_zero_snr": True}])
+def test_another_schedule_is_refused(change):
+    """What the sampler here does not know is refused. The text begins with the file's name."""
+    with pytest.raises(ValueError) as error:
+        weights.from_scheduler({**SCHEDULER, **change})
+    assert str(error.value).startswith("scheduler_config.json: ")
+
+
+def test_the_scheduler_is_found_beside_the_weights_or_their_folder(folder, tmp_path_factory):
+    """Whatever of the layout is named, its scheduler counts, and the file of weights is named."""
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({**SCHEDULER, "num_train_timesteps": 500}))
+    flat = tmp_path_factory.mktemp("flat")
+    for place in ("unet", "scheduler"):
+        for file in (folder / place).iterdir():
+            (flat / file.name).write_bytes(file.read_bytes())
+    inner, outer = folder / "unet" / weights.MODEL[0], flat / weights.MODEL[0]
+    for path, file in ((folder, inner), (folder / "unet", inner), (inner, inner), (flat, outer),
+                       (outer, outer)):
+        _, settings, source = weights.from_diffusers(path)
+        assert settings["timesteps"] == 500 and source == str(file)
+
+
+@pytest.mark.parametrize("side, variance", [(254, "fixed_large"), (256, "fixed_small")])
+def test_without_a_scheduler_the_chain_is_that_of_the_paper(folder, side, variance):
+    """Its variance is fixed_large for images below 256×256, as that of the released models."""
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    (folder / "unet" / "config.json").write_text(json.dumps({**CONFIG, "sample_size": side}))
+    settings = weights.from_diffusers(folder)[1]
+    assert settings == {
+        "in_channels": 3, "image_size": side, "channels": 32, "dropout": 0.0, "blocks": 1,
+        "multipliers": [1, 2], "attention": [side], "timesteps": 1000, "beta_start": 1e-4,
+        "beta_end": 0.02, "clip_sample": True, "schedule": "linear", "predict": "eps",
+        "variance": variance}
+
+
+def test_memory_is_asked_for_before_it_is_taken(folder, monkeypatch):
+    """A file needs three times its size, and a network two copies of its weights and outputs. The
+    text of a refusal names the file."""
+    asked = []
+    monkeypatch.setattr(common, "require", lambda need, what, *_: asked.append((need, what)))
+    file = folder / "unet" / weights.MODEL[0]
+    net, *_ = weights.from_diffusers(folder)
+    size = 4 * sum(p.numel() for p in net.parameters())
+    (reading, what), (building, _) = asked
+    assert reading == 3 * file.stat().st_size and str(file) in what
+    outputs = 2 * 4 * 96 * 16 * 16 + 20_000    # the widest input of a block on the way up, twice
+    assert building == 2 * size + outputs
+    torch.save(state(), file.with_name(weights.MODEL[1]))
+    asked.clear()
+    weights.read_bin(file.with_name(weights.MODEL[1]))
+    (reading, what), = asked
+    assert reading == 3 * file.with_name(weights.MODEL[1]).stat().st_size
+    assert str(file.with_name(weights.MODEL[1])) in what
 
 
 def test_wrong_weights_are_refused(folder):
@@ -311,6 +456,64 @@ def test_hub_name(tmp_path, monkeypatch, server):
         sample.load("some/other", tmp_path / "data", machine=CPU)
 
 
+class Hub:
+    """Takes the place of data.fetch. `answers`: by the name of a file, its bytes or an error."""
+
+    def __init__(self, **answers):
+        self.answers, self.asked = answers, []
+
+    def __call__(self, address, path, check):
+        self.asked.append(address)
+        answer = self.answers[path.suffix[1:]]
+        if isinstance(answer, Exception):
+            raise OSError("outer") from answer
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(answer)
+        check(path)
+
+
+MISSING = urllib.error.HTTPError("", 404, "missing", None, None)
+
+
+@pytest.mark.parametrize("first, asked", [
+    (safetensors({"a": torch.ones(1)}), weights.MODEL[:1]), (MISSING, weights.MODEL)])
+def test_a_download_fetches_each_file_once(tmp_path, monkeypatch, first, asked):
+    """The second file of weights is asked for only if the first one is missing."""
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(1)}, buffer)
+    hub = Hub(json=b"{}", safetensors=first, bin=buffer.getvalue())
+    monkeypatch.setattr(data, "fetch", hub)
+    for _ in range(2):
+        target = weights.download("someone/model", tmp_path)
+        names = ["config.json", "scheduler_config.json", *asked]
+        assert hub.asked == [f"{weights.HUB}/someone/model/resolve/main/{name}" for name in names]
+        assert target == tmp_path / "someone" / "model"
+        assert {p.name for p in target.iterdir()} == {*names[:2], asked[-1]}
+
+
+@pytest.mark.parametrize("change", [{"json": b"<html>"}, {"safetensors": b"<html>"},
+                                    {"safetensors": MISSING, "bin": b"<html>"}])
+def test_every_download_is_checked(tmp_path, monkeypatch, change):
+    """A page in place of a file is not taken for the file."""
+    sound = safetensors({"a": torch.ones(1)})
+    monkeypatch.setattr(data, "fetch", Hub(**{"json": b"{}", "safetensors": sound, **change}))
+    with pytest.raises(ValueError):
+        weights.download("someone/model", tmp_path)
+
+
+@pytest.mark.parametrize("cause, said", [
+    (urllib.error.HTTPError("", 500, "broken", None, None), "broken"),
+    (urllib.error.URLError("refused"), "refused"), (TimeoutError(), "outer"), (MISSING, "missing")])
+def test_a_failed_download_tells_the_reason_and_the_place(tmp_path, monkeypatch, cause, said):
+    """The reason is that of the network, or else the error's own text."""
+    hub = Hub(json=b"{}", safetensors=cause, bin=cause)
+    monkeypatch.setattr(data, "fetch", hub)
+    with pytest.raises(OSError) as error:
+        weights.download("someone/model", tmp_path)
+    assert said in str(error.value) and str(tmp_path / "someone" / "model") in str(error.value)
+    assert len(hub.asked) == (4 if cause is MISSING else 3)
+
+
 def test_what_is_no_hub_name(tmp_path, monkeypatch):
     """A mistyped run and a name that leaves its folder are not looked up on the hub."""
     monkeypatch.chdir(tmp_path)
@@ -350,18 +553,170 @@ def test_export_is_read_back(folder, tmp_path, capsys):
             weights.export(a.net, {**a.settings, **change}, out)
 
 
+CHOICES = {  # the settings of a network to export, which differ from the defaults of diffusers
+    "image_size": 37, "in_channels": 1, "channels": 32, "multipliers": [1, 2, 2], "blocks": 1,
+    "attention": [37, 9], "dropout": 0.1, "timesteps": 500, "schedule": "quadratic",
+    "beta_start": 0.001, "beta_end": 0.02, "predict": "x0", "variance": "fixed_small",
+    "clip_sample": False}
+
+
+EXPORTED = {  # and its config.json, apart from what all networks here have in common
+    "sample_size": 37, "in_channels": 1, "out_channels": 1, "block_out_channels": [32, 64, 64],
+    "layers_per_block": 1, "dropout": 0.0,
+    "down_block_types": ["AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D"]}
+
+
+def test_every_entry_of_an_export(tmp_path):
+    """The three files that describe the pipeline, entry by entry, in lines that people can read.
+
+    The ends of the schedule are those of the β_t themselves, which depend on T. A side that cannot
+    be halved is rounded down, as in the network."""
+    weights.export(common.build_network(CHOICES), CHOICES, tmp_path)
+    texts = {p.relative_to(tmp_path).as_posix(): p.read_text() for p in tmp_path.rglob("*.json")}
+    found = {name: json.loads(text) for name, text in texts.items()}
+    for name, text in texts.items():
+        assert text == json.dumps(found[name], indent=2) + "\n"
+    scheduler = found["scheduler/scheduler_config.json"]
+    assert abs(scheduler.pop("beta_start") - 0.002) < 1e-12
+    assert abs(scheduler.pop("beta_end") - 0.04) < 1e-12
+    config = {**UNET_DEFAULTS, **CONFIG, **EXPORTED}
+    del config["num_train_timesteps"]  # it is for networks of another time embedding
+    assert found == {
+        "unet/config.json": config,
+        "scheduler/scheduler_config.json": {
+            "_class_name": "DDPMScheduler", "num_train_timesteps": 500, "trained_betas": None,
+            "beta_schedule": "scaled_linear", "variance_type": "fixed_small", "clip_sample": False,
+            "prediction_type": "sample", "thresholding": False, "clip_sample_range": 1.0,
+            "timestep_spacing": "leading", "steps_offset": 0, "rescale_betas_zero_snr": False},
+        "model_index.json": {
+            "_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"]}}
+
+
+def test_every_tensor_of_an_export(tmp_path):
+    """Its names and shapes are those of UNet2DModel, and its numbers those of the network."""
+    net = common.build_network(CHOICES)
+    weights.export(net, CHOICES, tmp_path)
+    tensors, own = weights.read_safetensors(tmp_path / "unet" / weights.MODEL[0]), net.state_dict()
+    assert {name: list(x.shape) for name, x in tensors.items()} == layout({**CONFIG, **EXPORTED})
+    for here, there in weights.names(net).items():
+        for leaf in ("weight", "bias"):
+            x = own[f"{here}.{leaf}"]
+            assert torch.equal(tensors[f"{there}.{leaf}"].reshape(x.shape), x), here
+
+
+def test_an_export_clips_unless_told_not_to_and_a_constant_schedule_is_linear(tmp_path):
+    """Settings of train.py say nothing of clipping. A constant β is a line that does not rise."""
+    settings = {**CHOICES, "schedule": "constant", "beta_start": 0.01}
+    del settings["clip_sample"]
+    weights.export(common.build_network(CHOICES), settings, tmp_path)
+    found = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert found["clip_sample"] is True and found["beta_schedule"] == "linear"
+    assert found["beta_start"] == found["beta_end"]
+
+
+def test_an_export_does_not_go_into_the_folder_of_a_run(tmp_path):
+    """What is there stays as it is."""
+    (tmp_path / "checkpoint.pt").write_bytes(b"a run")
+    with pytest.raises(ValueError):
+        weights.export(None, CHOICES, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+# ------------------------------------------------------------------------- files of another kind
+
+class Code:
+    """A pickle that would make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_pickled_code_is_run(tmp_path):
+    torch.save({"a": Code(tmp_path / "made")}, tmp_path / "x.bin")
+    with pytest.raises(ValueError):
+        weights.read_weights(tmp_path / "x.bin")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("content", [
+    [torch.ones(1)], {1: torch.ones(1)}, {"a": 1}, {"a": torch.ones(1), "b": [1]}, 3, None])
+def test_a_bin_file_must_be_a_dictionary_of_tensors(tmp_path, content):
+    path = tmp_path / "x.bin"
+    torch.save(content, path)
+    with pytest.raises(ValueError) as error:
+        weights.read_weights(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [
+    torch.ones(2).to_sparse(), torch.ones(2, device="meta"), torch.ones(2, dtype=torch.int64),
+    torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.complex64), torch.ones(1).expand(2),
+    torch.tensor([1.0, math.nan]), torch.tensor([-math.inf]), torch.tensor([math.inf]).half()])
+def test_weights_are_plain_tensors_of_finite_numbers(tmp_path, bad):
+    """Others in a .bin file are refused by name. A view whose storage is not larger is plain."""
+    path, good = tmp_path / "x.bin", torch.arange(6.0).reshape(2, 3).T
+    torch.save({"good": good, "half": good.half()}, path)
+    assert torch.equal(weights.read_weights(path)["good"], good)
+    torch.save({"good": good, "bad": bad, "half": good.half()}, path)
+    with pytest.raises(ValueError) as error:
+        weights.read_weights(path)
+    assert str(path) in str(error.value) and "bad" in str(error.value)
+
+
+def test_read_json_takes_an_object_or_nothing(tmp_path):
+    """None if there is no file; ValueError that names it for anything but an object."""
+    path = tmp_path / "x.json"
+    assert weights.read_json(path) is None
+    path.write_text('{"a": [1]}')
+    assert weights.read_json(path) == {"a": [1]}
+    for text in ("", "[]", "3", "null", "{", "[" * 100_000, "\x00"):
+        path.write_text(text)
+        with pytest.raises(ValueError) as error:
+            weights.read_json(path)
+        assert str(path) in str(error.value)
+    with pytest.raises(ValueError):
+        weights.read_json(tmp_path)
+
+
 # --------------------------------------------------------------------------- the safetensors format
 
 def test_safetensors_round_trip(tmp_path):
     """Every type, empty and scalar tensors too, by our writer and our reader."""
-    tensors = {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5)}
+    tensors = {"scalar": torch.tensor(2.5)}
     for i, dtype in enumerate(weights.DTYPES.values()):
+        tensors[f"empty{i}"] = torch.zeros(0, 3, dtype=dtype)
         tensors[f"x{i}"] = torch.arange(-3, 4).to(dtype).reshape(1, 7)
     weights.write_safetensors(tmp_path / "x.safetensors", tensors)
     back = weights.read_safetensors(tmp_path / "x.safetensors")
     assert back.keys() == tensors.keys()
     for name, x in tensors.items():
-        assert back[name].dtype == x.dtype and torch.equal(back[name], x), name
+        assert back[name].dtype == x.dtype and back[name].shape == x.shape, name
+        assert torch.equal(back[name], x), name
+
+
+def test_a_written_file_is_ordered_aligned_and_holds_the_metadata(tmp_path):
+    """Large types come first, then names in order, so that each tensor lies at a multiple of its
+    type's size. The header is filled up with spaces, and says that the tensors are PyTorch's."""
+    path = tmp_path / "x.safetensors"
+    tensors = {"d": torch.ones(3, dtype=torch.float16), "c": torch.ones(1), "b": torch.ones(3),
+               "e": torch.ones(3, dtype=torch.float64), "a": torch.ones(1, dtype=torch.bfloat16)}
+    weights.write_safetensors(path, tensors, {"who": "we"})
+    raw = path.read_bytes()
+    length, = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8:8 + length])
+    assert length % 8 == 0 and raw[8:8 + length].rstrip(b" ").endswith(b"}")
+    metadata = header.pop("__metadata__")
+    assert metadata == weights.read_header(path)[1] == {"format": "pt", "who": "we"}
+    assert list(header) == ["e", "b", "c", "a", "d"]
+    assert [entry["data_offsets"] for entry in header.values()] == [
+        [0, 24], [24, 36], [36, 40], [40, 42], [42, 48]]
+    weights.write_safetensors(path, tensors)
+    assert weights.read_header(path)[1] == {"format": "pt"}
 
 
 SOUND = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}
@@ -413,23 +768,95 @@ def test_safetensors_any_header(tmp_path_factory, header):
         assert sum(x.nbytes for x in tensors.values()) == 8
 
 
-@pytest.mark.parametrize("header", [
-    {"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}},                 # overlap
-    {"a": ENTRY, "b": {**ENTRY, "data_offsets": [9, 17]}},                 # gap
-    {"a": {**ENTRY, "shape": [3]}}, {"a": {**ENTRY, "shape": [-2]}}, {"a": {**ENTRY, "shape": 2}},
-    {"a": {**ENTRY, "shape": [True, 2]}}, {"a": {**ENTRY, "dtype": "F8"}},
-    {"a": {**ENTRY, "data_offsets": [8, 0]}}, {"a": {**ENTRY, "data_offsets": [0, 2 ** 70]}},
-    {"a": {**ENTRY, "shape": [2 ** 62, 2 ** 62]}}, {"a": {"dtype": "F32"}}, {"a": []}, [], 3])
-def test_safetensors_unsound_headers(tmp_path, header):
-    """Overlaps, gaps, sizes that do not fit, unknown types: refused before a tensor is made."""
-    text = json.dumps(header).encode()
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
-    with pytest.raises(ValueError, match="no sound safetensors file"):
+def file_of(path, header, body: bytes = b"", length: int | None = None):
+    """Writes a safetensors file: the header, as JSON if it is no text yet, and its length."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
+    return path
+
+
+def reason(path) -> str:
+    """What is said of an unsound file after its name: something, and in one line."""
+    with pytest.raises(ValueError) as error:
         weights.read_safetensors(path)
-    path.write_bytes(struct.pack("<Q", 60) + b'{"a": 1, "a": 2}'.ljust(60))
-    with pytest.raises(ValueError, match="twice"):
-        weights.read_safetensors(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    said = str(error.value).partition("file: ")[2]
+    assert len(said.split()) > 2
+    return said
+
+
+@pytest.mark.parametrize("entry", [
+    {"dtype": "F32"}, {"dtype": "F32", "shape": [2]}, {**ENTRY, "more": 1}, [], 3,
+    {**ENTRY, "dtype": "I8"}, {**ENTRY, "dtype": ["F32"]}, {**ENTRY, "dtype": None},
+    {**ENTRY, "shape": 2}, {**ENTRY, "shape": [3]}, {**ENTRY, "shape": [2.0]},
+    {**ENTRY, "shape": [True, 2]}, {**ENTRY, "shape": [-2]}, {**ENTRY, "shape": [-1, -2]},
+    {**ENTRY, "shape": [1] * 8 + [2]}, {**ENTRY, "shape": [2 ** 62, 2 ** 62]},
+    {**ENTRY, "shape": [0, 2 ** 63], "data_offsets": [0, 0]},
+    {**ENTRY, "data_offsets": None}, {**ENTRY, "data_offsets": []}, {**ENTRY, "data_offsets": [0]},
+    {**ENTRY, "data_offsets": [0, 8, 8]}, {**ENTRY, "data_offsets": [0, 7]},
+    {**ENTRY, "data_offsets": [8, 0]}, {**ENTRY, "data_offsets": [-8, 0]},
+    {**ENTRY, "data_offsets": [0, 2 ** 70]}])
+def test_an_unsound_entry_is_refused_by_the_name_of_its_tensor(tmp_path, entry):
+    """Missing or surplus parts, unknown types, sizes that do not fit: no tensor is made."""
+    path = file_of(tmp_path / "x.safetensors", {"one tensor": entry}, bytes(8))
+    assert "one tensor" in reason(path)
+
+
+def placed(*begins: int) -> dict:
+    """A header of tensors of 8 bytes that begin there."""
+    return {str(i): {**ENTRY, "data_offsets": [b, b + 8]} for i, b in enumerate(begins)}
+
+
+@pytest.mark.parametrize("header, size", [
+    (b"", 0), (b"{", 0), (b"\xff", 0), (b"[" * 100_000, 0), ([], 0), (3, 0), ({}, 1),  # no object
+    (b'{"a": %b, "a": %b}' % (2 * (json.dumps(ENTRY).encode(),)), 8),                 # names twice
+    (b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 8),
+    (placed(0), 7), (placed(0), 9), (placed(8), 8), (placed(8), 16), (placed(0, 9), 17),  # gaps
+    (placed(0, 0), 8), (placed(0, 0), 16), (placed(0, 4), 12), (placed(0, 4), 16)])  # overlaps
+def test_an_unsound_file_is_refused_with_a_reason(tmp_path, header, size):
+    assert reason(file_of(tmp_path / "x.safetensors", header, bytes(size)))
+
+
+def test_the_header_may_fill_the_file_but_not_more(tmp_path):
+    """A length beyond the file is refused, also where it is negative as a signed number. So is a
+    file that is too short for a length."""
+    path, text = tmp_path / "x.safetensors", json.dumps({"a": ENTRY}).encode()
+    assert weights.read_safetensors(file_of(path, b"{}")) == {}
+    for length in (3, 2 ** 63, 2 ** 64 - 1):
+        assert reason(file_of(path, b"{}", length=length))
+    # As a signed number this length leaves the last 8 bytes to the tensor.
+    assert reason(file_of(path, text, bytes(8), length=2 ** 64 - 16))
+    for size in range(8):
+        path.write_bytes(bytes(size))
+        assert reason(path)
+
+
+def test_a_header_beyond_100_million_bytes_is_refused(tmp_path, monkeypatch):
+    path, size = file_of(tmp_path / "x.safetensors", b"{}"), 100_000_001
+    raw = struct.pack("<Q", size) + b"{}".ljust(size)
+    monkeypatch.setattr(type(path), "read_bytes", lambda _: raw)
+    assert reason(path)
+
+
+@pytest.mark.parametrize("shape", [[], [0], [2], [1] * 7 + [2], [0, 2 ** 31], [2, 0, 3]])
+def test_shapes_up_to_eight_dimensions_are_read(tmp_path, shape):
+    """Their tensors may stand in the header in another order than in the file."""
+    body = struct.pack(f"<{math.prod(shape) + 1}f", *range(math.prod(shape) + 1))
+    last = {"dtype": "F32", "shape": [1], "data_offsets": [len(body) - 4, len(body)]}
+    first = {"dtype": "F32", "shape": shape, "data_offsets": [0, len(body) - 4]}
+    path = file_of(tmp_path / "x.safetensors", {"last": last, "first": first}, body)
+    tensors = weights.read_safetensors(path)
+    assert list(tensors["first"].shape) == shape and tensors["last"].tolist() == [math.prod(shape)]
+    assert tensors["first"].flatten().tolist() == list(range(math.prod(shape)))
+
+
+@pytest.mark.parametrize("metadata, found", [
+    ({}, {}), ({"a": "b"}, {"a": "b"}), (3, {}), (None, {})])
+def test_metadata_is_an_object_or_nothing(tmp_path, metadata, found):
+    path = file_of(tmp_path / "x.safetensors", {"__metadata__": metadata, "a": ENTRY}, bytes(8))
+    tensors, said = weights.read_header(path)
+    assert said == found and tensors.keys() == {"a"}
+    assert weights.read_header(file_of(path, {"a": ENTRY}, bytes(8)))[1] == {}
 
 
 # ------------------------------------------------------------------ against the installed package
