@@ -117,7 +117,7 @@ def kept_weights(path: Path, machine: Machine) -> tuple | None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no settings of train.py") from error
     common.judged(settings, str(path), common.REQUIRED)
-    net = network_with(state, settings, path, machine)
+    net = network_with(weights.finite(state, path), settings, path, machine)
     return net, settings, f"{path}, step {step}, averaged weights"
 
 def newest_checkpoint(root: Path = Path("runs")) -> Path:

@@ -199,9 +199,9 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p or x.device.type != "cpu":
-            return super().forward(x)
         level = round(self.p * 65536)
+        if not self.training or level in (0, 65536) or x.device.type != "cpu":
+            return super().forward(x)
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None)
         keep = (words.view(torch.int16) >= level - 32768)[:x.numel()]
         b, c, height, width = x.shape  # in memory the channels are the last dimension

@@ -82,12 +82,16 @@ def from_diffusers(path: Path) -> tuple[UNet, dict, str]:
         if file is None:
             raise ValueError(f"{unet} holds neither {MODEL[0]} nor {MODEL[1]}")
     state = {current_name(key): value for key, value in read_weights(file).items()}
-    config = read_json(unet / "config.json") or inferred(state, file)
+    config = read_json(unet / "config.json")
+    if config is None:
+        config = inferred(state, file)
     settings = from_config(config, str(unet / "config.json"))
     places = (folder / "scheduler", folder.parent / "scheduler", folder)
-    scheduler = next(filter(None, (read_json(p / "scheduler_config.json") for p in places)), None)
-    settings.update(from_scheduler(scheduler or {"variance_type": "fixed_large" if
-                                                 settings["image_size"] < 256 else "fixed_small"}))
+    scheduler = {"variance_type": "fixed_large" if settings["image_size"] < 256 else "fixed_small"}
+    for place in reversed(places):  # the first that has a file
+        found = read_json(place / "scheduler_config.json")
+        scheduler = scheduler if found is None else found
+    settings.update(from_scheduler(scheduler))
     common.judged(settings, str(folder))
     cpu = common.Machine(torch.device("cpu"), torch.float32)
     common.require_network(settings, cpu, 2, 1, False)
@@ -164,7 +168,7 @@ def from_config(config: dict, place: str) -> dict:
                 or any(type(w) is not int or w % widths[0] for w in widths)
                 or type(size) is not int):
             raise ValueError("blocks, widths, channels or sample_size of another network")
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{place} does not describe this network: {error!r}") from error
     return dict(in_channels=c, image_size=size, channels=widths[0], dropout=0.0,
                 blocks=config["layers_per_block"],
@@ -279,8 +283,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """A .safetensors or .bin file: name → tensor of finite floating-point numbers, or ValueError.
     """
     state = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
+    return finite(state, path)
+
+def finite(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """`state`, if it holds plain tensors of finite floating-point numbers. Else ValueError."""
     for key, value in state.items():
-        if (value.layout != torch.strided or value.is_quantized or value.is_meta
+        if (value.is_nested or value.layout != torch.strided or value.is_meta
                 or not value.is_floating_point()
                 or value.numel() * value.itemsize > value.untyped_storage().nbytes()
                 or not value.float().isfinite().all()):
@@ -292,9 +300,11 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     common.require(3 * data.size_of(path), f"reading {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        assert all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     except Exception as error:  # torch.load raises many kinds of error for a damaged file
         raise ValueError(f"{path} is no dictionary of tensors: {data.first_line(error)}") from error
+    if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        raise ValueError(f"{path} is no dictionary of tensors")
     return state
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -334,6 +344,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict]:
         check(all(isinstance(sizes, list) and len(sizes) <= 8 and all(
             type(n) is int and 0 <= n < 2 ** 63 for n in sizes) for sizes in (shape, offsets)),
               f"{name!r} has a shape or offsets that are not lists of sizes")
+        check(math.prod(filter(None, shape)) < 2 ** 60, f"{name!r} has a huge shape")
         size = math.prod(shape) * DTYPES[dtype].itemsize
         check(len(offsets) == 2 and offsets[0] + size == offsets[1],
               f"{name!r} has offsets that do not fit its type and shape")

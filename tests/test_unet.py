@@ -187,6 +187,10 @@ def test_dropout_rounds_p_to_a_multiple_of_2_to_the_minus_16(monkeypatch, p, lev
     assert torch.equal(y[level:], torch.full((2 ** 16 - level,), 2 ** 16 / (2 ** 16 - level)))
 
 
+def test_dropout_may_drop_everything():
+    assert not unet.Dropout(1.0)(torch.ones(1, 2, 3, 3)).any()
+
+
 def test_dropout_draws_one_word_for_four_elements():
     """For n elements the generator moves on by ⌈n/4⌉ words, and not at all if none is dropped."""
     for n in range(1, 10):

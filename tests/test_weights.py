@@ -388,6 +388,12 @@ def test_without_a_scheduler_the_chain_is_that_of_the_paper(folder, side, varian
         "variance": variance}
 
 
+def test_an_empty_scheduler_file_stands_for_its_defaults(folder):
+    """DDPMScheduler's variance is fixed_small if its configuration does not name one."""
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert weights.from_diffusers(folder)[1]["variance"] == "fixed_small"
+
+
 def test_memory_is_asked_for_before_it_is_taken(folder, monkeypatch):
     """A file needs three times its size, and a network two copies of its weights and outputs. The
     text of a refusal names the file."""
@@ -668,6 +674,23 @@ def test_weights_are_plain_tensors_of_finite_numbers(tmp_path, bad):
     assert str(path) in str(error.value) and "bad" in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_is_not_plain(tmp_path):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with pytest.raises(ValueError, match="bad"):
+        weights.finite({"bad": nested}, tmp_path)
+
+
+def test_averages_of_train_py_are_finite_too(tmp_path):
+    """A file with the metadata of --keep is judged as other weights are."""
+    about = {"ddpm": json.dumps({"settings": {}, "step": 1})}
+    weights.write_safetensors(tmp_path / "x.safetensors", {"bad": torch.tensor([math.nan])}, about)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample.common, "judged", lambda *_: None)
+        with pytest.raises(ValueError, match="bad"):
+            sample.kept_weights(tmp_path / "x.safetensors", None)
+
+
 def test_read_json_takes_an_object_or_nothing(tmp_path):
     """None if there is no file; ValueError that names it for anything but an object."""
     path = tmp_path / "x.json"
@@ -792,6 +815,7 @@ def reason(path) -> str:
     {**ENTRY, "shape": [True, 2]}, {**ENTRY, "shape": [-2]}, {**ENTRY, "shape": [-1, -2]},
     {**ENTRY, "shape": [1] * 8 + [2]}, {**ENTRY, "shape": [2 ** 62, 2 ** 62]},
     {**ENTRY, "shape": [0, 2 ** 63], "data_offsets": [0, 0]},
+    {**ENTRY, "shape": [0, 2 ** 62, 2 ** 62], "data_offsets": [0, 0]},
     {**ENTRY, "data_offsets": None}, {**ENTRY, "data_offsets": []}, {**ENTRY, "data_offsets": [0]},
     {**ENTRY, "data_offsets": [0, 8, 8]}, {**ENTRY, "data_offsets": [0, 7]},
     {**ENTRY, "data_offsets": [8, 0]}, {**ENTRY, "data_offsets": [-8, 0]},
