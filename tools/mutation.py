@@ -4,10 +4,10 @@
     python tools/mutation.py ddpm                  every mutant
     python tools/mutation.py train --sample 150    150 of them, drawn at random
 
-All mutants of ddpm.py take about a quarter of an hour on two cores, 150 of another file between two
-minutes and half an hour. Left out are the wording of messages, which no test should pin, the display
-of progress and the looks of plots. What was tested already is not tested again, until the folder
-that the first line of the output names is deleted. At the end stand the survivors, as differences.
+All mutants of ddpm.py take about a quarter of an hour on two cores; 150 of another file take from
+two minutes to half an hour. Left out are the wording of messages, which no test should pin, the
+display of progress and the looks of plots. What was tested already is not tested again, until the
+folder that the first line of the output names is deleted. At the end stand the survivors.
 """
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ continues, and steps.png is drawn if matplotlib is there.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -125,20 +126,26 @@ def main(argv=None) -> int:
     for steps in args.steps:
         for name, sampler in SAMPLERS.items():
             file = "-".join(f"{key}-{value}" for key, value in sampler.items())
-            path, note = args.out / f"{steps}-{file}.pt", args.out / f"{steps}-{file}.json"
-            if not note.exists():
-                started, progress = time.monotonic(), common.Progress(N, "samples")
-                torch.save(sample.draw_samples(trained, N, 0, 100, steps, machine, progress,
-                                               **sampler), path)
-                seconds = time.monotonic() - started
-                note.write_text(json.dumps({"seconds": seconds / N}), encoding="utf-8")
+            path, progress = args.out / f"{steps}-{file}.pt", common.Progress(N, "samples")
+            if not path.exists():
+                made = sample.draw_samples(trained, N, 0, 100, steps, machine, progress, **sampler)
+                with data.written(path) as out:
+                    torch.save(made, out)
             with torch.no_grad():
                 made = torch.cat([net(x) for x in torch.load(path).split(500)])
             value, error = distance(made, features["test"])
-            rows.append({"steps": steps, "sampler": name, "distance": value, "error": error,
-                         **json.loads(note.read_text(encoding="utf-8"))})
-            print(f"{steps:4} calls, {name:8} {value:8.3f} ± {error:.3f}   "
-                  f"{rows[-1]['seconds']:.3f} s an image", flush=True)
+            rows.append({"steps": steps, "sampler": name, "distance": value, "error": error})
+            print(f"{steps:4} calls, {name:8} {value:8.3f} ± {error:.3f}", flush=True)
+    times: list[list[float]] = [[] for _ in rows]
+    for _ in range(3):  # in turn, so that a noisy minute slows all of them
+        for row, took in zip(rows, times):
+            started = time.monotonic()
+            sample.draw_samples(trained, 16, 0, 16, row["steps"], machine,
+                                **SAMPLERS[row["sampler"]])
+            took.append((time.monotonic() - started) / 16)
+    for row, took in zip(rows, times):
+        row["seconds"] = statistics.median(took)
+        print(f"{row['steps']:4} calls, {row['sampler']:8} {row['seconds']:.3f} s an image")
     (args.out / "steps.json").write_text(json.dumps(rows), encoding="utf-8")
     plot(rows, args.out / "steps.png")
     return 0
