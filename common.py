@@ -431,8 +431,9 @@ def load_checkpoint(path: Path) -> dict:
                          f"does not match{way_out}")
     try:
         payload = torch.load(io.BytesIO(raw[:-32]), map_location="cpu", weights_only=True)
-        assert payload["format"] == FORMAT and type(payload["step"]) is int
-        assert 0 <= payload["step"] <= 10 ** 9
+        step = payload["step"]
+        if payload["format"] != FORMAT or type(step) is not int or not 0 <= step <= 10 ** 9:
+            raise ValueError("another format")
     except Exception as error:  # torch.load raises many kinds of error
         raise ValueError(f"{path} is not a checkpoint of this version of train.py") from error
     judged(payload.get("settings"), str(path), REQUIRED)

@@ -236,8 +236,10 @@ def scores(trained, images: Tensor, name: str, split: str, machine: Machine, arg
     real, new = None, False
     if cache.exists():
         try:
-            real = torch.load(cache, weights_only=True)
-            assert real.dim() == 2 and real.shape[1] == features.shape[1] and len(real) > 1
+            found = torch.load(cache, weights_only=True)
+            if found.dim() != 2 or found.shape[1] != features.shape[1] or len(found) < 2:
+                raise ValueError("these are not the features of these images")
+            real = found
         except Exception as error:  # torch.load raises many kinds of error for a damaged file
             say(f"{cache} is damaged ({data.first_line(error)}): computed anew")
     if real is None:

@@ -5,8 +5,11 @@ import hashlib
 import io
 import math
 import os
+import re
 import struct
+import sys
 import tarfile
+import tracemalloc
 
 import pytest
 import torch
@@ -68,6 +71,62 @@ def test_idx(tmp_path):
     assert len(data.load("fashion_mnist", fashion, "test").images) == 2
 
 
+def idx_of(rows: int, columns: int) -> bytes:
+    """A gzipped IDX file of two images, in which no pixel is 0."""
+    pixels = bytes(1 + i % 255 for i in range(2 * rows * columns))
+    return gzip.compress(struct.pack(">IIII", 2051, 2, rows, columns) + pixels)
+
+
+@pytest.mark.parametrize("rows, columns, top, left", [
+    (27, 21, 2, 5), (21, 27, 5, 2), (32, 31, 0, 0), (40, 32, 0, 0), (32, 32, 0, 0)])
+def test_idx_is_padded_to_32_in_each_direction(tmp_path, rows, columns, top, left):
+    """Half of what is missing is added before the picture, and if it is odd, one more after it."""
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(idx_of(rows, columns))
+    images, split, padded = data.load("mnist", tmp_path, "test")
+    assert images.shape == (2, 1, max(32, rows), max(32, columns))
+    inside = images[:, :, top:top + rows, left:left + columns]
+    assert inside.flatten().tolist() == [1 + i % 255 for i in range(2 * rows * columns)]
+    assert images.count_nonzero() == inside.numel()
+    assert (split, padded) == ("test", rows < 32 or columns < 32)
+
+
+def test_size_of_images_is_judged_by_both_sides(tmp_path):
+    """A size that is asked for is taken if both sides have it."""
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    for rows, columns, size, good in ((28, 28, 32, True), (40, 32, 32, False),
+                                      (32, 40, 32, False), (28, 28, 28, False)):
+        file.write_bytes(idx_of(rows, columns))
+        if good:
+            assert data.load("mnist", tmp_path, image_size=size).images.shape[2:] == (size, size)
+        else:
+            with pytest.raises(ValueError, match=f"{max(rows, 32)}×{max(columns, 32)}"):
+                data.load("mnist", tmp_path, image_size=size)
+
+
+def test_no_more_is_unpacked_than_a_data_set_can_have(tmp_path, monkeypatch):
+    """A file of exactly the limit is read, one byte more is refused before the rest is unpacked.
+
+    The limits: all of MNIST, and for CIFAR-10 its 60,000 records and some room for the rest."""
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(bytes(1000)))
+    assert data.gunzip(path, 1000) == bytes(1000)
+    with pytest.raises(ValueError, match="999"):
+        data.gunzip(path, 999)
+    path.write_bytes(gzip.compress(bytes(2 ** 24), 1))
+    tracemalloc.start()
+    with pytest.raises(ValueError):
+        data.gunzip(path, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 ** 22
+    limits = []
+    monkeypatch.setattr(data, "gunzip", lambda path, limit: limits.append(limit) or b"")
+    for read in (data.read_idx, data.read_cifar10):
+        with pytest.raises(ValueError):
+            read(path)
+    assert limits[0] == 16 + 60_000 * 28 * 28 and 60_000 * 3073 < limits[1] <= 200_000_000
+
+
 @given(st.integers(0, 2 ** 31), st.sampled_from(["cut", "byte", "header"]))
 def test_idx_corrupted(tmp_path_factory, where, how):
     """Cut anywhere, any compressed byte changed, any header: read as it was, or one ValueError."""
@@ -115,21 +174,104 @@ def test_cifar10_damaged(tmp_path):
         data.load("cifar10", tmp_path)
 
 
+def test_cifar10_in_any_order_and_with_other_entries(tmp_path):
+    """The batches are put in order; folders, texts and files of other names are passed over.
+
+    An entry that is empty, a folder, a link, or not of whole records is no batch."""
+    def archive(*entries):
+        with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as file:
+            for name, body, kind in entries:
+                entry = tarfile.TarInfo("cifar-10-batches-bin/" + name)
+                entry.type, entry.size, entry.linkname = kind, len(body), "other.bin"
+                file.addfile(entry, io.BytesIO(body))
+
+    def batch(i):
+        return f"data_batch_{i}.bin", bytes([9] + [i] * 3072), tarfile.REGTYPE
+    rest = [("", b"", tarfile.DIRTYPE), ("batches.meta.txt", b"airplane", tarfile.REGTYPE),
+            ("other.bin", bytes([200] * 3073), tarfile.REGTYPE),
+            ("empty.txt", b"", tarfile.REGTYPE), ("link", b"", tarfile.SYMTYPE)]
+    archive(*rest, *map(batch, (4, 2, 5, 1, 3)))
+    d = data.load("cifar10", tmp_path)
+    assert d.images[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5] and d[1:] == ("train", False)
+    for body, kind in ((b"", tarfile.REGTYPE), (b"", tarfile.DIRTYPE), (b"", tarfile.SYMTYPE),
+                       (bytes(3072), tarfile.REGTYPE), (bytes(3074), tarfile.REGTYPE)):
+        archive(*rest, *map(batch, (1, 2, 3, 5)), ("data_batch_4.bin", body, kind))
+        with pytest.raises(ValueError, match="data_batch_4.bin"):
+            data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("name, split, file", [
+    ("cifar10", "train", "cifar-10-binary.tar.gz"), ("cifar10", "test", "cifar-10-binary.tar.gz"),
+    ("mnist", "train", "train-images-idx3-ubyte.gz"),
+    ("mnist", "test", "t10k-images-idx3-ubyte.gz"),
+    ("fashion_mnist", "test", "t10k-images-idx3-ubyte.gz")])
+def test_what_is_missing_is_fetched_as_the_tables_say(tmp_path, monkeypatch, name, split, file):
+    """Address, size and checksum are those of the file that is needed; it is put at name/file.
+
+    A file that lies there is taken, before one in the data folder itself."""
+    if name == "cifar10":
+        address, size, checksum = data.CIFAR10[file]
+    else:
+        size, checksum = data.IDX[name][1][file]
+        address = f"{data.IDX[name][0]}{file}"
+    asked = []
+    monkeypatch.setattr(data, "fetch", lambda *given: asked.append(given) or given[1])
+    read, images = [], torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    for reader in ("read_idx", "read_cifar10"):
+        monkeypatch.setattr(data, reader, lambda path, *_: read.append(path) or images)
+    place = tmp_path / name / file
+    data.load(name, tmp_path, split)
+    assert asked == [(address, place, size, checksum)] and read == [place]
+    place.parent.mkdir()
+    place.touch()
+    if name != "fashion_mnist":
+        (tmp_path / file).touch()
+    data.load(name, tmp_path, split)
+    assert len(asked) == 1 and read[1] == place
+
+
 def test_tensor_file(tmp_path):
-    """A .pt of torch.save is taken if it is uint8 N×C×H×W with C = 1 or 3, and with no other."""
+    """A .pt of torch.save is taken if it is uint8 N×C×H×W with C = 1 or 3, and with no other.
+
+    It has no splits, and no border is added."""
     path = tmp_path / "images.pt"
-    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
-    torch.save(images, path)
-    assert torch.equal(data.load(str(path)).images, images)
+    for channels in (1, 3):
+        images = torch.randint(256, (4, channels, 8, 8), dtype=torch.uint8)
+        torch.save(images, path)
+        d = data.load(str(path))
+        assert torch.equal(d.images, images) and d[1:] == ("", False)
     with pytest.raises(ValueError, match="8×8, not 16×16"):
         data.load(str(path), image_size=16)
-    for bad in (images.float(), images[0], images[:, :2], images[:0], {"a": images}, "text"):
+    for bad in (images.float(), images[0], images[:, :2], images[:0], {"a": images}, "text",
+                images[:, [0, 1, 2, 0]], images[None], images.to("meta")):
         torch.save(bad, path)
         with pytest.raises(ValueError):
             data.load(str(path))
     path.write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(ValueError, match="no tensor file"):
         data.load(str(path))
+
+
+class Deed:
+    """What a pickle can do when it is read: here it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("done",)
+
+
+def test_tensor_file_is_mapped_and_no_code_in_it_is_run(tmp_path, monkeypatch):
+    """A file larger than memory can be used, or one of a GPU; one from a stranger can do nothing.
+
+    The variable makes torch.load trust every file, unless it is told not to."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    load, options = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *a, **b: options.append(b) or load(*a, **b))
+    torch.save(Deed(), "deed.pt")
+    with pytest.raises(ValueError, match="deed.pt"):
+        data.load("deed.pt")
+    assert not os.path.exists("done")
+    assert options[0]["mmap"] is True and options[0]["map_location"] == "cpu"
 
 
 def picture(*shape) -> torch.Tensor:
@@ -208,6 +350,150 @@ def test_folder_of_pictures(tmp_path):
     assert len(list(cache.iterdir())) == 1
 
 
+@pytest.mark.parametrize("size", [16, 5])
+def test_pictures_are_reduced_with_lanczos_kernel(tmp_path, size):
+    """Reduced k-fold, a pixel is the mean of its surroundings with weights sinc(x) sinc(x/3).
+
+    x is the distance in pixels of the result, below 3. Kills: other kernels, and no filter."""
+    pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    side, image = 64, picture(3, 64, 64)
+    sample.write_png(tmp_path / "a.png", image)
+    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * side / size
+    x = (torch.arange(side) + 0.5 - centre[:, None]) * size / side
+    weights = torch.sinc(x) * torch.sinc(x / 3) * (x.abs() < 3)
+    weights /= weights.sum(1, keepdim=True)
+    want = (weights @ image.double() @ weights.T).clamp(0, 255)
+    assert (data.decode(tmp_path / "a.png", size) - want).abs().max() < 2
+
+
+def test_grey_of_16_bits_is_divided_by_257(tmp_path, monkeypatch):
+    """All 65,536 levels are rounded to the nearest of 256, also if Pillow calls the mode I.
+
+    Older versions of Pillow do so. The levels of other pictures of that mode, and of decimal
+    numbers, have no known range, and are refused."""
+    Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    levels = torch.arange(2 ** 16).view(256, 256)
+    image = Image.frombytes("I;16", (256, 256), struct.pack("<65536H", *range(2 ** 16)))
+    image.save(tmp_path / "a.png")
+    want = ((levels + 128) // 257).expand(3, -1, -1)
+    assert torch.equal(data.decode(tmp_path / "a.png", 256).int(), want.int())
+    for mode in "IF":
+        wide = image.convert("I").convert(mode)
+        wide.save(tmp_path / "a.tif")
+        with pytest.raises(ValueError, match="a.tif"):
+            data.decode(tmp_path / "a.tif", 256)
+        wide.format = "PNG"
+        monkeypatch.setattr(Image, "open", lambda file, wide=wide: wide)
+        if mode == "I":
+            assert torch.equal(data.decode(tmp_path / "a.png", 256).int(), want.int())
+        monkeypatch.undo()
+
+
+def test_what_is_half_transparent_is_half_white(tmp_path):
+    """Black at α/255 becomes 255 − α. The one transparent colour of a palette becomes white."""
+    Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    for mode in ("RGBA", "LA"):
+        for alpha in (0, 1, 127, 200, 255):
+            colour = (0,) * (len(mode) - 1) + (alpha,)
+            Image.new(mode, (4, 4), colour).save(tmp_path / "a.png")
+            assert (data.decode(tmp_path / "a.png", 4) == 255 - alpha).all()
+    palette = Image.frombytes("P", (2, 2), bytes([0, 1, 1, 0]))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "a.png", transparency=1)
+    assert data.decode(tmp_path / "a.png", 2).flatten(1).tolist() == [
+        [10, 255, 255, 10], [20, 255, 255, 20], [30, 255, 255, 30]]
+
+
+@pytest.fixture
+def decoded(tmp_path, monkeypatch):
+    """What was decoded, by a decoder made here that fills the image with the file's first byte."""
+    def decode(file, size):
+        names.append(str(file))
+        return torch.full((3, size, size), file.read_bytes()[0], dtype=torch.uint8)
+    names: list[str] = []
+    monkeypatch.setattr(data, "decode", decode)
+    monkeypatch.chdir(tmp_path)
+    return names
+
+
+def fill(folder: str, **pictures: int) -> None:
+    """A folder with such pictures, each of one byte."""
+    os.makedirs(folder)
+    for name, value in pictures.items():
+        with open(f"{folder}/{name.replace('_', '.')}", "wb") as file:
+            file.write(bytes([value]))
+
+
+def test_a_folder_is_all_its_pictures_in_order(decoded):
+    """In folders of the folder too, whatever the case of the ending; other files are no pictures.
+
+    The side is 256 unless it is given."""
+    fill("p/b", c_JPG=3, a_png=2, b_Jpeg=9)
+    fill("p/c.png", d_tiff=4, e_pt=5, f_txt=6)
+    fill("p/a", z_webp=1)
+    d = data.load("p", "cache", image_size=2)
+    assert d.images.shape == (5, 3, 2, 2) and d[1:] == ("", False)
+    assert d.images[:, 0, 0, 0].tolist() == [1, 2, 9, 3, 4]
+    assert all((image == image[0, 0, 0]).all() for image in d.images)
+    assert data.load("p", "cache").images.shape == (5, 3, 256, 256)
+
+
+def test_a_folder_has_splits_if_its_folders_are_called_so(decoded):
+    """The folder of the split is taken, and nothing else; without such a folder all pictures."""
+    fill("p/train", a_png=1)
+    fill("p/other", b_png=2)
+    for split, found in (("train", [1]), ("test", None)):
+        if found:
+            d = data.load("p", "cache", split, 1)
+            assert d.images[:, 0, 0, 0].tolist() == found and d.split == split
+        else:
+            with pytest.raises(ValueError, match="train/.* test/"):
+                data.load("p", "cache", split, 1)
+    fill("q/test", a_png=3)
+    assert data.load("q", "cache", "test", 1)[1:] == ("test", False)
+    with pytest.raises(ValueError, match="test/.* train/"):
+        data.load("q", "cache", "train", 1)
+    fill("p/test", a_png=4)
+    assert data.load("p", "cache", "test", 1).images.flatten().tolist() == [4] * 3
+    assert data.load("p/other", "cache", "test", 1).split == ""
+
+
+def test_a_folder_is_decoded_anew_if_and_only_if_something_changed(decoded):
+    """A name, a size in bytes, a time of change, or the size asked for.
+
+    Only the file of decoded pictures is then read. One that is cut is refused."""
+    def load(size: int = 2):
+        before = len(decoded)
+        images = data.load("p", "cache", image_size=size).images
+        return len(decoded) - before, images[:, 0, 0, 0].tolist()
+    fill("p", a_png=1, b_png=2)
+    for name in "ab":
+        os.utime(f"p/{name}.png", ns=(5, 5))
+    assert load() == (2, [1, 2]) and load() == (0, [1, 2])
+    assert load(3) == (2, [1, 2]) and load(3) == (0, [1, 2])
+    os.rename("p/a.png", "p/c.png")
+    assert load() == (2, [2, 1])
+    with open("p/c.png", "wb") as file:
+        file.write(b"\3\3")
+    os.utime("p/c.png", ns=(5, 5))
+    assert load() == (2, [2, 3])
+    os.utime("p/c.png", ns=(5, 6))
+    assert load() == (2, [2, 3]) and load() == (0, [2, 3])
+    for path in os.listdir("cache"):
+        os.truncate(f"cache/{path}", 11)
+    with pytest.raises(ValueError, match=" 11 .* 24"):
+        load()
+
+
+def test_decoding_says_every_500_and_the_last(decoded, capsys):
+    fill("p", **{f"i{i}_png": 0 for i in range(502)})
+    data.load("p", "cache", image_size=1)
+    lines = capsys.readouterr().err.split("\r")
+    numbers = [[int(x) for x in re.findall(r"\d+", line)] for line in lines[1:]]
+    assert numbers == [[500, 502], [502, 502]]
+    assert lines[-1].endswith("\n")
+
+
 def test_no_such_data(tmp_path):
     """An unknown name and an empty folder are told in one line each."""
     with pytest.raises(ValueError, match="no data set is called 'cifar11'"):
@@ -222,6 +508,38 @@ def test_shapes_are_the_same_always():
     assert torch.equal(a, b) and a.shape == (16, 3, 16, 16) and a.dtype == torch.uint8
     assert not torch.equal(a, data.shapes(16, split="test"))
     assert a.float().std() > 20 and len(a.flatten(1).unique(dim=0)) == 16
+
+
+def test_shapes_have_8192_images_of_16_pixels_to_train_and_1024_to_test(monkeypatch):
+    """Another size is drawn if it is asked for, up to 512 pixels."""
+    d = data.load("shapes", split="test")
+    assert torch.equal(d.images, data.shapes(1024, 16, "test")) and d[1:] == ("test", False)
+    monkeypatch.setattr(data, "shapes", lambda *given: given)
+    assert data.load("shapes") == ((8192, 16, "train"), "train", False)
+    assert data.load("shapes", image_size=8).images == (8192, 8, "train")
+    assert data.load("shapes", split="test", image_size=512).images == (1024, 512, "test")
+    with pytest.raises(ValueError, match="513"):
+        data.load("shapes", image_size=513)
+
+
+@pytest.mark.parametrize("split, colours", [
+    ("train", [21, 12, 10, 21, 2, 21, 10, 21, 20, 10, 20, 20]),
+    ("test", [20, 10, 20, 10, 21, 20, 10, 2, 20, 2, 20, 20])])
+def test_shapes_stay_the_same_in_later_versions(split, colours):
+    """So that a published number can be had again: the strongest channel and the weakest."""
+    peaks = data.shapes(12, split=split).amax((2, 3))
+    assert (10 * peaks.argmax(1) + peaks.argmin(1)).tolist() == colours
+
+
+def test_a_square_covers_of_each_pixel_what_lies_inside():
+    """Along its middle row: the length of what a pixel and the square have in common.
+
+    Kills: edges that are blurred, or not smooth."""
+    x, r, side = torch.tensor([0.03]), torch.tensor([0.5]), 16
+    left = torch.arange(side) * 2 / side - 1
+    inside = torch.minimum(left + 2 / side, x + 0.85 * r) - torch.maximum(left, x - 0.85 * r)
+    row = data.covers(x, torch.zeros(1), r, side)[1, 0, side // 2]
+    torch.testing.assert_close(row, inside.clamp(min=0) * side / 2, rtol=0, atol=1e-5)
 
 
 def test_shapes_have_the_areas_of_geometry():
@@ -339,3 +657,180 @@ def test_download_that_is_too_slow_ends(tmp_path, server, monkeypatch):
     monkeypatch.setattr(data.time, "monotonic", lambda: next(now))
     with pytest.raises(OSError, match="slower than 5 kB/s"):
         data.fetch(server.address + "/x", tmp_path / "x.bin")
+
+
+# --- a server and a clock made here
+
+def scripted(monkeypatch, *parts: tuple[float, bytes], length: int | None = None) -> None:
+    """Each part comes at its time, in seconds after the start; the server may announce a length."""
+    class Answer(io.BytesIO):
+        headers = {} if length is None else {"Content-Length": str(length)}
+
+        def read1(self, size):
+            clock[0], part = next(coming, (clock[0], b""))
+            return part
+    def open_it(self, address, timeout):
+        assert timeout <= 60                # one that says nothing is given up after a minute
+        return Answer()
+    clock, coming = [1000.0], iter((1000 + t, part) for t, part in parts)
+    monkeypatch.setattr(data.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(data.urllib.request.OpenerDirector, "open", open_it)
+
+
+@pytest.mark.parametrize("parts, good", [
+    ([(1, 1), (59, 1), (60, 1)], True),                 # nobody is judged in the first minute
+    ([(60.5, 302_499)], False), ([(60.5, 302_500)], True),
+    ([(30, 500_000), (100, 1)], True), ([(30, 500_000), (101, 1)], False),
+    ([(100, 500_000), (200, 499_999)], False), ([(100, 500_000), (200, 500_000)], True)])
+def test_download_must_have_5_kilobytes_a_second_after_a_minute(tmp_path, monkeypatch, parts, good):
+    """All bytes so far count, over all seconds since the start."""
+    scripted(monkeypatch, *((t, bytes(n)) for t, n in parts))
+    if good:
+        data.fetch("http://x/x", tmp_path / "x")
+        assert (tmp_path / "x").stat().st_size == sum(n for _, n in parts)
+    else:
+        with pytest.raises(OSError, match="5 kB/s"):
+            data.fetch("http://x/x", tmp_path / "x")
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("length", [2_500_000, None])
+def test_download_shows_megabytes_and_percent_twice_a_second(tmp_path, monkeypatch, capsys, length):
+    """At once, and then more than half a second after the line before; without a length no percent.
+
+    The line is ended, so that what follows does not stand in it."""
+    times = (0, 0.5, 0.625, 1, 1.25)
+    scripted(monkeypatch, *((t, bytes(500_000)) for t in times), length=length)
+    data.fetch("http://x/x", tmp_path / "x")
+    err = capsys.readouterr().err
+    lines = [[float(x) for x in re.findall(r"[\d.]+", line)] for line in err.split("\r")[1:]]
+    if length:
+        assert lines == [[0.5, 2.5, 20], [1.5, 2.5, 60], [2.5, 2.5, 100]]
+    else:
+        assert lines == [[0.5], [1.5], [2.5]]
+    assert err.endswith("\n") and err.count("\n") == 1
+
+
+def test_download_that_does_not_begin_shows_no_progress(tmp_path, capsys):
+    with pytest.raises(OSError):
+        data.fetch("nonsense", tmp_path / "x")
+    assert capsys.readouterr().err == ""
+
+
+class Chunk(bytes):
+    """A byte that counts as two gigabytes."""
+
+    def __len__(self):
+        return 2 * 10 ** 9
+
+
+def test_download_of_unknown_length_ends_at_4_gigabytes(tmp_path, monkeypatch):
+    """4 GB are taken, and not a byte more. What is expected to be larger may be."""
+    parts = [(0, Chunk(b"a")), (0, Chunk(b"b"))]
+    scripted(monkeypatch, *parts)
+    assert data.fetch("http://x/x", tmp_path / "x").read_bytes() == b"ab"
+    scripted(monkeypatch, *parts, (0, b"c"))
+    with pytest.raises(OSError, match="4000000000"):
+        data.fetch("http://x/x", tmp_path / "y")
+    scripted(monkeypatch, *parts, (0, b"c"))
+    assert data.fetch("http://x/x", tmp_path / "z", 4 * 10 ** 9 + 1).read_bytes() == b"abc"
+
+
+def test_download_is_checked_by_md5_or_sha256(tmp_path, monkeypatch):
+    """32 digits are MD5, 64 are SHA-256; the size asked for counts, not the announced one."""
+    for digest in (hashlib.md5, hashlib.sha256):
+        scripted(monkeypatch, (0, b"ab"), (0, b"cd"), length=3)
+        path = data.fetch("http://x/x", tmp_path / "x", 4, digest(b"abcd").hexdigest())
+        assert path.read_bytes() == b"abcd"
+        scripted(monkeypatch, (0, b"abcd"))
+        with pytest.raises(OSError, match=digest(b"abcd").hexdigest()):
+            data.fetch("http://x/x", tmp_path / "y", 4, digest(b"abce").hexdigest())
+
+
+# --- small things that everything uses
+
+@given(st.integers(1, 3), st.sampled_from([(1, 4, 4), (3, 2, 5)]))
+def test_fingerprint_is_the_shape_and_the_hash_of_all_bytes(n, shape):
+    images = picture(n, *shape).flip(3).transpose(2, 3)
+    want = hashlib.sha256(bytes(images.flatten().tolist())).hexdigest()
+    assert data.fingerprint(images, (n, 7)) == f"({n}, 7) {want}"
+
+
+@pytest.mark.parametrize("shape, parts", [((5, 3, 2 ** 12, 2 ** 11), [2, 2, 1]),
+                                          ((2, 1, 2 ** 14, 2 ** 13), [1, 1])])
+def test_fingerprint_copies_64_megabytes_at_a_time(monkeypatch, shape, parts):
+    """So a data set larger than memory has one; an image larger than that is copied alone.
+
+    The images are one byte, expanded."""
+    seen = []
+    monkeypatch.setattr(data, "raw_bytes", lambda part: seen.append(len(part)) or b"")
+    data.fingerprint(torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(shape), shape)
+    assert seen == parts
+
+
+@pytest.mark.parametrize("text, line", [
+    ("", "KeyError"), (" \n ", "KeyError"), ("\n one \n two", "one "),
+    ("a\tb\x1b[31m\0é×", "a?b?[31m?é×"),
+    ("x" * 281, "x" * 280)])
+def test_first_line_of_an_error_is_printable_and_short(text, line):
+    class KeyError(Exception):
+        pass
+    assert data.first_line(KeyError(text)) == line
+
+
+class Stream(io.StringIO):
+    """A stream that keeps what has been flushed, or fails."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.error, self.flushed = error, ""
+
+    def flush(self):
+        self.flushed = self.getvalue()
+        if self.error:
+            raise self.error
+
+
+def test_what_is_said_is_on_stderr_at_once(monkeypatch, capsys):
+    """With the end that is asked for, a new line by default."""
+    monkeypatch.setattr(sys, "stderr", Stream())
+    data.say("a", end="")
+    assert sys.stderr.flushed == "a"
+    data.say("b")
+    assert sys.stderr.flushed == "ab\n" and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), ValueError("closed")])
+def test_work_goes_on_if_nobody_can_read_what_is_said(monkeypatch, error):
+    """The reader of a pipe has ended, or the stream is closed. Other errors are mistakes."""
+    monkeypatch.setattr(sys, "stderr", Stream(error))
+    data.say("a")
+    monkeypatch.setattr(sys, "stderr", Stream(KeyError()))
+    with pytest.raises(KeyError):
+        data.say("a")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_second_name_of_a_file(tmp_path, monkeypatch, links):
+    """With hard links the first name stays; without them it goes. An older file makes room."""
+    path, keep = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(b"new")
+    keep.write_bytes(b"old")
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError()))
+    data.rename_to(path, keep)
+    assert keep.read_bytes() == b"new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == (["a", "b"] if links else ["b"])
+
+
+def test_check_writable_leaves_nothing_and_names_the_file(tmp_path):
+    """A file that is there keeps its content; a folder, or a file in place of one, is an error."""
+    path = tmp_path / "new" / "a"
+    data.check_writable(path)
+    assert not list(path.parent.iterdir())
+    path.write_bytes(b"kept")
+    data.check_writable(path)
+    assert path.read_bytes() == b"kept" and list(path.parent.iterdir()) == [path]
+    for bad in (path.parent, path / "b"):
+        with pytest.raises(OSError, match=re.escape(f"{bad}:")):
+            data.check_writable(bad)
