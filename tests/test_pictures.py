@@ -4,10 +4,16 @@ The network of these tests has random weights, and others as its averages, so th
 the one are far from those of the other, and clipping acts at every step.
 """
 import json
+import math
+import os
+import re
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import common
 import data
@@ -205,3 +211,37 @@ def test_kept_averages_are_what_the_file_samples(run):
     assert sample.main(["--checkpoint", "ema-1.safetensors", *flags]) == 0
     z = noise(0, 1)
     assert_alike(torch.load("x.pt"), levels(chain(run["ema"], z(), z)[-1][1]))
+
+
+# ------------------------------------------------------------------------------ a trained network
+
+CPU = common.Machine(torch.device("cpu"), torch.float32)
+SMALL = {**test_commands.SETTINGS, "channels": 32, "multipliers": [1], "blocks": 1, "attention": [8],
+         "image_size": SIDE, "timesteps": T}
+
+
+def small_run(folder="runs/small", **changes) -> dict:
+    """A checkpoint of a network that no training has touched, and the averages are 1 more."""
+    state = common.build_network({**SMALL, **changes}).state_dict()
+    payload = {"step": 12, "settings": {**SMALL, **changes}, "model": state,
+               "ema": {key: value + 1 for key, value in state.items()}}
+    common.save_checkpoint(Path(folder, "checkpoint.pt"), payload)
+    return payload
+
+
+def test_what_is_loaded_of_a_checkpoint(monkeypatch):
+    """The averages unless told otherwise, on the best machine here, for evaluation; what it is in
+    words is in every samples.json, so the words stay. Convolutions run faster in channels_last."""
+    state, asked = small_run(), []
+    monkeypatch.setattr(common, "find_machine", lambda: asked.append("machine") or CPU)
+    for trained, which, words in (
+            (sample.load("runs/small"), "ema", "averaged"), (sample.load(), "ema", "averaged"),
+            (sample.load(ema=False), "model", "last"),
+            (sample.load(Path("runs/small/checkpoint.pt"), machine=CPU), "ema", "averaged")):
+        path = "runs/small" if asked[3:] == [] and not asked[1:] else trained.source.split(",")[0]
+        assert trained.source == f"{path}, step 12, {words} weights" and trained.shape == (3, SIDE, SIDE)
+        assert all(torch.equal(value, state[which][key]) for key, value in trained.net.state_dict().items())
+        assert trained.settings == state["settings"] and not trained.net.training
+        assert trained.net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(trained.schedule.alpha_bars, common.build_schedule(SMALL).alpha_bars)
+    assert asked == ["machine"] * 3
