@@ -262,6 +262,7 @@ def scores(trained, images: Tensor, name: str, split: str, machine: Machine, arg
 
 # === Files of compress.py =========================================================================
 
+CUTS = (16, 32, 64, 128, 256)
 RIVALS = {"WebP, lossless": dict(format="WEBP", lossless=True, quality=100, method=6),
           **{f"WebP, quality {q}": dict(format="WEBP", quality=q, method=6) for q in (1, 50)},
           **{f"JPEG, quality {q}": dict(format="JPEG", quality=q) for q in (5, 25, 75)}}
@@ -270,7 +271,7 @@ def files(images: Tensor, encode: Callable, decode: Callable, out: Path) -> None
     """Prints bytes, bits/dim and RMSE of files, of their beginnings and of other formats.
 
     encode: a picture, uint8 (C, H, W), → bytes; decode: bytes, or the first of them, → a picture.
-    `out` gets what 32, 64, 128 and all bytes show of the first pictures, a row each.
+    `out` gets what CUTS and all bytes show of the first eight pictures, a row each.
     """
     rows, shown, progress = {}, [], Progress(len(images), "images")
     for i, image in enumerate(images, 1):
@@ -278,10 +279,15 @@ def files(images: Tensor, encode: Callable, decode: Callable, out: Path) -> None
             error = (decoded.double() - image.double()).square().mean().item()
             rows.setdefault(name, []).append((size, error))
         content = encode(image)
-        for cut in (32, 64, 128, len(content)):
-            shown.append(decode(content[:cut]))
+        for cut in (*CUTS, len(content)):
+            try:
+                shown.append(decode(content[:cut]))
+            except ValueError:  # too few bytes to show anything: grey
+                if cut == len(content):
+                    raise
+                shown.append(torch.full_like(image, 128))
             name = "whole files" if cut == len(content) else f"their first {cut} bytes"
-            note(name, cut, shown[-1])
+            note(name, min(cut, len(content)), shown[-1])
         note("PNG", len(data.png(image)), image)
         with contextlib.suppress(ImportError):  # without Pillow PNG is the only rival
             from PIL import Image
@@ -297,7 +303,8 @@ def files(images: Tensor, encode: Callable, decode: Callable, out: Path) -> None
         size, error = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
         print(f"{name:22} {size:8.1f} bytes {8 * size / images[0].numel():8.3f} bits/dim   "
               f"RMSE {error ** 0.5:6.2f}")
-    sample.write_png(out, sample.enlarged(sample.grid(torch.stack(shown[:32]), 4)))
+    columns = len(CUTS) + 1
+    sample.write_png(out, sample.enlarged(sample.grid(torch.stack(shown[:8 * columns]), columns)))
 
 # === The command ==================================================================================
 

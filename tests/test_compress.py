@@ -13,6 +13,7 @@ import common
 import compress
 import data
 import ddpm
+import evaluate
 import sample
 import test_pictures
 
@@ -222,7 +223,24 @@ def test_measure_prints_every_format(run, capsys):
     assert sizes["whole files"] == sum(map(len, content)) / 2
     assert errors["whole files"] == errors["PNG"] == 0 < errors["their first 64 bytes"]
     assert errors["their first 64 bytes"] < errors["their first 32 bytes"]
-    assert data.read_png(run / "compress.png").shape[1] % 2 == 0
+    shown = data.read_png(run / "compress.png")         # 2 pictures, 5 beginnings and the whole
+    side = shown.shape[1] // 2
+    assert shown.shape == (3, 2 * side, 6 * side)
+    whole = shown[:, side // 16:side:side // 8, 5 * side + side // 16::side // 8]
+    assert torch.equal(whole, torch.load("images.pt")[0])
+
+
+def test_what_cannot_be_shown_is_grey_but_a_file_that_is_wrong_is_an_error(tmp_path):
+    image, out = picture(), tmp_path / "x.png"
+
+    def decode(content):
+        if len(content) < 20:
+            raise ValueError("too few")
+        return image
+    evaluate.files(image[None], lambda image: bytes(100), decode, out)
+    assert (data.read_png(out)[:, :8, :8] == 128).all()
+    with pytest.raises(ValueError, match="too few"):
+        evaluate.files(image[None], lambda image: bytes(9), decode, out)
 
 
 @pytest.mark.parametrize("line, status, said", [
