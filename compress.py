@@ -1,5 +1,4 @@
-"""Algorithms 3 and 4 with real bits: a file whose first bytes show the picture, and all of them
-give it back exactly.
+"""Algorithms 3 and 4 with real bits: lossless files whose first bytes already show the picture.
 
     python compress.py encode picture.png picture.ddpm            with the newest run's network
     python compress.py decode picture.ddpm picture.png            all of it: lossless
@@ -7,9 +6,8 @@ give it back exactly.
     python compress.py measure --n 20                             sizes and errors of test images
 
 To send a sample of q(x_{t−1} | x_t, x_0) to a receiver who knows p_θ(x_{t−1} | x_t) only, both draw
-the same candidates from p_θ, and the sender writes the number of one (`choose`). PAPER.md says what
-it costs, and why the chain has 20 times. Both sides must compute the same bits: the network runs in
-float64, where machines differ by some 10⁻¹⁴, and its outputs are rounded to multiples of 2⁻¹⁶.
+the same candidates from p_θ, and the sender writes the number of one (`choose`). For the same bits
+on both sides the network runs in float64, and its outputs are rounded. PAPER.md says more.
 """
 from __future__ import annotations
 
@@ -82,10 +80,6 @@ def frequencies(p: Tensor) -> Tensor:
     rest = 2 ** BITS - found.sum(0, keepdim=True)
     return found.scatter_add(0, found.argmax(0, keepdim=True), rest)
 
-def uniform(n: int) -> list[int]:
-    """n symbols that are equally likely; n is a power of 2."""
-    return [2 ** BITS // n] * n
-
 # === A sample of q for somebody who knows p =======================================================
 
 def rounded(x: Tensor) -> Tensor:
@@ -115,9 +109,8 @@ def choose(key: tuple, delta: Tensor, b: int) -> int:
     return int((waits.cumsum(0).log() - log_w[:len(waits)]).argmin()) + 1
 
 def zipf(kl: float, b: int) -> list[int]:
-    """Frequencies of ⌊log₂ K⌋ < b, where p(K) ∝ K^{−λ} with λ = 1 + 1/(KL + (log₂ e)/e + 1)."""
-    exponent = -1 / (kl + math.log2(math.e) / math.e + 1)
-    return frequencies(2 ** (exponent * torch.arange(b).double())).tolist()
+    """Frequencies of ⌊log₂ K⌋ < b, where p(K) ∝ K^{−λ}, λ = 1 + 1/(KL + (log₂ e)/e + 1)."""
+    return frequencies(2 ** (-torch.arange(b).double() / (kl + 1.5307378))).tolist()
 
 # === Algorithms 3 and 4 ===========================================================================
 
@@ -127,10 +120,10 @@ def transmit(trained: sample.Trained, code: Code, b: int, picture: Tensor | None
     `code` writes a symbol and returns it, or returns the one that it reads. Yields the states of
     `ddpm.receive`, which the sender computes as the receiver does; the last one is the picture.
     """
-    T, first = trained.schedule.T, max(1, round(trained.schedule.T / 125))
-    s = ddpm.respace(trained.schedule, sorted({round(first * (T / first) ** (i / (STEPS - 1)))
-                                               for i in range(STEPS)}))
-    net = copy.deepcopy(trained.net).double().to(memory_format=torch.contiguous_format)
+    T, ratio = trained.schedule.T, min(125, trained.schedule.T)
+    times = sorted({round(T * ratio ** (i / (STEPS - 1) - 1)) for i in range(STEPS)})
+    s = ddpm.respace(trained.schedule, times)
+    net = copy.deepcopy(trained.net).double()
     x, scale = torch.zeros(1, *trained.shape, dtype=torch.float64), 0
     x0 = x if picture is None else picture[None].double() / 127.5 - 1   # not used by the receiver
 
@@ -148,7 +141,7 @@ def transmit(trained: sample.Trained, code: Code, b: int, picture: Tensor | None
         for c, part in enumerate(order.chunk(chunks)):
             k = 1 if picture is None else choose((t, c), delta[part], b)
             octave = 2 ** code(law, k.bit_length() - 1)
-            k = octave + code(uniform(octave), k - octave)
+            k = octave + code([2 ** BITS // octave] * octave, k - octave)
             z[part] = candidates((t, c), (k - 1) // BLOCK, len(part))[(k - 1) % BLOCK]
         x = rounded(mean + sigma * z.view_as(x))
         return x
@@ -162,12 +155,12 @@ def transmit(trained: sample.Trained, code: Code, b: int, picture: Tensor | None
                 return ddpm.discretized_gaussian_log_likelihood(
                     x0, mean.flatten()[part], (1 - s.alpha_bars[1]) * 2.0 ** (k - 10))
             own = x0.flatten()[part]
-            k = code(uniform(16), max(range(16), key=lambda k: log_p(own, k).sum().item()))
+            k = code([4096] * 16, max(range(16), key=lambda k: log_p(own, k).sum().item()))
             laws = frequencies(log_p(levels, k).exp()).T.tolist()
             for i, law, pixel in zip(part.tolist(), laws, data.to_uint8(own).tolist()):
                 pixels[i] = code(law, pixel)
         check = zlib.crc32(pixels).to_bytes(4, "big")
-        if [code(uniform(256), byte) for byte in check] != list(check):
+        if [code([256] * 256, byte) for byte in check] != list(check):
             raise EOFError("the pixels do not fit their checksum")
         return torch.frombuffer(pixels, dtype=torch.uint8).view_as(x) / 127.5 - 1
 
@@ -199,10 +192,9 @@ def encode(trained: sample.Trained, picture: Tensor, b: int = 12, quiet: bool = 
     return header(trained, b, len(body := code.to_bytes())) + body
 
 def decode(trained: sample.Trained, content: bytes, name="this") -> tuple[Tensor, int]:
-    """The picture, or what the first bytes show of it: uint8 (C, H, W); and its step, 0 if whole.
+    """The picture, or x̂_0 of the last x_t that the bytes determine; and its step, 0 if whole.
 
-    The estimate is x̂_0 of the last x_t that the bytes determine. ValueError if they are no such
-    file, from another network, or damaged (the checksum comes last, so a part is not checked).
+    ValueError for another file or network, or damage (not in a part: the checksum comes last).
     """
     if content[:4] != MAGIC or len(content) < HEADER:
         raise ValueError(f"{name} is no file of compress.py, or less than its first {HEADER} bytes")
@@ -227,21 +219,25 @@ def main(argv=None) -> int:
     """Writes a file, reads one, or measures: see the text at the head of this file."""
     parser = common.Parser(__doc__)
     parser.add_argument("action", choices=("encode", "decode", "measure"))
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="from, to")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="the one to read, and "
+                        "the one to write: a .png and a file of this program, or the reverse")
     parser.add_argument("--b", type=common.number(int, 1, 16), default=12,
-                        help="choose from 2^b − 1 candidates (default: 12)")
-    parser.add_argument("--bytes", type=count, help="decode only so many bytes of the file")
+                        help="encode with 2^b − 1 candidates for each message (default: 12)")
+    parser.add_argument("--bytes", type=count, help="decode only the first so many bytes")
     parser.add_argument("--n", type=count, default=20, help="images of measure (default: 20)")
-    parser.add_argument("--out", type=Path, default=Path("compress.png"), help="its picture")
+    parser.add_argument("--out", type=Path, default=Path("compress.png"), help="of measure: what "
+                        "the beginnings of files show (default: compress.png)")
     parser.add("--checkpoint", "--data-dir")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # flags may stand before and between the files
     if len(args.files) != (0 if args.action == "measure" else 2):
         raise UsageError(f"{args.action} takes {'no' if args.action == 'measure' else 'two'} FILEs")
-    cpu = common.find_machine("cpu", "fp32")
+    cpu = common.find_machine("cpu")
     trained = sample.load(args.checkpoint, args.data_dir or "data", True, cpu)
     if trained.settings["variance"] == "learned":
-        raise ValueError("a network with learned variance takes all T steps, which costs too much")
+        raise ValueError("a network with learned variance takes all T steps: too many bits")
     if args.action == "measure":
+        if "dataset" not in trained.settings:
+            raise UsageError("measure needs a run of train.py, whose data set has test images")
         folder = args.data_dir or trained.settings["data_dir"]
         images = data.load(trained.settings["dataset"], folder, "test", trained.shape[1]).images
         evaluate.files(images[:args.n], lambda image: encode(trained, image, args.b),

@@ -203,12 +203,12 @@ def run(tmp_path, monkeypatch):
 
 def test_both_sides_compute_the_same_bits(run):
     """A second process with other threads and without vector instructions reads the file."""
-    assert compress.main("encode picture.png a.ddpm --b 6".split()) == 0
+    assert compress.main("encode --b 6 picture.png --checkpoint runs/images a.ddpm".split()) == 0
     settings = {"OMP_NUM_THREADS": "2", "ATEN_CPU_CAPABILITY": "default"}
     subprocess.run([sys.executable, HERE / "compress.py", "decode", "a.ddpm", "b.png"], check=True,
                    env={**os.environ, **settings})
     assert torch.equal(data.read_png(run / "b.png"), picture(3))
-    assert compress.main("decode a.ddpm c.png --bytes 40".split()) == 0
+    assert compress.main("decode --bytes 40 a.ddpm c.png".split()) == 0
     assert (data.read_png(run / "c.png") != picture(3)).any()
 
 
