@@ -146,7 +146,8 @@ def judged(settings, place: str, needed=()) -> dict:
             raise ValueError(f"{place}: {name} is {shown(value)}, not a list of 1 to {LONGEST}")
         for one in value if name in LISTS else [value]:
             try:
-                KINDS[name](one)
+                if KINDS[name](one) != one:  # the judges of flags take numbers as text
+                    raise argparse.ArgumentTypeError(f"{shown(one)} is a text, not a number")
             except argparse.ArgumentTypeError as error:
                 raise ValueError(f"{place}: {name} {error}") from error
     return settings
@@ -423,7 +424,7 @@ def load_checkpoint(path: Path) -> dict:
         raise ValueError(f"no checkpoint at {path}")
     require(3 * size_of(path), f"reading {path}")
     raw = memoryview(path.read_bytes())
-    if len(raw) < 32 or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
+    if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
         way_out = ""
         if previous(path) != path and previous(path).exists():
             way_out = f"; delete it to continue from the one before it, {previous(path)}"
@@ -491,9 +492,10 @@ class Progress:
             return
         self.shown = time.monotonic()
         rate = max(done - self.first, 1e-9) / max(self.shown - self.started, 1e-9)
-        left = timedelta(seconds=round((self.total - done) / rate)) if done > self.first else "?"
         speed = f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{1 / rate:.0f} s each"
-        line = f"{done:.0f}/{self.total:.0f} {self.unit} {note} {speed}, {left} left"
+        left = f"{speed}, {timedelta(seconds=round((self.total - done) / rate))} left"
+        line = (f"{done:.0f}/{self.total:.0f} {self.unit} {note} "
+                f"{left if done > self.first else ''}")
         end = "" if self.terminal and done < self.total else "\n"
         say(("\r\x1b[K" if self.terminal else "") + " ".join(line.split()), end=end)
 

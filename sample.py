@@ -366,6 +366,9 @@ def draw_many(trained: Trained, machine: Machine, args) -> None:
         raise ValueError(f"{note} tells of other samples: delete it and them, or give another "
                          "--out")
     first = 0
+    if not (tensor or found) and (args.out / "000000.png").exists():
+        raise ValueError(f"{args.out} has pictures of which no samples.json tells: give another "
+                         "--out")
     if tensor and found and raw.exists():
         first = min(args.n, data.size_of(raw) // size)
     while not tensor and (args.out / f"{first:06d}.png").exists() and first < args.n:

@@ -79,7 +79,9 @@ def test_the_last_line_of_a_short_run_is_taken_out_again():
 
 def test_a_damaged_log_is_kept(capsys):
     """Lines that the log cannot have are left out with a word, and the file is kept."""
-    trains("--steps", 4)
+    for _ in range(2):
+        trains("--steps", 4)
+        assert not Path("runs/images/log.damaged.jsonl").exists()
     path = Path("runs/images/log.jsonl")
     good = path.read_bytes()
     path.write_bytes(b'{"step": 1\xff\n' + good + b'[1]\n{"step": 99, "loss": 1}\n{"step')
@@ -89,41 +91,60 @@ def test_a_damaged_log_is_kept(capsys):
     assert "damaged lines" in capsys.readouterr().err
 
 
-def test_loss_png(monkeypatch):
-    """With matplotlib there, every grid draws the losses anew."""
+def test_loss_png_shows_the_log():
+    """The loss over the steps, and that of each third; older lines without thirds are left out."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    trains("--steps", 8, "--samples", 1, "--sample-steps", 2)
-    path = Path("runs/images/loss.png")
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    before = path.stat().st_mtime_ns
-    trains("--steps", 12, "--samples", 1, "--sample-steps", 2)
-    assert path.stat().st_mtime_ns > before
+    pyplot, figures = common.pyplot(), []
+    train.plot_losses(Path())
+    Path("log.jsonl").write_text('{"step": 1, "loss": 9}\n'
+                                 '{"step": 2, "loss": 5, "loss_thirds": [8, 4, 3]}\n')
+    train.plot_losses(Path())
+    assert not Path("loss.png").exists()
+    with open("log.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 4, "loss_thirds": [6, 2, 1]}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot, "close", figures.append)
+        train.plot_losses(Path())
+    axes, = figures[0].axes
+    assert [list(zip(*line.get_data())) for line in axes.lines] == [
+        [(2, 8), (5, 6)], [(2, 4), (5, 2)], [(2, 3), (5, 1)], [(2, 5), (5, 4)]]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert Path("loss.png").read_bytes()[1:4] == b"PNG"
+    pyplot.close(figures[0])
 
 
 # ---------------------------------------------------------------------------------------- the grids
 
-def test_a_grid_takes_a_tenth_of_the_time_so_far(monkeypatch, capsys):
-    """As many network calls as fit into a tenth of the training, ten at least, T at most; the flag
-    decides otherwise."""
+@pytest.mark.parametrize("T, variance, flag, seconds, steps", [
+    (100, "fixed_small", None, 49, 10), (100, "fixed_small", None, 100, 20),
+    (100, "fixed_small", None, 10 ** 4, 100), (100, "fixed_small", 7, 0, 7),
+    (2, "fixed_small", None, 0, 2), (10, "learned", None, 0, 10), (11, "learned", None, 0, None),
+    (11, "learned", None, 55, 11)])
+def test_a_grid_takes_a_tenth_of_the_time(monkeypatch, capsys, T, variance, flag, seconds, steps):
+    """As many network calls of half a second as fit into it, ten at least, T at most; the flag
+    decides otherwise. The images are 0 … 4 of the run's seed, from its averages, 32 at a time."""
     asked = []
-    monkeypatch.setattr(sample, "seconds_of_a_call", lambda *_: 0.5)
-    monkeypatch.setattr(sample, "draw_samples", lambda trained, n, seed, batch, steps, *_: (
-        asked.append(steps) or torch.zeros(n, 3, 8, 8, dtype=torch.uint8)))
+
+    def draw(trained, n, seed, batch, calls, machine, progress):
+        asked.append(calls)
+        assert trained.net is run.ema and trained.schedule is run.schedule
+        assert (trained.settings, machine, progress.total) == (run.settings, run.machine, 5)
+        assert (n, seed, batch, progress.quiet) == (5, 3, 32, False)
+        return torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+
+    def a_call(trained, n, machine):
+        return 0.5 if trained.net is run.ema and (n, machine) == (5, run.machine) else None
+    monkeypatch.setattr(sample, "draw_samples", draw)
+    monkeypatch.setattr(sample, "seconds_of_a_call", a_call)
     run = train.Run({**train.recipe("shapes", 8), "in_channels": 3, "image_size": 8, "channels": 32,
-                     "multipliers": [1], "attention": [8], "sample_steps": None, "timesteps": 100},
-                    data.shapes(4, 8), Path("here"), common.find_machine("cpu", "fp32"))
-    for run.step, run.seconds in enumerate((0, 1, 100, 200, 10_000)):
-        run.grid()
-    assert asked == [10, 10, 20, 40, 100]
-    assert "with 20 network calls each (--sample-steps changes that)" in capsys.readouterr().err
-    run.settings["sample_steps"], run.step = 7, 9
+                     "multipliers": [1], "sample_steps": flag, "timesteps": T, "samples": 5,
+                     "variance": variance, "seed": 3}, data.shapes(4, 8), Path("here"),
+                    common.find_machine("cpu", "fp32"))
+    run.seconds = seconds
     run.grid()
-    assert asked[-1] == 7
-    run.settings.update(sample_steps=None, variance="learned")
-    run.step = 10
-    run.seconds = 100.0
-    run.grid()
-    assert len(asked) == 6 and "no grid at step 10" in capsys.readouterr().err
+    run.grid()                                                   # it is there, and drawn only once
+    assert asked == ([steps] if steps else [])
+    assert ("--sample-steps" in capsys.readouterr().err) == (steps != T)
 
 
 def test_the_final_grid_is_drawn_after_all(capsys):
