@@ -374,6 +374,16 @@ def build_network(settings: dict) -> nn.Module:
                 tuple(settings["multipliers"]), settings["blocks"], tuple(settings["attention"]),
                 settings["image_size"], settings["dropout"])
 
+def _shaped(layer: nn.Module, x: Tensor) -> Tensor:
+    """A tensor of the shape of layer(x) that holds no image, and needs no weights."""
+    if isinstance(layer, nn.GroupNorm):
+        return torch.empty_like(x)
+    if isinstance(layer, nn.Linear):
+        return torch.empty(len(x), layer.out_features)
+    sides = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], layer.padding,
+                                                            layer.kernel_size, layer.stride)]
+    return torch.empty(len(x), layer.out_channels, *sides)
+
 def require_network(settings: dict, machine: Machine, copies: int, batch: int, kept: bool) -> None:
     """ValueError if the network cannot be computed in the memory that is free.
 
@@ -381,13 +391,15 @@ def require_network(settings: dict, machine: Machine, copies: int, batch: int, k
     outputs of all layers are kept, for a backward pass. Nothing is allocated to find out.
     """
     sizes = []
-    with torch.device("meta"):
+    with torch.device("meta"):  # weights without memory
         net = build_network(settings)
-        for module in net.modules():
-            if not list(module.children()):
-                module.register_forward_hook(lambda module, x, y: sizes.append(y.numel()))
-        side = settings["image_size"]
-        net(torch.zeros(1, settings["in_channels"], side, side), torch.ones(1, dtype=torch.int64))
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm)):
+            module.forward = functools.partial(_shaped, module)
+        if not list(module.children()):
+            module.register_forward_hook(lambda _, x, y: sizes.append(math.prod(y.shape[1:])))
+    side = settings["image_size"]
+    net(torch.zeros(0, settings["in_channels"], side, side), torch.ones(0, dtype=torch.int64))
     outputs = batch * machine.dtype.itemsize * (sum(sizes) if kept else 2 * max(sizes))
     outputs += batch * 20_000  # random generators and the like
     weights = 4 * copies * sum(p.numel() for p in net.parameters())

@@ -146,11 +146,11 @@ def test_every_beginning_shows_what_the_sender_had(file):
     states = {s.t: data.to_uint8(s.x0_hat)[0]
               for s in compress.transmit(network(), compress.Code(), 6, picture())}
     steps = []
-    for n in range(compress.HEADER + 1, len(file) + 1, 4):
+    for n in range(compress.HEADER + 1, len(file) + 1, 6):
         try:
             found, step = compress.decode(network(), file[:n])
         except ValueError as error:
-            assert "too few" in str(error) and n < compress.HEADER + 4
+            assert "too few" in str(error) and n < compress.HEADER + 6
             continue
         assert torch.equal(found, states[step])
         steps.append(step)
@@ -159,7 +159,7 @@ def test_every_beginning_shows_what_the_sender_had(file):
 
 def test_every_damaged_byte_is_noticed(file, long, monkeypatch):
     """So is a file in which all is well but the checksum, as other pixels would make it."""
-    for i in range(0, len(file), 1 if long else 5):
+    for i in range(0, len(file), 1 if long else 7):
         wrong = bytearray(file)
         wrong[i] ^= 1 << i % 8
         with pytest.raises(ValueError, match="damaged|no file|another network|version"):
