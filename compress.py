@@ -32,7 +32,7 @@ import data
 import ddpm
 import evaluate
 import sample
-from common import Progress, UsageError, count, seed_of
+from common import Progress, UsageError, count, find_machine, seed_of
 
 MAGIC, VERSION, HEADER = b"DDPM", 1, 13     # then b, 4 bytes of a hash and 3 of the length
 STEPS, CLASSES, BLOCK, BITS = 20, 8, 1024, 16
@@ -86,8 +86,7 @@ def rounded(x: Tensor) -> Tensor:
     """x to multiples of 2⁻¹⁶, which are the same on every machine."""
     return (x * 2 ** 16).round() / 2 ** 16
 
-# Φ⁻¹ of 65,536 evenly spaced numbers, from which random 16-bit numbers draw the candidates: torch's
-# own normal numbers differ between machines in their last digits.
+# Φ⁻¹ of 65,536 numbers, of which 16 random bits choose: torch.randn differs between machines.
 NORMAL = rounded(torch.special.ndtri((torch.arange(65536).double() + 0.5) / 65536)).float()
 
 def candidates(key: tuple, block: int, n: int) -> Tensor:
@@ -184,8 +183,7 @@ def header(trained: sample.Trained, b: int, length: int) -> bytes:
 def encode(trained: sample.Trained, picture: Tensor, b: int = 12, quiet: bool = True) -> bytes:
     """A picture, uint8 (C, H, W), as a file. ValueError if it has not the network's size."""
     if tuple(picture.shape) != trained.shape:
-        raise ValueError(f"the picture is {tuple(picture.shape)} (C, H, W), but the network's are "
-                         f"{trained.shape}")
+        raise ValueError(f"the network's pictures are {trained.shape} (C, H, W), not {tuple(picture.shape)}")
     code, progress = Code(), Progress(STEPS, "steps", quiet=quiet)
     for state in transmit(trained, code, b, picture):
         progress.update(STEPS - state.t)
@@ -199,7 +197,7 @@ def decode(trained: sample.Trained, content: bytes, name="this") -> tuple[Tensor
     if content[:4] != MAGIC or len(content) < HEADER:
         raise ValueError(f"{name} is no file of compress.py, or less than its first {HEADER} bytes")
     if content[4] != VERSION or not 1 <= content[5] <= 16:
-        raise ValueError(f"{name} has version {content[4]} of the format, or is damaged")
+        raise ValueError(f"{name} has another version of the format, or is damaged")
     body, length = content[HEADER:], int.from_bytes(content[10:HEADER], "big")
     if content[:HEADER] != header(trained, content[5], length):
         raise ValueError(f"{name} was made with another network: give its --checkpoint")
@@ -221,18 +219,17 @@ def main(argv=None) -> int:
     parser.add_argument("action", choices=("encode", "decode", "measure"))
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="the one to read, and "
                         "the one to write: a .png and a file of this program, or the reverse")
-    parser.add_argument("--b", type=common.number(int, 1, 16), default=12,
-                        help="encode with 2^b − 1 candidates for each message (default: 12)")
+    parser.add_argument("--b", type=common.number(int, 1, 16), help="2^b candidates (default: 12)")
     parser.add_argument("--bytes", type=count, help="decode only the first so many bytes")
-    parser.add_argument("--n", type=count, default=20, help="images of measure (default: 20)")
-    parser.add_argument("--out", type=Path, default=Path("compress.png"), help="of measure: what "
-                        "the beginnings of files show (default: compress.png)")
+    parser.add_argument("--n", type=count, help="images of measure (default: 20)")
     parser.add("--checkpoint", "--data-dir")
     args = parser.parse_intermixed_args(argv)  # flags may stand before and between the files
-    if len(args.files) != (0 if args.action == "measure" else 2):
-        raise UsageError(f"{args.action} takes {'no' if args.action == 'measure' else 'two'} FILEs")
-    cpu = common.find_machine("cpu")
-    trained = sample.load(args.checkpoint, args.data_dir or "data", True, cpu)
+    if len(set(args.files)) != len(args.files) or len(args.files) != 2 * (args.action != "measure"):
+        raise UsageError("encode and decode take two different FILEs, measure none")
+    for flag, actions in {"b": "encode measure", "bytes": "decode", "n": "measure"}.items():
+        if getattr(args, flag) and args.action not in actions:
+            raise UsageError(f"--{flag} does not go with {args.action}")
+    trained = sample.load(args.checkpoint, args.data_dir or "data", True, find_machine("cpu"))
     if trained.settings["variance"] == "learned":
         raise ValueError("a network with learned variance takes all T steps: too many bits")
     if args.action == "measure":
@@ -240,20 +237,23 @@ def main(argv=None) -> int:
             raise UsageError("measure needs a run of train.py, whose data set has test images")
         folder = args.data_dir or trained.settings["data_dir"]
         images = data.load(trained.settings["dataset"], folder, "test", trained.shape[1]).images
-        evaluate.files(images[:args.n], lambda image: encode(trained, image, args.b),
-                       lambda content: decode(trained, content)[0], args.out)
+        evaluate.files(images[:args.n or 20], lambda image: encode(trained, image, args.b or 12),
+                       lambda content: decode(trained, content)[0], Path("compress.png"))
         return 0
     source, target = args.files
+    data.size_of(source)  # ValueError if it is no file
+    data.check_writable(target)
     if args.action == "encode":
-        content = encode(trained, data.read_png(source), args.b, quiet=False)
+        content = encode(trained, data.read_png(source), args.b or 12, False)
         with data.written(target) as file:
             file.write(content)
         data.say(f"{target} has {len(content)} bytes")
     else:
-        data.size_of(source)  # ValueError if it is no file
-        picture, t = decode(trained, source.read_bytes()[:args.bytes], source)
+        picture, t = decode(trained, content := source.read_bytes()[:args.bytes], source)
         sample.write_png(target, picture)
-        data.say(f"{target} holds " + (f"an estimate, x̂_0 at step {t}" if t else "all of it"))
+        whole = HEADER + int.from_bytes(content[10:HEADER], "big")
+        data.say(f"{target} shows what {len(content)} of {whole} bytes tell: " + (
+            f"an estimate, x̂_0 at step {t} of {STEPS}" if t else "the picture, exactly"))
     return 0
 
 if __name__ == "__main__":

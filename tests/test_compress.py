@@ -178,14 +178,14 @@ def test_what_is_not_such_a_file_is_refused(file):
     for content, wrong in ((b"", "no file"), (b"\x89PNG" + file[4:], "no file"),
                            (file[:compress.HEADER - 1], "no file"),
                            (file[:compress.HEADER], "too few"),
-                           (file[:4] + b"\7" + file[5:], "version 7")):
+                           (file[:4] + b"\7" + file[5:], "version")):
         with pytest.raises(ValueError, match=wrong):
             compress.decode(trained, content)
     for other in (network(seed=1), network(schedule="quadratic")):
         with pytest.raises(ValueError, match="another network"):
             compress.decode(other, file)
     for wrong in (picture(3), torch.zeros(1, 8, 9, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="the network's are"):
+        with pytest.raises(ValueError, match="the network's"):
             compress.encode(trained, wrong)
 
 # --- the command
@@ -201,7 +201,7 @@ def run(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_both_sides_compute_the_same_bits(run):
+def test_both_sides_compute_the_same_bits(run, capsys):
     """A second process with other threads and without vector instructions reads the file."""
     assert compress.main("encode --b 6 picture.png --checkpoint runs/images a.ddpm".split()) == 0
     settings = {"OMP_NUM_THREADS": "2", "ATEN_CPU_CAPABILITY": "default"}
@@ -210,6 +210,8 @@ def test_both_sides_compute_the_same_bits(run):
     assert torch.equal(data.read_png(run / "b.png"), picture(3))
     assert compress.main("decode --bytes 40 a.ddpm c.png".split()) == 0
     assert (data.read_png(run / "c.png") != picture(3)).any()
+    size = Path("a.ddpm").stat().st_size
+    assert f"40 of {size} bytes" in capsys.readouterr().err
 
 
 def test_measure_prints_every_format(run, capsys):
@@ -244,7 +246,9 @@ def test_what_cannot_be_shown_is_grey_but_a_file_that_is_wrong_is_an_error(tmp_p
 
 
 @pytest.mark.parametrize("line, status, said", [
-    ("encode picture.png", 2, "two FILEs"), ("measure a b", 2, "no FILEs"),
+    ("encode picture.png", 2, "two"), ("measure a b", 2, "none"), ("decode a.ddpm a.ddpm", 2, "two"),
+    ("encode --bytes 9 picture.png a", 2, "--bytes"), ("decode --b 9 a b", 2, "--b "),
+    ("decode --n 9 a b", 2, "--n"), ("encode picture.png runs", 1, "folder"),
     ("encode no.png a", 1, "no file no.png"), ("decode picture.png b.png", 1, "no file of compress"),
     ("encode images.pt a", 1, "no PNG"), ("encode . a", 1, "no file"), ("squeeze a b", 2, "squeeze")])
 def test_a_mistake_is_one_line(run, capsys, line, status, said):
