@@ -183,7 +183,7 @@ def header(trained: sample.Trained, b: int, length: int) -> bytes:
 def encode(trained: sample.Trained, picture: Tensor, b: int = 12, quiet: bool = True) -> bytes:
     """A picture, uint8 (C, H, W), as a file. ValueError if it has not the network's size."""
     if tuple(picture.shape) != trained.shape:
-        raise ValueError(f"the network's pictures are {trained.shape} (C, H, W), not {tuple(picture.shape)}")
+        raise ValueError(f"the network takes {trained.shape}, C×H×W, not {tuple(picture.shape)}")
     code, progress = Code(), Progress(STEPS, "steps", quiet=quiet)
     for state in transmit(trained, code, b, picture):
         progress.update(STEPS - state.t)

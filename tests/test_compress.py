@@ -185,7 +185,7 @@ def test_what_is_not_such_a_file_is_refused(file):
         with pytest.raises(ValueError, match="another network"):
             compress.decode(other, file)
     for wrong in (picture(3), torch.zeros(1, 8, 9, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="the network's"):
+        with pytest.raises(ValueError, match="the network takes"):
             compress.encode(trained, wrong)
 
 # --- the command
