@@ -503,11 +503,11 @@ class Progress:
         if self.quiet or not (force or done >= self.total or self.due()):
             return
         self.shown = time.monotonic()
-        rate = max(done - self.first, 1e-9) / max(self.shown - self.started, 1e-9)
-        speed = f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{1 / rate:.0f} s each"
-        left = f"{speed}, {timedelta(seconds=round((self.total - done) / rate))} left"
-        line = (f"{done:.0f}/{self.total:.0f} {self.unit} {note} "
-                f"{left if done > self.first else ''}")
+        line = f"{done:.0f}/{self.total:.0f} {self.unit} {note}"
+        if done > self.first:  # before that nobody knows the rate
+            rate = (done - self.first) / max(self.shown - self.started, 1e-9)
+            speed = f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{1 / rate:.0f} s each"
+            line += f" {speed}, {timedelta(seconds=round((self.total - done) / rate))} left"
         end = "" if self.terminal and done < self.total else "\n"
         say(("\r\x1b[K" if self.terminal else "") + " ".join(line.split()), end=end)
 

@@ -122,9 +122,9 @@ def transmit(trained: sample.Trained, code: Code, b: int, picture: Tensor | None
     T, ratio = trained.schedule.T, min(125, trained.schedule.T)
     times = sorted({round(T * ratio ** (i / (STEPS - 1) - 1)) for i in range(STEPS)})
     s = ddpm.respace(trained.schedule, times)
-    net = copy.deepcopy(trained.net).double()
+    net = copy.deepcopy(trained.net).double().requires_grad_(False)
     x, scale = torch.zeros(1, *trained.shape, dtype=torch.float64), 0
-    x0 = x if picture is None else picture[None].double() / 127.5 - 1   # not used by the receiver
+    x0 = x if picture is None else data.to_model(picture[None]).double()  # only the sender's
 
     def message(t: int, mean: Tensor, sigma: Tensor, wanted: Tensor) -> Tensor:
         """x_t ~ N(wanted, σ²), for a receiver who knows only N(mean, σ²)."""
@@ -148,7 +148,7 @@ def transmit(trained: sample.Trained, code: Code, b: int, picture: Tensor | None
     def last(mean: Tensor, x0_hat: Tensor) -> Tensor:
         """x_0, exactly, with the 256 probabilities of Eq. 13 for each pixel."""
         contrast = F.max_pool2d(x0_hat, 3, 1, 1) + F.max_pool2d(-x0_hat, 3, 1, 1)
-        levels, pixels = torch.arange(256).double()[:, None] / 127.5 - 1, bytearray(x.numel())
+        levels, pixels = data.to_model(torch.arange(256)[:, None]), bytearray(x.numel())
         for part in contrast.flatten().argsort(stable=True).chunk(CLASSES):
             def log_p(x0: Tensor, k: int, part=part) -> Tensor:     # σ_1² = 2^(k − 10) (1 − ᾱ)
                 return ddpm.discretized_gaussian_log_likelihood(
@@ -161,7 +161,7 @@ def transmit(trained: sample.Trained, code: Code, b: int, picture: Tensor | None
         check = zlib.crc32(pixels).to_bytes(4, "big")
         if [code([256] * 256, byte) for byte in check] != list(check):
             raise EOFError("the pixels do not fit their checksum")
-        return torch.frombuffer(pixels, dtype=torch.uint8).view_as(x) / 127.5 - 1
+        return data.to_model(torch.frombuffer(pixels, dtype=torch.uint8).view_as(x))
 
     def receive(t: int, p: ddpm.Reverse) -> Tensor:
         if t == 0:

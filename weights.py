@@ -87,10 +87,9 @@ def from_diffusers(path: Path) -> tuple[UNet, dict, str]:
         config = inferred(state, file)
     settings = from_config(config, str(unet / "config.json"))
     places = (folder / "scheduler", folder.parent / "scheduler", folder)
+    found = (read_json(place / "scheduler_config.json") for place in places)
     scheduler = {"variance_type": "fixed_large" if settings["image_size"] < 256 else "fixed_small"}
-    for place in reversed(places):  # the first that has a file
-        found = read_json(place / "scheduler_config.json")
-        scheduler = scheduler if found is None else found
+    scheduler = next((config for config in found if config is not None), scheduler)
     settings.update(from_scheduler(scheduler))
     common.judged(settings, str(folder))
     cpu = common.Machine(torch.device("cpu"), torch.float32)

@@ -246,11 +246,13 @@ def test_what_cannot_be_shown_is_grey_but_a_file_that_is_wrong_is_an_error(tmp_p
 
 
 @pytest.mark.parametrize("line, status, said", [
-    ("encode picture.png", 2, "two"), ("measure a b", 2, "none"), ("decode a.ddpm a.ddpm", 2, "two"),
+    ("encode picture.png", 2, "two"), ("decode a.ddpm a.ddpm", 2, "two"),
+    ("measure a b", 2, "none"),
     ("encode --bytes 9 picture.png a", 2, "--bytes"), ("decode --b 9 a b", 2, "--b "),
     ("decode --n 9 a b", 2, "--n"), ("encode picture.png runs", 1, "folder"),
-    ("encode no.png a", 1, "no file no.png"), ("decode picture.png b.png", 1, "no file of compress"),
-    ("encode images.pt a", 1, "no PNG"), ("encode . a", 1, "no file"), ("squeeze a b", 2, "squeeze")])
+    ("encode no.png a", 1, "no file no.png"), ("encode . a", 1, "no file"),
+    ("decode picture.png b.png", 1, "no file of compress"),
+    ("encode images.pt a", 1, "no PNG"), ("squeeze a b", 2, "squeeze")])
 def test_a_mistake_is_one_line(run, capsys, line, status, said):
     assert compress.main(line.split()) == status
     captured = capsys.readouterr().err

@@ -299,13 +299,18 @@ class Inception(torch.nn.Module):
         return torch.softmax(8 * features + bias, 1)
 
 
-@pytest.fixture
-def network(tmp_path, monkeypatch):
-    """The Inception stand-in, 64 images and 30 samples; no network was trained."""
+def stand_ins(tmp_path, monkeypatch) -> None:
+    """A folder with 64 images, 30 samples, and the network in place of Inception."""
     monkeypatch.chdir(tmp_path)
     torch.save(data.shapes(64, 8), "images.pt")
     torch.save(data.shapes(30, 8, "test"), "made.pt")
     torch.jit.script(Inception()).save("inception.pt")
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """The Inception stand-in, 64 images and 30 samples; no network was trained."""
+    stand_ins(tmp_path, monkeypatch)
 
 
 SCORE = "--fid --inception inception.pt --samples made.pt --dataset images.pt --device cpu".split()
@@ -509,10 +514,7 @@ def test_defaults_of_the_flags(capsys):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A trained nothing, 64 images, and the Inception stand-in."""
-    monkeypatch.chdir(tmp_path)
-    torch.save(data.shapes(64, 8), "images.pt")
-    torch.save(data.shapes(30, 8, "test"), "made.pt")
-    torch.jit.script(Inception()).save("inception.pt")
+    stand_ins(tmp_path, monkeypatch)
     flags = ("--dataset images.pt --channels 32 --multipliers 1 --blocks 1 --attention 8 --steps 3 "
              "--timesteps 20 --batch-size 4 --samples 0 --device cpu --precision fp32")
     assert train.main(flags.split()) == 0

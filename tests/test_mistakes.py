@@ -142,7 +142,8 @@ MISTAKES = {
         "compress.py", R + "test_the_chosen_candidate_is_a_sample_of_q", [
             ("(waits.cumsum(0).log() - log_w", "(-log_w")]),
     "all octaves of K equally likely": (
-        "compress.py", R + "test_the_mean_length_keeps_the_bound", [("-torch.arange(b)", "-0 * torch.arange(b)")]),
+        "compress.py", R + "test_the_mean_length_keeps_the_bound", [
+            ("-torch.arange(b)", "-0 * torch.arange(b)")]),
     "candidates from torch.randn": ("compress.py", R + "test_candidates_are_standard_normal", [
         ("NORMAL[words.view(torch.int16).int() + 32768].view(BLOCK, n)",
          "torch.randn(BLOCK, n, generator=g)")]),
