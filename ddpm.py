@@ -540,9 +540,9 @@ def variational_bound(s: Schedule, model: Model, x0: Tensor, noise: Callable[[in
     return Bound(L_T=rate[s.T], L_middle=rate[1] - rate[s.T], L_0=rate[0] - rate[1])
 
 def distortion(x0: Tensor, x0_hat: Tensor) -> Tensor:
-    """127.5 √(‖x_0 − x̂_0‖² / D), the root mean square error in pixel values.   [DDPM §4.3]  → (B,)
+    """127.5 √(‖x_0 − x̂_0‖² / D), the root mean square error in pixel values.   [DDPM §4.3]
 
-    127.5 converts from [−1, 1] to the pixel values 0 … 255.
+    → (B,). 127.5 converts from [−1, 1] to the pixel values 0 … 255.
     """
     return 127.5 * (x0 - x0_hat).square().flatten(1).mean(1).sqrt()
 

@@ -438,7 +438,7 @@ def compiled(net: nn.Module, machine: common.Machine, shape: tuple) -> nn.Module
     """net through torch.compile, tried on one batch; net itself, with a message, if that fails."""
     if machine.chief:
         say("compiling the network, which takes about a minute …")
-    fast = torch.compile(net)
+    fast = torch.compile(net, dynamic=False)  # the shape of a batch is always the same
     try:
         x = torch.zeros(shape, device=machine.device)
         t = torch.ones(len(x), dtype=torch.int64, device=machine.device)

@@ -52,7 +52,7 @@ def jobs_of(net: nn.Module, machine: common.Machine, x: torch.Tensor, compile: b
     params = list(net.parameters())
     averages = [p.detach().clone() for p in params]
     adam = torch.optim.Adam(params, lr=1e-6, fused=machine.device.type != "mps")
-    model = machine.model(torch.compile(net) if compile else net)
+    model = machine.model(torch.compile(net, dynamic=False) if compile else net)
     sampler = sample.inference_model(net, machine)
 
     def train():

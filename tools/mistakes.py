@@ -1,0 +1,489 @@
+"""The easy mistakes: each wrong line, the test that notices it, and what one sees of it.
+
+    python tools/mistakes.py --out mistakes            every mistake; hours; a stopped run goes on
+    python tools/mistakes.py --out mistakes --only "σ_t² in place"
+    python tools/mistakes.py --out mistakes --keep     numbers and pictures into .github/images
+
+The wrong line is put into a copy of the program, and the commands of the mistake's control are run
+with the copy: the same commands, noise and images as with the right lines. Kept are what the
+commands print, the loss curve, 16 samples and bits/dim. The data are Fashion-MNIST at 16×16 if
+--data-dir has it (each pixel the mean of 2×2), and else the synthetic shapes.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / ".github" / "images" / "mistakes"
+sys.path.insert(0, str(ROOT))
+import common  # before torch, because it silences a warning of torch's import
+
+import torch
+
+import data
+import sample
+
+# === The mistakes =================================================================================
+
+# name: (file, test, [(right, wrong), …], names of CONTROLS); PAPER.md tells what was seen. None: no
+# command shows the mistake, because only tests call the function, or another check comes after it.
+D, C, E, R = "test_ddpm.", "test_commands.", "test_evaluate.", "test_compress."
+U, W = "test_unet.", "test_weights."
+MISTAKES = {
+    # --- the schedule and the forward process
+    "ᾱ_0 ≠ 1": ("ddpm.py", D + "test_sec2_alpha_bar_is_the_running_product", [
+        ("torch.cat([betas.new_zeros(1), betas])", "torch.cat([betas[:1], betas])")],
+    "sampling bound"),
+    "ᾱ_t as a product up to T": ("ddpm.py", D + "test_sec2_alpha_bar_is_the_running_product", [
+        ("alphas.cumprod(0)", "alphas.prod().expand(len(alphas))")], "training"),
+    "T changed, β not rescaled": ("ddpm.py", D + "test_sec4_schedules_by_name", [
+        ("min(beta * 1000 / T, 0.999)", "beta"), ("if s.alpha_bars[T] > 1e-3:", "if False:")],
+    "short"),
+    "β_t in place of √β_t in Eq. 2": ("ddpm.py", D + "test_eq02_forward_step", [
+        ("_like(s.betas[t].sqrt(), x) * eps", "_like(s.betas[t], x) * eps")], None),
+    "α_t and β_t exchanged in Eq. 2": ("ddpm.py", D + "test_eq02_forward_step", [
+        ("_like(s.alphas[t].sqrt(), x) * x + _like(s.betas[t].sqrt(), x) * eps",
+         "_like(s.betas[t].sqrt(), x) * x + _like(s.alphas[t].sqrt(), x) * eps")], None),
+    "1 − ᾱ_t in place of its root in Eq. 4": (
+        "ddpm.py", D + "test_eq04_jump_is_iterated_steps", [
+            ("mean + variance.sqrt() * eps", "mean + variance * eps")], "training"),
+    # --- the posterior and the reverse process
+    "β_t in place of β̃_t in Eq. 7": ("ddpm.py", D + "test_eq07_posterior_is_bayes_rule", [
+        ("beta_tilde = (1 - alpha_bar_before) / (1 - alpha_bar) * beta", "beta_tilde = beta")],
+    "bound eta"),
+    "√ᾱ_t in place of √α_t in Eq. 7": (
+        "ddpm.py", D + "test_eq03_integrand_equals_eq21_along_every_path", [
+            ("weight_x_t = alpha.sqrt() * (1", "weight_x_t = alpha_bar.sqrt() * (1")],
+        "sampling bound"),
+    "σ_1² = β̃_1 = 0": ("ddpm.py", D + "test_sec32_the_two_fixed_variances", [
+        ("u = t.clamp(min=2)", "u = t")], "bound"),
+    "√ᾱ_t in place of √α_t in Eq. 11": (
+        "ddpm.py", D + "test_eq11_every_prediction_gives_the_posterior_mean", [
+            ("/ _like(s.alphas[t].sqrt(), x_t)", "/ _like(s.alpha_bars[t].sqrt(), x_t)")],
+        "no-clip"),
+    "Eq. 15 divided by ᾱ_t": ("ddpm.py", D + "test_eq15_inverts_the_jump", [
+        ("* eps) / _like(alpha_bar.sqrt(), x_t)", "* eps) / _like(alpha_bar, x_t)")], "sampling"),
+    "x̂_0 clipped after the mean was taken": (
+        "ddpm.py", D + "test_eq11_clipping_comes_before_the_mean", [
+            ('if predict != "mean" or s.full is not None:', "if False:")], "sampling"),
+    "the halves of a learned variance exchanged": (
+        "ddpm.py", D + "test_table2_learned_variance_is_the_second_half", [
+            ("out, log_variance = out.chunk(2, dim=1)", "log_variance, out = out.chunk(2, dim=1)")],
+        "learned"),
+    # --- Algorithms 1 and 2
+    "the top t never drawn": ("train.py", C + "test_alg1_draws", [
+        ("torch.randint(1, s.T + 1,", "torch.randint(1, s.T,")], "training"),
+    "t = 0 drawn": ("train.py", C + "test_alg1_draws", [
+        ("torch.randint(1, s.T + 1,", "torch.randint(0, s.T + 1,")], "training"),
+    "the same draws in every step": (
+        "train.py", C + "test_alg1_draws_are_a_function_of_seed_and_step", [
+            ('seed_of(settings["seed"], "step", k)', 'seed_of(settings["seed"], "step")')],
+        "training"),
+    "the loss summed, not averaged": ("ddpm.py", D + "test_eq14_loss_simple", [
+        ("s.times[t])).square().flatten(1).mean(1)", "s.times[t])).square().flatten(1).sum(1)")],
+    "training"),
+    "ε as the target of `--predict mean`": ("ddpm.py", D + "test_eq14_loss_simple", [
+        ("target = q_posterior_mean_variance(s, x0, x_t, t).mean", "target = eps")], "mean"),
+    "σ_t² in place of σ_t": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
+        ("p.mean + p.variance.sqrt() * z", "p.mean + p.variance * z")], "sampling"),
+    "noise at the last step": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
+        ("noise(t) if t > 1 else torch.zeros_like(x_t)", "noise(t)")], "sampling"),
+    "a loop that ends at t = 2": (
+        "ddpm.py", D + "test_alg2_paper_schedule_standard_normal_data", [
+            ("for t in range(start, 0, -1):", "for t in range(start, 1, -1):")], "sampling"),
+    "β_t of the full schedule with fewer steps": (
+        "ddpm.py", D + "test_respace_is_the_chain_of_fewer_steps", [
+            ("Schedule(1 - alphas, alphas, alpha_bars, s.times",
+             "Schedule(s.betas[tau], s.alphas[tau], alpha_bars, s.times")], "steps"),
+    "the network given i in place of τ_i": (
+        "ddpm.py", D + "test_respace_is_the_chain_of_fewer_steps", [
+            ("alpha_bars, s.times[tau], full)", "alpha_bars, torch.arange(len(tau)), full)")],
+        "steps"),
+    # --- the decoder and the bound
+    "DDIM's noise and direction not balanced": (
+        "ddpm.py", D + "test_ddim_has_the_marginals_of_eq04_for_every_eta", [
+            ("(1 - alpha_bar_before - sigma2)", "(1 - alpha_bar_before)")], "eta"),
+    "finite outermost bins": ("ddpm.py", D + "test_eq13_probabilities_sum_to_one", [
+        ("torch.where(x0 > -1, x0 - 1 / 255, -infinity)", "x0 - 1 / 255")], "bound"),
+    "bins half a level too wide": ("ddpm.py", D + "test_eq13_each_bin_is_an_integral", [
+        ("x0 - 1 / 255, -infinity", "x0 - 2 / 255, -infinity")], "bound"),
+    "a floor under the decoder": ("ddpm.py", D + "test_eq13_gradient", [
+        ("torch.log(-torch.expm1(log_a - log_b))",
+         "torch.log(-torch.expm1(log_a - log_b)).clamp(min=-28)"),
+        ("return log_b + ", "return (log_b + 0 * log_b.clamp(min=-28)).clamp(min=-28) + ")],
+    "learned bound"),
+    "the KL without its −1": ("ddpm.py", D + "test_eq05_kl_is_the_mean_log_ratio", [
+        ("/ p.variance - 1)", "/ p.variance)")], "bound"),
+    "the quotient of variances inverted in the KL": (
+        "ddpm.py", D + "test_eq16_equals_eq05_for_gaussian_data", [
+            ("(p.variance / q.variance).log()", "(q.variance / p.variance).log()")], "bound"),
+    "L_T taken at T − 1": ("ddpm.py", D + "test_eq05_prior_term", [
+        ("q = q_mean_variance(s, x0, _all(s.T, x0))",
+         "q = q_mean_variance(s, x0, _all(s.T - 1, x0))")], "bound"),
+    "L_0 without its minus sign": ("ddpm.py", D + "test_eq05_terms_are_mean_log_ratios", [
+        ("L_0 = -discretized", "L_0 = discretized")], "bound"),
+    "half of each KL lost": (
+        "ddpm.py", D + "test_eq05_bound_is_above_the_entropy_and_approaches_it", [
+            ("torch.where(is_first, L_0, normal_kl(q, p))",
+             "torch.where(is_first, L_0, 0.5 * normal_kl(q, p))")], "bound"),
+    "Eq. 12 without its ½": ("ddpm.py", D + "test_eq12_weight", [
+        ("weight / (2 * p_variance(s, t, variance))", "weight / p_variance(s, t, variance)")],
+    None),
+    "nats called bits": ("ddpm.py", D + "test_table1_bits_per_dim", [
+        ("x0[0].numel() * math.log(2))", "x0[0].numel())")], "bound"),
+    "strata weighted alike": ("evaluate.py", E + "test_eq05_stratified_estimate_is_unbiased", [
+        ("terms.append(length * ", "terms.append(s.T / K * ")], "terms"),
+    # --- progressive coding and interpolation
+    "L_T left out of the rate": (
+        "ddpm.py", D + "test_alg3_alg4_rate_and_distortion_are_the_bound", [
+            ("    rate = prior_kl(s, x0)", "    rate = 0 * prior_kl(s, x0)")], "bound"),
+    "the rate not accumulated": ("ddpm.py", E + "test_bits_per_dim_command", [
+        ("rate = rate + vlb_term(s, x0, x, sent, p)", "rate = vlb_term(s, x0, x, sent, p)")],
+    "bound"),
+    "the noise of another time sent": (
+        "ddpm.py", D + "test_alg3_the_senders_chain_has_the_marginals_of_eq04", [
+            ("q.variance.sqrt() * noise(t)", "q.variance.sqrt() * noise(t + 1)")], "bound"),
+    "a sample μ + σ² ε": ("ddpm.py", D + "test_alg3_the_senders_chain_has_the_marginals_of_eq04", [
+        ("q.variance.sqrt() * noise(t)", "q.variance * noise(t)")], "bound"),
+    "distortion on the scale of [−1, 1]": ("ddpm.py", D + "test_sec43_distortion", [
+        ("return 127.5 * (x0 - x0_hat)", "return (x0 - x0_hat)")], "bound"),
+    "interpolation decoded from t − 1": ("ddpm.py", D + "test_sec44_interpolation", [
+        ("noise, start=t, **choices)", "noise, start=t - 1, **choices)")], "figure-8"),
+    # --- real bits
+    "the candidate with the largest ratio": (
+        "compress.py", R + "test_the_chosen_candidate_is_a_sample_of_q", [
+            ("(waits.cumsum(0).log() - log_w", "(-log_w")], "files"),
+    "all octaves of K equally likely": (
+        "compress.py", R + "test_the_mean_length_keeps_the_bound", [
+            ("-torch.arange(b)", "-0 * torch.arange(b)")], "files"),
+    "candidates from torch.randn": ("compress.py", R + "test_candidates_are_standard_normal", [
+        ("NORMAL[words.view(torch.int16).int() + 32768].view(BLOCK, n)",
+         "torch.randn(BLOCK, n, generator=g)")], "files"),
+    "bits beyond the end read as zeros": (
+        "compress.py", R + "test_code_length_is_that_of_the_probabilities", [
+            ("if symbol != other or symbol", "if symbol")], "files"),
+    "the sender goes on with a sample of its own": (
+        "compress.py", R + "test_a_file_gives_the_picture_back", [
+            ("sigma * z.view_as(x)", "sigma * (z if code.content else delta).view_as(x)")],
+        "files"),
+    "a file without a checksum": ("compress.py", R + "test_every_damaged_byte_is_noticed", [
+        ("if [code([256] * 256, byte) for byte in check] != list(check):", "if False:")],
+    "damaged-file"),
+    # --- the network
+    "attention's softmax over the queries": ("unet.py", U + "test_softmax_is_over_the_keys", [
+        ("scores.softmax(dim=2)", "scores.softmax(dim=1)")], "training"),
+    "no SiLU before the time projections": ("unet.py", W + "test_golden_outputs_of_diffusers", [
+        ("emb = F.silu(self.time(time_embedding(t, self.channels, x.dtype)))",
+         "emb = self.time(time_embedding(t, self.channels, x.dtype))")], "training sampling"),
+    "a normalisation left out": ("unet.py", U + "test_every_parameter_matters", [
+        ("self.conv1(F.silu(self.norm1(x)))", "self.conv1(F.silu(x))")], "training"),
+    "t embedded in place of t − 1": ("unet.py", U + "test_time_1_is_embedded_as_0", [
+        ("angles = (t - 1)", "angles = t")], "sampling training"),
+    "zeros left and above when down-sampling": (
+        "unet.py", U + "test_downsampling_pads_right_and_below", [
+            ("F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))")], "sampling training"),
+    "dropout on while sampling": (
+        "unet.py", U + "test_dropout_drops_a_tenth_and_is_off_when_sampling", [
+            ("if not self.training or level in", "if level in")], "sampling"),
+    # --- data and training
+    "images in [0, 1]": ("data.py", "test_data.test_sec33_scaling_is_linear_and_inverted_exactly", [
+        ("images.float() / 127.5 - 1", "images.float() / 255")], "training"),
+    "an 8-bit cast without clamping": (
+        "data.py", "test_data.test_sec33_scaling_is_linear_and_inverted_exactly", [
+            ("((x.clamp(-1, 1) + 1)", "((x + 1)")], "no-clip"),
+    "half a download kept": ("data.py", "test_data.test_download_is_whole_or_not_there", [
+        ("if size is not None and done != size:", "if False:")], None),
+    "flips drawn but not applied": ("train.py", C + "test_flips_and_clipping_happen", [
+        ('if settings["flip"]:', "if False:")], "flips"),
+    "the gradient not clipped": ("train.py", C + "test_flips_and_clipping_happen", [
+        ('clip_grad_norm_(params, settings["clip"])', "clip_grad_norm_(params, 1e9)")], "training"),
+    "averages taken before the step": (
+        "train.py", C + "test_ema_follows_the_weights_after_each_step", [
+            ("    scaler.step(adam)\n", ""),
+            ("1 - ema_decay(settings, k))\n",
+             "1 - ema_decay(settings, k))\n    scaler.step(adam)\n")], "training"),
+    "decay and 1 − decay exchanged": (
+        "train.py", C + "test_ema_follows_the_weights_after_each_step", [
+            ("params, 1 - ema_decay(settings, k))", "params, ema_decay(settings, k))")],
+        "training"),
+    "resuming without Adam's state": ("train.py", C + "test_resume_at_any_step_is_exact", [
+        ('            self.adam.load_state_dict(state["adam"])\n', "")], "resumed"),
+    "resuming without the averages": ("train.py", C + "test_resume_at_any_step_is_exact", [
+        ('            self.ema.load_state_dict(state["ema"])\n', "")], "resumed"),
+    "resuming at the first batch": ("train.py", C + "test_resume_at_any_step_is_exact", [
+        ('self.step = self.saved = state["step"]', 'self.step, self.saved = 0, state["step"]')],
+    "resumed"),
+    "a checkpoint after a NaN": ("train.py", C + "test_a_step_that_is_not_finite_ends_the_run", [
+        ("if (bad := self.bad.item()) >= 0:", "if (bad := self.bad.item()) >= 10 ** 9:")],
+    "diverged"),
+    "the same images in every process": ("train.py", C + "test_two_ranks_are_one_run", [
+        ("rows = slice(machine.rank * part, (machine.rank + 1) * part)", "rows = slice(part)")],
+    "two"),
+    "checkpoints without verification": ("common.py", C + "test_a_damaged_checkpoint_is_refused", [
+        ("if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:",
+         "if False:")], "damaged"),
+    # --- evaluation and figures
+    "the deviation called standard error": (
+        "evaluate.py", E + "test_standard_error_and_rmse_by_hand", [
+        ("values.std().item() / math.sqrt(len(values))", "values.std().item()")], "terms"),
+    "covariances in float32": (
+        "evaluate.py", E + "test_frechet_distance_of_commuting_covariances", [
+            ("for x in (a.double(), b.double()):", "for x in (a.float(), b.float()):")], "fid"),
+    "samples of the last weights": ("sample.py", "test_pictures.test_samples", [
+        ('state.get("ema" if ema else "model")', 'state.get("model" if ema else "ema")')],
+    "sampling"),
+    "grids of the last weights": ("train.py", "test_pictures.test_grids_during_training", [
+        ("sample.Trained(self.ema,", "sample.Trained(self.model,")], "grid"),
+    "Figure 7 with the same noise": (
+        "sample.py", "test_pictures.test_fig7_samples_that_share_x_t", [
+        ('[("shared", t, i) for i', '[("shared", t, 0) for i')], "figure-7"),
+    "Figure 6 without x_0": ("sample.py", "test_pictures.test_fig6_x0_hat_over_time", [
+        (".tolist()} | {0}", ".tolist()}")], "figure-6"),
+    "Figure 7 without x_t": ("sample.py", "test_pictures.test_fig7_samples_that_share_x_t", [
+        ("torch.cat([x[t], state.x_t])", "state.x_t")], "figure-7"),
+}
+
+def wrong_source(file: str, replacements: list) -> str:
+    """The file with the mistake in it; each right line must be there exactly once."""
+    source = (ROOT / file).read_text(encoding="utf-8")
+    for right, wrong in replacements:
+        assert source.count(right) == 1, f"{file} has {source.count(right)} × {right!r}"
+        source = source.replace(right, wrong)
+    return source
+
+# === The runs =====================================================================================
+
+# The commands stand for one line each in a folder of their own. TREE is the copy of the program,
+# SHARED the run of the right lines under "training", TRAIN and TEST are the images.
+FIT = ("python TREE/train.py --dataset TRAIN --no-flip --steps 1000 --batch-size 32 --lr 1e-3 "
+       "--warmup 100 --ema 0.99 --channels 64 --multipliers 1 2 --blocks 1 --attention 8 "
+       "--samples 0 --log-every 25 --save-every 500 --out run")
+DRAW = "python TREE/sample.py --checkpoint run --n 16 --out samples.pt"
+BITS = "python TREE/evaluate.py --checkpoint run --dataset TEST --n 200 --terms 20"
+BOUND = "python TREE/evaluate.py --checkpoint SHARED --dataset TEST --n 16"
+FROM_SHARED = [line.replace("run", "SHARED") for line in (DRAW, BITS)]
+FILE = "python TREE/compress.py {} --checkpoint SHARED"
+CUT = ("python -c \"p = '{0}'; b = bytearray(open(p, 'rb').read()); b[len(b) // 2] ^= 1; "
+       "open(p, 'wb').write(b)\"")
+CONTROLS = {
+    # --- a training run, and what it makes
+    "training": [FIT, DRAW, BITS],
+    "short": [FIT + " --timesteps 100", DRAW, BITS],
+    "mean": [FIT + " --predict mean", DRAW, BITS],
+    "learned": [FIT + " --objective vlb --variance learned", DRAW, BITS],
+    "flips": [FIT.replace("--no-flip", "--flip"), DRAW, BITS],
+    "resumed": ["python -c \"import os, shutil; os.mkdir('run'); "
+                "shutil.copy('SHARED/checkpoint.prev.pt', 'run/checkpoint.pt'); "
+                "shutil.copy('SHARED/log.jsonl', 'run/log.jsonl')\"", FIT, DRAW, BITS],
+    "two": ["torchrun --nproc-per-node 2 -- " + FIT[7:], DRAW, BITS],
+    "diverged": [FIT + " --clip 1e9 --warmup 0 --lr 30", DRAW],
+    "grid": ["python -c \"import shutil; shutil.copytree('SHARED', 'run')\"",
+             FIT + " --samples 16 --sample-steps 1000"],
+    # --- the network of the right run
+    "sampling": FROM_SHARED,
+    "no-clip": [FROM_SHARED[0] + " --no-clip"],
+    "steps": [FROM_SHARED[0] + " --steps 50 --variance fixed_small"],
+    "eta": [FROM_SHARED[0] + " --steps 50 --eta 0.5"],
+    "bound": [BOUND],
+    "terms": FROM_SHARED[1:],
+    "figure-6": ["python TREE/sample.py --checkpoint SHARED --progressive --n 4"],
+    "figure-7": ["python TREE/sample.py --checkpoint SHARED --shared --n 5"],
+    "figure-8": ["python TREE/sample.py --checkpoint SHARED --interpolate --dataset TEST --n 4"],
+    "damaged": ["python -c \"import shutil; shutil.copytree('SHARED', 'run')\"",
+                CUT.format("run/checkpoint.pt"), "rm run/checkpoint.prev.pt", DRAW],
+    # --- files, and the distance of two sets of images
+    "files": [FILE.format("measure --n 6"), FILE.format("encode PICTURE picture.ddpm"),
+              "env ATEN_CPU_CAPABILITY=default "
+              + FILE.format("decode picture.ddpm again.png")],
+    "damaged-file": [FILE.format("encode PICTURE picture.ddpm"), CUT.format("picture.ddpm"),
+                     FILE.format("decode picture.ddpm again.png")],
+    "fid": ["python TREE/evaluate.py --checkpoint SHARED --fid --samples TEST --dataset TRAIN "
+            "--split train --data-dir . --inception INCEPTION"],
+}
+
+def prepare(out: Path, folder: str) -> None:
+    """Images of 16×16 for training and testing, one of them as a PNG, and features for FID."""
+    for split in ("train", "test"):
+        try:
+            images = data.load("fashion_mnist", folder, split).images.float()
+            images = torch.nn.functional.avg_pool2d(images, 2).round().to(torch.uint8)
+        except (OSError, ValueError) as error:
+            data.say(f"shapes in place of Fashion-MNIST: {data.first_line(error)}")
+            images = data.load("shapes", folder, split).images
+        with data.written(out / f"{split}.pt") as file:
+            torch.save(images.contiguous(), file)
+    sample.write_png(out / "picture.png", images[0])
+
+    class Features(torch.nn.Module):
+        """In place of Inception: 2,048 fixed random features of pixels, most of them near 10³."""
+
+        def __init__(self):
+            super().__init__()
+            g = torch.Generator().manual_seed(0)
+            self.weight = torch.nn.Parameter(torch.randn(768, 2048, generator=g))
+
+        def forward(self, x, return_features: bool = False, no_output_bias: bool = False):
+            x = torch.relu(x.float().flatten(1) @ self.weight / 16 + 1000)
+            return x if return_features else x[:, :10].softmax(1)
+
+    torch.jit.script(Features().requires_grad_(False)).save(str(out / "features.pt"))
+
+def run(name: str, control: str, out: Path, threads: int) -> dict:
+    """Runs the commands of a control with a mistake in the program ("right": with none)."""
+    folder = out / control / re.sub(r"\W+", "-", name)
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    work = folder / "work"
+    shutil.rmtree(folder, ignore_errors=True)
+    work.mkdir(parents=True)
+    tree = work / "tree"
+    tree.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tree)
+    if name != "right":
+        file, _, replacements, _ = MISTAKES[name]
+        (tree / file).write_text(wrong_source(file, replacements), encoding="utf-8")
+    words = {"TREE": tree, "SHARED": out / "training" / "right" / "work" / "run",
+             "TRAIN": out / "train.pt", "TEST": out / "test.pt", "PICTURE": out / "picture.png",
+             "INCEPTION": out / "features.pt", "python": sys.executable,
+             "torchrun": Path(sys.executable).with_name("torchrun")}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    result: dict = {"name": name, "control": control, "commands": []}
+    for line in CONTROLS[control]:
+        line = re.sub(r"\b(TREE|SHARED|TRAIN|TEST|PICTURE|INCEPTION)\b|^(?:python|torchrun)\b|"
+                      r"(?<=default )python", lambda found: str(words[found[0]]), line)
+        started = time.monotonic()
+        done = subprocess.run(shlex.split(line), cwd=work, env=environment, text=True,
+                              capture_output=True)
+        errors = done.stderr.replace("\r", "\n").splitlines()
+        result["commands"].append({"line": line.replace(str(out) + "/", ""),
+                                   "status": done.returncode, "out": done.stdout.splitlines(),
+                                   "err": errors[-3:], "seconds": time.monotonic() - started})
+    if (log := work / "run" / "log.jsonl").exists():
+        result["loss"] = [(entry["step"], entry["loss"]) for entry in map(
+            json.loads, log.read_text(encoding="utf-8").splitlines())]
+    if (work / "samples.pt").exists():
+        result["samples"] = torch.load(work / "samples.pt").tolist()
+    for pattern in ("samples.png", "run/samples-*.png", "rate-distortion.csv"):
+        for path in work.glob(pattern):
+            shutil.copy(path, folder)
+    if (control, name) != ("training", "right"):
+        shutil.rmtree(work)
+    with data.written(folder / "result.json") as file:
+        file.write(json.dumps(result).encode())
+    return result
+
+def bits(result: dict) -> str:
+    """Bits/dim, as evaluate.py has printed them."""
+    text = "\n".join(line for command in result["commands"] for line in command["out"])
+    found = re.search(r"bits/dim ≤ (\S+)", text)
+    return found[1] if found else ""
+
+def loss(result: dict) -> str:
+    """The mean of the last eight entries of the log, which are 200 steps."""
+    last = [value for _, value in result.get("loss", [])[-8:]]
+    return f"{sum(last) / len(last):.4f}" if last else ""
+
+def printed(result: dict, right: dict) -> list[tuple[str, str]]:
+    """The lines that the commands print otherwise than with the right lines."""
+    pairs = [pair for ours, theirs in zip(right["commands"], result["commands"])
+             for pair in zip(ours["out"], theirs["out"])]
+    return [(a.strip(), b.strip()) for a, b in pairs if a != b and "checkpoint.pt" not in a][:5]
+
+def describe(result: dict, right: dict) -> str:
+    """What is seen, in one line, beside the same of the right lines."""
+    parts = []
+    for key, value in (("loss", loss), ("bits/dim", bits)):
+        if value(right):
+            parts.append(f"{key} {value(result) or 'none'} in place of {value(right)}")
+    if right.get("samples") and result.get("samples"):
+        there, here = (torch.tensor(r["samples"]).double() for r in (right, result))
+        parts.append("the same samples" if torch.equal(there, here) else "the samples differ by "
+                     f"{(there - here).square().mean().sqrt():.1f} levels (RMS), and their mean "
+                     f"is {here.mean():.0f} in place of {there.mean():.0f}")
+    for command in result["commands"]:
+        if command["status"]:
+            parts.append(f"status {command['status']}: {' '.join(command['err'][-1:])}")
+    return "; ".join(parts) or "nothing"
+
+def keep(results: dict, out: Path) -> None:
+    """Numbers and pictures of the runs, small enough for the repository, for tools/page.py."""
+    shutil.rmtree(KEPT, ignore_errors=True)
+    KEPT.mkdir(parents=True)
+    rows = {}
+    for (name, control), result in sorted(results.items(), key=str):
+        key, picture = re.sub(r"\W+", "-", name), None
+        files = [*(out / control / key).glob("*.png")]
+        if result.get("samples"):
+            picture = sample.grid(torch.tensor(result["samples"], dtype=torch.uint8), 4)
+        elif files:
+            picture = data.read_png(files[0].read_bytes())
+            for k in range(40, 1, -1):  # the pixels are enlarged in the file
+                if torch.equal(picture[:, ::k, ::k].repeat_interleave(k, 1).repeat_interleave(k, 2),
+                               picture):
+                    picture = picture[:, ::k, ::k]
+                    break
+        if picture is not None:
+            sample.write_png(KEPT / f"{control}-{file_name(name)}.png", picture)
+        right = results["right", control]
+        rows[f"{control}/{name}"] = {
+            "text": describe(result, right), "printed": printed(result, right),
+            "loss": [(step, float(f"{value:.4g}")) for step, value in result.get("loss", [])[1::2]],
+            "picture": picture is not None and f"{control}-{file_name(name)}.png",
+            "width": 3 * picture.shape[2] if picture is not None else 0}
+    (KEPT / "results.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0),
+                                       encoding="utf-8")
+
+def file_name(name: str) -> str:
+    """The name of a mistake in that of a file: letters without accents, digits and hyphens."""
+    text = unicodedata.normalize("NFKD", name.lower())
+    return re.sub(r"\W+", "-", "".join(c for c in text if not unicodedata.combining(c))).strip("-")
+
+@common.command
+def main(argv=None) -> int:
+    """Runs the mistakes: see the text at the head of this file."""
+    parser = common.Parser(__doc__)
+    parser.add("--data-dir")
+    parser.add_argument("--out", type=Path, default=Path("mistakes"), help="(default: mistakes)")
+    parser.add_argument("--only", default="", help="only names and controls with this text")
+    parser.add_argument("--jobs", type=common.count, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--threads", type=common.count, default=1, help="of each (default: 1)")
+    parser.add_argument("--keep", action="store_true", help="put numbers and pictures into the "
+                        "repository, where the page finds them")
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "features.pt").exists():
+        prepare(out, args.data_dir or "data")
+    wanted = [(name, control) for name, (*_, controls) in MISTAKES.items() if controls
+              for control in controls.split() if args.only in name or args.only == control]
+    tasks = [("right", control) for control in CONTROLS
+             if any(control == c for _, c in wanted) or control == "training"] + wanted
+    results, progress = {}, common.Progress(len(tasks), "runs")
+
+    def work(task: tuple[str, str]) -> None:
+        results[task] = run(*task, out, args.threads)
+        progress.update(len(results))
+
+    needs = {control for control, lines in CONTROLS.items() if "SHARED" in "".join(lines)}
+    for later in (False, True):  # the runs that need the shared network come last
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(work, [task for task in tasks if (task[1] in needs) == later]))
+    for name, control in wanted:
+        print(f"{name} [{control}]: {describe(results[name, control], results['right', control])}")
+    if args.keep:
+        keep(results, out)
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())

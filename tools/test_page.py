@@ -1,0 +1,300 @@
+"""The page of tools/page.py in two browsers: `pytest tools/test_page.py`, after
+`pip install -r tools/requirements.txt`, with Chromium (or Chrome) and Firefox on the machine.
+
+Chromium is driven by Playwright. Firefox is spoken to in WebDriver BiDi, its own protocol, because
+Playwright needs a Firefox of its own.
+"""
+import ast
+import base64
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+from playwright.sync_api import sync_playwright
+from pypdf import PdfReader
+from websockets.sync.client import connect
+
+import page
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The page as a file, and the seconds that it took."""
+    path = tmp_path_factory.mktemp("page") / "index.html"
+    started = time.monotonic()
+    assert page.main(["--out", str(path)]) == 0
+    return path, time.monotonic() - started
+
+def program_of(*names: str) -> str:
+    """A browser on this machine; its tests are skipped if there is none."""
+    found = next(filter(None, map(shutil.which, names)), None)
+    return found or pytest.skip(f"no {' or '.join(names)} on this machine")
+
+class Chromium:
+    """The page in Chromium: a window of some size, in light or dark."""
+
+    def __init__(self, playwright, path, width: int, dark: bool):
+        program = program_of("chromium", "google-chrome")
+        self.browser = playwright.chromium.launch(executable_path=program)
+        self.page = self.browser.new_page(viewport={"width": width, "height": 800},
+                                          color_scheme="dark" if dark else "light")
+        self.asked: list[str] = []
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri())
+
+    def run(self, script: str):
+        return self.page.evaluate(f"async () => {{ {script} }}")
+
+    def press(self, key: str) -> None:
+        self.page.keyboard.press({" ": "Space"}.get(key, key))
+
+    def printed(self) -> bytes:
+        return self.page.pdf()
+
+    def close(self) -> None:
+        self.browser.close()
+
+class Firefox:
+    """The same in Firefox."""
+
+    def __init__(self, folder, path, width: int, dark: bool):
+        profile = folder / f"profile-{width}-{dark}"
+        profile.mkdir()
+        (profile / "user.js").write_text(
+            f'user_pref("layout.css.prefers-color-scheme.content-override", {0 if dark else 1});\n')
+        program = program_of("firefox-esr", "firefox")
+        with open(profile / "log", "w") as log:
+            self.process = subprocess.Popen([program, "--headless", "--no-remote", "--profile", profile,
+                                             "--remote-debugging-port", "0"], stderr=log)
+        found, until = None, time.monotonic() + 60
+        while not found and time.monotonic() < until:
+            time.sleep(0.1)
+            found = re.search(r"listening on (ws://\S+)", (profile / "log").read_text())
+        self.socket = connect(found[1] + "/session", max_size=None)
+        self.numbers, self.asked = itertools.count(1), []
+        self.call("session.new", capabilities={})
+        self.call("session.subscribe", events=["network.beforeRequestSent"])
+        self.context = self.call("browsingContext.create", type="window")["context"]
+        self.call("browsingContext.setViewport", context=self.context,
+                  viewport={"width": width, "height": 800})
+        self.call("browsingContext.navigate", context=self.context, url=path.as_uri(), wait="complete")
+        self.call("browsingContext.activate", context=self.context)
+        self.run("while (!document.hasFocus()) await new Promise(done => setTimeout(done, 50));")
+
+    def call(self, method: str, **params):
+        number = next(self.numbers)
+        self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
+        while True:
+            answer = json.loads(self.socket.recv(timeout=60))
+            if answer.get("method") == "network.beforeRequestSent":
+                self.asked.append(answer["params"]["request"]["url"])
+            if answer.get("id") == number:
+                assert answer["type"] == "success", answer
+                return answer["result"]
+
+    def run(self, script: str):
+        script = f"(async () => JSON.stringify(await (async () => {{ {script} }})() ?? null))()"
+        answer = self.call("script.evaluate", expression=script, awaitPromise=True,
+                           target={"context": self.context})
+        assert answer["type"] == "success", answer
+        return json.loads(answer["result"]["value"])
+
+    def press(self, key: str) -> None:
+        value = {"Enter": "\ue006"}.get(key, key)
+        self.call("input.performActions", context=self.context, actions=[
+            {"type": "key", "id": "keys", "actions": [{"type": "keyDown", "value": value},
+                                                      {"type": "keyUp", "value": value}]}])
+
+    def printed(self) -> bytes:
+        return base64.b64decode(self.call("browsingContext.print", context=self.context)["data"])
+
+    def close(self) -> None:
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait()
+
+@pytest.fixture(scope="session")
+def playwright():
+    with sync_playwright() as found:
+        yield found
+
+@pytest.fixture(scope="module", params=["chromium", "firefox"])
+def window(request, built, playwright, tmp_path_factory):
+    """Opens the page at some width, in light or dark; each window once for all tests."""
+    opened, folder = {}, tmp_path_factory.mktemp("firefox")
+
+    def open_at(width: int = 1400, dark: bool = False):
+        if (width, dark) not in opened:
+            opened[width, dark] = (Chromium(playwright, built[0], width, dark)
+                                   if request.param == "chromium" else
+                                   Firefox(folder, built[0], width, dark))
+        return opened[width, dark]
+    yield open_at
+    for one in opened.values():
+        one.close()
+
+FOLDS = "for (const d of document.querySelectorAll('details:not(.derivation)')) d.open = %s;"
+
+def test_size_and_time(built):
+    """Under 1 MB with its pictures, built in under ten seconds, without a script."""
+    path, seconds = built
+    assert path.stat().st_size < 1_000_000 and seconds < 10
+    assert "<script" not in path.read_text(encoding="utf-8")
+
+def test_nothing_is_missing(built):
+    """Every function and class, every equation, every mistake that is listed, and a test for each."""
+    text = built[0].read_text(encoding="utf-8")
+    for file, prefix in (("ddpm.py", ""), ("unet.py", "unet-")):
+        for node in ast.parse(page.read(file)).body:
+            if hasattr(node, "name"):
+                assert f"<section class=unit id={prefix}{node.name}>" in text, node.name
+    assert "<section class=unit id=train-training_step>" in text
+    labels = " ".join(re.findall(r"<span class=label>(.*?)</span>", text))
+    assert page.numbers(labels.replace("Eqs. 9, 10", "Eq. 9 Eq. 10")) >= set(range(1, 17)) - {6, 7} \
+        and "Eqs. 6, 7" in labels
+    collected = page.Page()
+    for name, (_, test, _, controls) in collected.mistakes.items():
+        if controls:
+            assert text.count(f'id="mistake-{page.slug(name)}"') == 1, name
+    for _, _, _, tests in collected.rows:
+        for test in re.findall(r"`(test_\w+)`", tests):
+            assert f'id="{test}"' in text or collected.tests[test][0] != "test_ddpm.py", test
+
+def test_the_code_is_all_there(built):
+    """Put together again, the code of the page is that of ddpm.py without docstrings and comments."""
+    text = built[0].read_text(encoding="utf-8").split('id="train-py"')[0]
+    text = re.sub(r"(?s)<details.*?</details>", "", text)
+    shown = "\n".join(page.html.unescape(re.sub("<.*?>", "", block)) for block in
+                      re.findall(r"(?s)<pre class=code>(.*?)</pre>", text))
+
+    def bare(source: str) -> list[str]:
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node):
+                node.body = node.body[1:] or [ast.Pass()]
+        return sorted(ast.unparse(node) for node in tree.body)
+    assert bare(shown) == bare(page.read("ddpm.py"))
+
+@pytest.mark.parametrize("width", [360, 700, 900, 1400])
+@pytest.mark.parametrize("unfolded", [False, True])
+def test_no_sideways_scroll(window, width, unfolded):
+    """Nothing sticks out of the window, but within boxes that scroll by themselves."""
+    one = window(width)
+    out = one.run(FOLDS % str(unfolded).lower() + """
+        const out = [], w = document.documentElement.clientWidth;
+        for (const e of document.querySelectorAll('body *')) {
+            const r = e.getBoundingClientRect();
+            let p = e.parentElement;
+            while (p && getComputedStyle(p).overflowX === 'visible') p = p.parentElement;
+            if (r.width && r.right > w + 1 && (!p || p === document.documentElement))
+                out.push(e.tagName + '.' + e.className + ' ' + e.textContent.slice(0, 60));
+        }
+        return [document.documentElement.scrollWidth - w, out];""")
+    one.run(FOLDS % "false")
+    assert out == [0, []], out
+
+def test_links_and_names(window):
+    """Names are unique, every link leads somewhere, and every section has one to itself."""
+    names, links, sections = window().run("""
+        return [[...document.querySelectorAll('[id]')].map(e => e.id),
+                [...document.querySelectorAll('a')].map(e => e.getAttribute('href')),
+                [...document.querySelectorAll('h2, h3, h4, h5')].map(
+                    e => e.querySelector('a.anchor') ? '' : e.textContent).filter(x => x)];""")
+    assert len(names) == len(set(names)) and not sections
+    for link in links:
+        assert link.startswith("https://") or link.startswith("#") and link[1:] in names, link
+
+def test_a_link_into_a_fold_opens_it(window):
+    """The address of a theorem shows the theorem."""
+    assert window().run("""
+        const inside = document.querySelector('.theorem .inside');
+        location.hash = inside.id;
+        await new Promise(done => setTimeout(done, 300));
+        const open = inside.parentElement.open;
+        inside.parentElement.open = false;
+        return open;""")
+
+def test_formulas(window):
+    """No TeX is left, the font is there, and no formula is empty, huge or cut."""
+    left, font, odd = window(700).run(FOLDS % "true" + """
+        await document.fonts.ready;
+        const text = document.body.cloneNode(true), odd = [];
+        for (const e of text.querySelectorAll('pre, code')) e.remove();
+        for (const e of document.querySelectorAll('math')) {
+            const r = e.getBoundingClientRect();
+            if (r.width < 3 || r.height < 5 || r.height > 110 || r.width > 900)
+                odd.push([e.textContent, r.width, r.height]);
+        }
+        return [text.textContent.match(/\\\\[a-zA-Z]+|\\$|_\\{|\\^\\{/g), document.fonts.check(
+                '16px "DDPM Math"', '𝒩'), odd];""")
+    assert (left, font, odd) == (None, True, [])
+
+def test_subscripts_are_smaller(window):
+    """Formulas are laid out as formulas: the index of x_t is smaller than x, and lower."""
+    base, index = window().run("""
+        const one = document.querySelector('.unit msub');
+        return [...one.children].map(e => { const r = e.getBoundingClientRect();
+            return [parseFloat(getComputedStyle(e).fontSize), r.bottom]; });""")
+    assert index[0] < 0.85 * base[0] and index[1] > base[1]
+
+CONTRAST = """
+    const split = c => c.match(/[\\d.]+/g).map(Number);
+    const light = c => { const [r, g, b] = split(c).map(x => { x /= 255;
+        return x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4; });
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+    const low = {};
+    const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walk.nextNode()) {
+        if (!walk.currentNode.textContent.trim()) continue;
+        const e = walk.currentNode.parentElement;
+        let p = e, ground = 'rgb(255, 255, 255)';
+        for (; p; p = p.parentElement) {
+            const b = getComputedStyle(p).backgroundColor;
+            if (split(b)[3] !== 0) { ground = b; break; }
+        }
+        const a = light(getComputedStyle(e).color), b = light(ground);
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        if (ratio < 4.5) low[e.tagName + '.' + e.className] = ratio;
+    }
+    return [low, light(getComputedStyle(document.body).backgroundColor)];"""
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_contrast(window, dark):
+    """All text has a contrast of 4.5 or more to its ground, in both themes."""
+    low, ground = window(1400, dark).run(FOLDS % "true" + CONTRAST)
+    assert low == {} and (ground < 0.1) == dark
+
+def test_nothing_is_fetched(window):
+    """No request leaves the page: all that it needs is in it."""
+    one = window()
+    assert one.run("return performance.getEntriesByType('resource').map(e => e.name)"
+                   ".filter(name => !name.startsWith('data:'))") == []
+    assert all(url.startswith(("file:", "data:")) for url in one.asked)
+    assert one.asked or isinstance(one, Firefox)  # which does not report its own file
+
+def test_folds_open_from_the_keyboard(window):
+    """Enter opens the fold that has the focus, and the space bar closes it."""
+    one = window()
+    one.run(FOLDS % "false")
+    assert one.run("const s = document.querySelector('.theorem summary'); s.focus();"
+                   "return document.activeElement === s;")
+    state = "return document.querySelector('.theorem').open"
+    assert not one.run(state)
+    one.press("Enter")
+    assert one.run(state)
+    one.press(" ")
+    assert not one.run(state)
+
+def test_print_is_unfolded(window):
+    """On paper all folds are open, those of theorems and those of mistakes."""
+    one = window()
+    one.run(FOLDS % "false")
+    text = "".join(part.extract_text() for part in PdfReader(io.BytesIO(one.printed())).pages)
+    tests = one.run("return [...document.querySelectorAll('.theorem .inside')].map(e => e.id)")
+    text = re.sub(r"\s", "", text)
+    assert len(tests) > 40 and [test for test in tests if f"def{test}(" not in text] == []
+    assert text.count("noticedby") == one.run("return document.querySelectorAll('.mistake').length")
