@@ -35,12 +35,20 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 # === §2  Background ===============================================================================
 #
-# The model is a Markov chain that starts from noise and removes it in T steps (Eq. 1):
+# The data are samples x_0 ~ q(x_0) of an unknown distribution. The forward process q adds noise to
+# them in T steps. It is a fixed Markov chain:
 #
-#     p_θ(x_{0:T}) = p(x_T) ∏_{t=1}^{T} p_θ(x_{t−1} | x_t),     p(x_T) = N(0, I),
+#     q(x_{1:T} | x_0) = ∏_{t=1}^{T} q(x_t | x_{t−1}),
+#     q(x_t | x_{t−1}) = N(√(1 − β_t) x_{t−1}, β_t I)                                        [Eq. 2]
+#
+# The model is a Markov chain in the other direction. It starts from noise and removes it:
+#
+#     p_θ(x_{0:T}) = p(x_T) ∏_{t=1}^{T} p_θ(x_{t−1} | x_t),     p(x_T) = N(0, I),            [Eq. 1]
 #     p_θ(x_{t−1} | x_t) = N(μ_θ(x_t, t), Σ_θ(x_t, t))
 #
-# One factor of the product is `p_mean_variance` in §3.2; `p_sample_loop` walks the whole chain.
+# Training looks for the θ under which the data are likely: it lowers a bound on −log p_θ(x_0),
+# where p_θ(x_0) = ∫ p_θ(x_{0:T}) dx_{1:T}. E_q is the mean over x_1 … x_T of the forward process.
+# One factor of Eq. 1 is `p_mean_variance` in §3.2; `p_sample_loop` walks the whole chain.
 
 class Gaussian(NamedTuple):
     """A Gaussian with a diagonal covariance, as are all distributions of Eqs. 1, 2, 4 and 6."""
@@ -128,7 +136,7 @@ def _all(t: int, x: Tensor) -> Tensor:
 def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t = √(1 − β_t) x_{t−1} + √β_t ε, a sample of q(x_t | x_{t−1}).   [DDPM Eq. 2]
 
-    x: x_{t−1} (B, …) → x_t (B, …). The factor √(1 − β_t) keeps a variance of 1 at 1:
+    x: x_{t−1} (B, …) → x_t (B, …). If x_{t−1} has variance 1, then so has x_t:
     (1 − β_t) · 1 + β_t = 1. Only tests call this function: Eq. 4 jumps to any t at once.
     """
     return _like(s.alphas[t].sqrt(), x) * x + _like(s.betas[t].sqrt(), x) * eps
@@ -223,10 +231,11 @@ def _sum(x: Tensor) -> Tensor:
 def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
     """Σ_θ = σ_t² I with σ_t² = β_t ("fixed_large") or σ_t² = β̃_t ("fixed_small").   [DDPM §3.2]
 
-    → (B,) float64. β_t is optimal if x_0 ~ N(0, I), β̃_t if x_0 is always the same point.
-    At t = 1 both choices give σ_1² = β̃_2 instead, because β̃_1 = 0 has no logarithm. This is Ho et
-    al.'s CIFAR-10 code, not the paper. (A schedule of one step has no β̃_2: there σ_1² = β_1.) Only
-    L_0 depends on σ_1², since Algorithm 2 adds no noise at t = 1.
+    → (B,) float64. The true variance of x_{t−1} given x_t is β_t if x_0 ~ N(0, I), and β̃_t if x_0
+    is always the same point. t = 1 is an exception: there both choices return β̃_2, because with
+    β̃_1 = 0 L_0 would divide by zero. That is from Ho et al.'s CIFAR-10 code, not from the paper. (A
+    schedule of one step has no β̃_2: there σ_1² = β_1.) Only L_0 depends on σ_1², since Algorithm 2
+    adds no noise at t = 1.
     """
     if variance not in ("fixed_large", "fixed_small"):
         raise ValueError(f"no fixed variance is called {variance!r}: choose fixed_large or "
@@ -250,7 +259,8 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 #
 #     μ̃_t = (x_t − β_t/√(1 − ᾱ_t) · ε) / √α_t.                                         [Eqs. 9, 10]
 #
-# The network is given x_t, so only ε is left to predict.
+# The network is given x_t, so only ε is left to predict: μ_θ takes the form of Eq. 10, with the
+# network's output ε_θ(x_t, t) in place of ε (Eq. 11).
 
 def p_mean_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """μ_θ(x_t, t) = (x_t − β_t / √(1 − ᾱ_t) · ε_θ(x_t, t)) / √α_t.   [DDPM Eq. 11]
@@ -363,9 +373,10 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, variance: Tens
     """log p_θ(x_0 | x_1) = log ∫_{δ₋(x_0)}^{δ₊(x_0)} N(x; μ, σ²) dx.   [DDPM Eq. 13]
 
     x0: 8-bit levels k/127.5 − 1 with k = 0 … 255; mean, variance: broadcast against x0. Returns
-    nats ≤ 0 in float64, one number for each dimension (the product of Eq. 13 is a sum of these).
-    The bins x_0 ± 1/255 touch, and the two outermost ones extend to ∓∞. So the 256 probabilities
-    sum to 1, and −log₂ of them is the length of a code for 8-bit data.
+    nats ≤ 0 in float64, one number for each dimension (the log of Eq. 13's product is their sum).
+    δ₋ and δ₊ are the ends of the bin x_0 ± 1/255. The bins touch, and the two outermost ones extend
+    to ∓∞. So the 256 probabilities sum to 1, and −log₂ of them is the length of a code for 8-bit
+    data. Φ is the distribution function of N(0, 1).
     Ho et al.'s code approximates Φ with a tanh and floors the probability at 10⁻¹²; this does not.
     """
     infinity = 1e30  # a large finite number, because a true ∞ would make gradients NaN

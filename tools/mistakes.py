@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import time
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -278,6 +277,7 @@ CUT = ("python -c \"p = '{0}'; b = bytearray(open(p, 'rb').read()); b[len(b) // 
 CONTROLS = {
     # --- a training run, and what it makes
     "training": [FIT, DRAW, BITS],
+    "seed": [FIT + " --seed 1", DRAW, BITS],  # how much chance alone changes
     "short": [FIT + " --timesteps 100", DRAW, BITS],
     "mean": [FIT + " --predict mean", DRAW, BITS],
     "learned": [FIT + " --objective vlb --variance learned", DRAW, BITS],
@@ -398,7 +398,8 @@ def printed(result: dict, right: dict) -> list[tuple[str, str]]:
     """The lines that the commands print otherwise than with the right lines."""
     pairs = [pair for ours, theirs in zip(right["commands"], result["commands"])
              for pair in zip(ours["out"], theirs["out"])]
-    return [(a.strip(), b.strip()) for a, b in pairs if a != b and "checkpoint.pt" not in a][:5]
+    return [(a.split(" (±")[0].strip(), b.split(" (±")[0].strip()) for a, b in pairs
+            if a != b and "checkpoint.pt" not in a][:5]
 
 def describe(result: dict, right: dict) -> str:
     """What is seen, in one line, beside the same of the right lines."""
@@ -420,10 +421,10 @@ def keep(results: dict, out: Path) -> None:
     """Numbers and pictures of the runs, small enough for the repository, for tools/page.py."""
     shutil.rmtree(KEPT, ignore_errors=True)
     KEPT.mkdir(parents=True)
-    rows = {}
+    rows, numbers = {}, {name: f"{i:02d}" for i, name in enumerate(MISTAKES, 1)}
     for (name, control), result in sorted(results.items(), key=str):
-        key, picture = re.sub(r"\W+", "-", name), None
-        files = [*(out / control / key).glob("*.png")]
+        file = f"{control}-{numbers.get(name, name)}.png"
+        picture, files = None, [*(out / control / re.sub(r"\W+", "-", name)).glob("*.png")]
         if result.get("samples"):
             picture = sample.grid(torch.tensor(result["samples"], dtype=torch.uint8), 4)
         elif files:
@@ -434,20 +435,15 @@ def keep(results: dict, out: Path) -> None:
                     picture = picture[:, ::k, ::k]
                     break
         if picture is not None:
-            sample.write_png(KEPT / f"{control}-{file_name(name)}.png", picture)
-        right = results["right", control]
+            sample.write_png(KEPT / file, picture)
+        right = results["right", "training" if control == "seed" else control]
         rows[f"{control}/{name}"] = {
             "text": describe(result, right), "printed": printed(result, right),
             "loss": [(step, float(f"{value:.4g}")) for step, value in result.get("loss", [])[1::2]],
-            "picture": picture is not None and f"{control}-{file_name(name)}.png",
-            "width": 3 * picture.shape[2] if picture is not None else 0}
+            "picture": file if picture is not None else None,
+            **dict(zip(("height", "width"), picture.shape[1:] if picture is not None else ()))}
     (KEPT / "results.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0),
                                        encoding="utf-8")
-
-def file_name(name: str) -> str:
-    """The name of a mistake in that of a file: letters without accents, digits and hyphens."""
-    text = unicodedata.normalize("NFKD", name.lower())
-    return re.sub(r"\W+", "-", "".join(c for c in text if not unicodedata.combining(c))).strip("-")
 
 @common.command
 def main(argv=None) -> int:
@@ -468,7 +464,7 @@ def main(argv=None) -> int:
     wanted = [(name, control) for name, (*_, controls) in MISTAKES.items() if controls
               for control in controls.split() if args.only in name or args.only == control]
     tasks = [("right", control) for control in CONTROLS
-             if any(control == c for _, c in wanted) or control == "training"] + wanted
+             if any(control == c for _, c in wanted) or control in ("training", "seed")] + wanted
     results, progress = {}, common.Progress(len(tasks), "runs")
 
     def work(task: tuple[str, str]) -> None:
@@ -481,6 +477,8 @@ def main(argv=None) -> int:
             list(pool.map(work, [task for task in tasks if (task[1] in needs) == later]))
     for name, control in wanted:
         print(f"{name} [{control}]: {describe(results[name, control], results['right', control])}")
+    chance = describe(results["right", "seed"], results["right", "training"])
+    print(f"the right lines with another seed: {chance}")
     if args.keep:
         keep(results, out)
     return 0

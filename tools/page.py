@@ -47,11 +47,14 @@ def slug(text: str) -> str:
 
 HATS = {"^": "ˆ", "~": "˜"}  # characters that are accents, and not as wide as the keyboard's
 
+SIDES = {"l": "left", "r": "right"}
+
 def tex(source: str, display: bool = False) -> str:
     """MathML of a formula in TeX."""
-    for command, known in ((r"\operatorname{arg\,min}", r"\arg\min"),  # latex2mathml knows only
-                           (r"\big\lVert", r"\lVert"), (r"\big\rVert", r"\rVert")):  # the latter
-        source = source.replace(command, known)
+    source = source.replace(r"\operatorname{arg\,min}", r"\arg\min")
+    source = re.sub(r"\\[bB]ig\\([lr])Vert", lambda m: rf"\{SIDES[m[1]]}\Vert", source)
+    source = re.sub(r"\\[bB]ig([\[(])", r"\\left\1", source)
+    source = re.sub(r"\\[bB]ig([\])])", r"\\right\1", source)
     found = latex2mathml.converter.convert(source.strip(), display="block" if display else "inline")
     found = html.unescape(re.sub(r"&#x(0003C|00026|0003E);", r"&amp;#x\1;", found))
     for letter, style, code_point in (("N", "script", "𝒩"), ("E", "double-struck", "𝔼")):
@@ -61,6 +64,10 @@ def tex(source: str, display: bool = False) -> str:
     for kind, space in (("mo", "0"), ("mi", "0.28em")):  # the norm ‖x‖, and KL(q ‖ p)
         found = found.replace(f"<{kind}>‖</{kind}>", '<mo stretchy="false" '
                               f'lspace="{space}" rspace="{space}">‖</mo>')
+    found = re.sub("<mo>=</mo><m([io])>:</m\\1>", "<mo>=:</mo>", found)
+    found = found.replace("<mi>~</mi>", "<mo>∼</mo>").replace("<mi>;</mi>", "<mo>;</mo>")
+    found = found.replace("ϵ", "ε")  # one ε on the page
+    found = re.sub(r"(<mo>[=≤≥∼]</mo>|<mrow>)<mo>−</mo>", r'\1<mo form="prefix">−</mo>', found)
     found = re.sub(r'<mi>log</mi>(?!<mo stretchy="false">[(\[])',
                    '<mi>log</mi><mspace width="0.17em"/>', found)
     for script in ("msubsup", "msub"):  # the limits of a sum stand above and below it
@@ -115,30 +122,74 @@ def decomposed(text: str) -> str:
 class Formula:
     """A formula in Unicode as MathML. ValueError where the grammar does not apply."""
 
-    def __init__(self, text: str):
-        self.text, self.i = decomposed(text), 0
+    def __init__(self, text: str, display: bool = False):
+        self.text, self.i, self.display = decomposed(text), 0, display
 
     def peek(self) -> str:
         return self.text[self.i:self.i + 1]
 
-    def row(self, end: str = "") -> str:
-        """Atoms up to a closing bracket, or to the end of the text."""
-        out = []
+    def row(self, end: str = "", fractions: bool = True) -> str:
+        """Factors and operators up to a closing bracket, or to the end of the text.
+
+        Displayed, a / b is a fraction: a is the product before the stroke, b the next factor.
+        """
+        out: list[tuple[str, str]] = []        # (kind, markup): "factor", "name" or "operator"
+        over, spaced = False, False
         while self.peek() and self.peek() != end:
             if self.peek().isspace():
                 self.i += 1
+                spaced = True
                 continue
-            out.append(self.scripted())
+            if self.peek() == "/" and fractions and self.display and out[-1:] and \
+                    out[-1][0] == "factor":
+                self.i += 1
+                over = True
+                continue
+            start = self.i
+            kind, markup = self.factor()
+            if self.text[start] == "−" and (not out or out[-1][0] == "operator"):
+                markup = markup.replace("<mo>", '<mo form="prefix">')
+            if over:
+                first = len(out)
+                while first and out[first - 1][0] == "factor":
+                    first -= 1
+                above = "".join(part for _, part in out[first:])
+                out[first:] = [("factor", f"<mfrac>{bare(above)}{bare(markup)}</mfrac>")]
+                over = False
+            else:
+                if spaced and kind != "operator" and out and out[-1][0] == "factor":
+                    out.append(("factor", '<mspace width="0.17em"/>'))
+                out.append((kind, markup))
+            spaced = False
         if end and not self.peek():
             raise ValueError(f"no {end!r} in {self.text!r}")
-        return "<mrow>" + "".join(out) + "</mrow>"
+        return "<mrow>" + "".join(part for _, part in out) + "</mrow>"
+
+    def factor(self) -> tuple[str, str]:
+        """A factor, with the brackets that follow it at once: q(x_t | x_0), E_q[…], ‖x‖²."""
+        start = self.text[self.i:]
+        if start[0] == "‖" and self.text[self.i - 1:self.i + 2].strip(" ") != "‖":
+            self.i += 1
+            norm = '<mo stretchy="false" lspace="0" rspace="0">‖</mo>'
+            inner = self.row("‖")
+            self.i += 1
+            return "factor", self.with_scripts(f"<mrow>{norm}{inner}{norm}</mrow>")
+        if re.match(rf"(?:{'|'.join(FUNCTIONS)})(?![a-zA-Z(\[_])", start):
+            return "name", self.scripted()
+        if start[0] in OPERATORS + ",|‖" or start.startswith(("∏", "∫")) or \
+                start[0] == "Σ" and not start.startswith("Σ_θ"):
+            return "operator", self.scripted()
+        markup = self.scripted()
+        while self.peek() and self.peek() in "([" and start[0] not in "([0123456789":
+            markup += self.scripted()
+        return "factor", f"<mrow>{markup}</mrow>"
 
     def group(self) -> str:
         """What stands below a root or in a script: {…}, (…) without its brackets, or one atom."""
         if self.peek() in ("{", "("):
             end = {"{": "}", "(": ")"}[self.peek()]
             self.i += 1
-            found = self.row(end)
+            found = self.row(end, fractions=False)
             self.i += 1
             return found
         return self.atom()
@@ -147,9 +198,14 @@ class Formula:
         """An atom with its subscripts and superscripts."""
         if self.peek() == "√":
             self.i += 1
-            bracket = self.peek() == "("
-            return f"<msqrt>{self.group() if bracket else self.scripted()}</msqrt>"
-        base, below, above = self.atom(), "", ""
+            inner = self.group() if self.peek() == "(" else self.scripted()
+            strut = '<mspace height="0.88em"/>' * ("¯" in inner)  # between the bar and the root
+            return f"<msqrt>{strut}{inner}</msqrt>"
+        return self.with_scripts(self.atom())
+
+    def with_scripts(self, base: str) -> str:
+        """The subscripts and superscripts that follow, attached to what they belong to."""
+        below, above = "", ""
         while True:
             c = self.peek()
             if c == "_" and not below:
@@ -192,6 +248,9 @@ class Formula:
             self.i += found.end()
             return f"<mn>{found[0]}</mn>"
         if found := re.match(rf"(?:{'|'.join(FUNCTIONS)})(?![a-z])", rest):
+            if found[0] == "dx":  # the x may have an index
+                self.i += 1
+                return '<mspace width="0.17em"/><mi>d</mi>'
             self.i += found.end()
             return f"<mi>{found[0]}</mi>" + ("" if rest[found.end():found.end() + 1] in "([_"
                                              else '<mspace width="0.17em"/>')
@@ -213,11 +272,12 @@ class Formula:
             if not c.isascii() or re.match(r"[^A-Za-z]|$", rest[1:2]):
                 return f"<mi>{c}</mi>"
             raise ValueError(f"{rest[:9]!r} is a word")
-        if c in "([{":
+        if c and c in "([{":
             end = {"(": ")", "[": "]", "{": "}"}[c]
             inner = self.row(end)
             self.i += 1
-            return (f'<mrow><mo stretchy="false">{c}</mo>{inner}<mo stretchy="false">{end}</mo>'
+            tall = "true" if "<mfrac>" in inner else "false"
+            return (f'<mrow><mo stretchy="{tall}">{c}</mo>{inner}<mo stretchy="{tall}">{end}</mo>'
                     "</mrow>")
         spaced = rest[1:2] == " " and self.text[self.i - 2:self.i - 1] == " "
         if c in "|‖":
@@ -225,14 +285,26 @@ class Formula:
             return f'<mo stretchy="false" lspace="{space}" rspace="{space}">{c}</mo>'
         if c in "½":
             return "<mfrac><mn>1</mn><mn>2</mn></mfrac>"
+        if rest.startswith("=:"):
+            self.i += 1
+            return "<mo>=:</mo>"
         if c and (c in OPERATORS or c in ",∏∫∇∞"):
             kind = "mi" if c in "∞∇" else "mo"
             return f"<{kind}>{html.escape(c.replace('~', '∼'))}</{kind}>"
         raise ValueError(f"{c!r} in {self.text!r} is no formula")
 
+def bare(markup: str) -> str:
+    """Without the brackets around all of it, which a fraction does not need."""
+    row = ET.fromstring(f"<mrow>{markup}</mrow>")
+    while len(row) == 1 and row[0].tag == "mrow":
+        row = row[0]
+    if len(row) == 3 and (row[0].text, row[2].text) == ("(", ")"):
+        row = row[1]
+    return ET.tostring(row, "unicode")
+
 def formula(text: str, display: bool = False) -> str:
     """MathML of a formula in Unicode; ValueError if it is none."""
-    reader = Formula(text)
+    reader = Formula(text, display)
     if display:
         return f'<math displaystyle="true">{reader.row()}</math>'
     return breakable(f"<math>{reader.row()}</math>")
@@ -240,6 +312,7 @@ def formula(text: str, display: bool = False) -> str:
 LETTER = r"[A-Za-zα-ωΑ-Ω∇∞][\u0302\u0303\u0304]?"
 TOKEN = re.compile(
     r"(?P<code>`[^`]*`)"
+    r"|(?P<flag>--[a-z][a-z-]*)"
     r"|(?P<possessive>['’]s\b)"
     r"|(?P<shape>\(B,[^)]*\))"
     r"|(?P<word>(?:Eqs?\.|Algorithms?|Alg\.|Tables?|Figures?|lines?|Appendix|§) ?\d[\d.]*"
@@ -258,7 +331,16 @@ TOKEN = re.compile(
     r"|(?P<space> +)"
     r"|(?P<other>.)", re.S)
 
-def prose(text: str, link=lambda name: None, display: bool = False) -> str:
+class Link:
+    """Which `names` lead somewhere on the page, and which are arguments of the function at hand."""
+
+    def __init__(self, units: dict | None = None, arguments=()):
+        self.units, self.arguments = {} if units is None else units, set(arguments)
+
+    def __call__(self, name: str) -> str | None:
+        return self.units.get(name.removeprefix("ddpm.").removesuffix("()"))
+
+def prose(text: str, link: Link = Link(), display: bool = False) -> str:
     """A sentence with its formulas typeset and its `names` as code."""
     text = decomposed(" ".join(text.split()))
     out, run, depth = [], [], 0
@@ -270,16 +352,21 @@ def prose(text: str, link=lambda name: None, display: bool = False) -> str:
 
     for found in TOKEN.finditer(text):
         kind, token = found.lastgroup, found[0]
-        if kind in ("code", "word", "name", "other", "possessive", "shape") or \
+        after = text[found.end():found.end() + 1]
+        if kind in ("name", "letter", "strong") and (
+                token in link.arguments and (after == ":" or kind == "name" and "_" in token)
+                or kind == "name" and "(" in token and token.split("(")[0] in link.arguments):
+            kind = "code"
+        if kind in ("code", "flag", "word", "name", "other", "possessive", "shape") or \
                 (kind == "weak" and token in ",:;" and depth <= 0) or \
                 (kind == "letter" and token in "aA" and
                  not (depth > 0 and re.match(r" ?[=,+/)]", text[found.end():]))):
-            after, before = text[found.end():found.end() + 1], text[found.start() - 1:found.start()]
+            before = text[found.start() - 1:found.start()]
             if kind == "weak" and token == ":" and "=" in (before, after):
                 run.append((kind, token))
                 continue
             flush()
-            if kind == "code":
+            if kind in ("code", "flag"):
                 name = token.strip("`")
                 target = link(name)
                 code = f"<code>{html.escape(name)}</code>"
@@ -350,7 +437,7 @@ def display(line: str, link) -> str:
     """One line that is a formula, with its number at the right."""
     label = LABEL.search(line)
     text = re.sub(r"\s+", " ", LABEL.sub("", line)).strip()
-    number = f'<span class="number">{html.escape(label[1])}</span>' if label else ""
+    number = f'<span class="number">{prose(label[1])}</span>' if label else ""
     return f'<div class="formula"><span>{prose(text, link, True)}</span>{number}</div>'
 
 def document(text: str, link) -> str:
@@ -412,8 +499,14 @@ def numbers(label: str) -> set[int]:
 
 CODE = HtmlFormatter(nowrap=True)
 
+COLOURED = "k kn kc ow s1 s2 sd sa si se c1 mi mf nf nc nd fm".split()  # by page.css
+
 def code(source: str) -> str:
-    return f"<pre class=code>{highlight(source, PythonLexer(stripnl=False), CODE).rstrip()}</pre>"
+    """A listing, coloured."""
+    found = highlight(source, PythonLexer(stripnl=False), CODE).rstrip()
+    found = re.sub(r'<span class="(\w+)">([^<]*)</span>', lambda m: f"<span class={m[1]}>{m[2]}"
+                   "</span>" if m[1] in COLOURED else m[2], found)
+    return f"<pre class=code>{found}</pre>"
 
 def without_docstring(source: str, node: ast.AST) -> str:
     """The lines of a function or class without its docstring."""
@@ -450,18 +543,24 @@ def items(source: str) -> list[tuple[str, object]]:
             i += 1
     return out
 
+def section(source: str, banner: tuple[str, str]) -> str:
+    """The lines below a banner, down to the next one."""
+    rest = source.split(f"# {banner[0]} {banner[1]} ", 1)[1]
+    return re.split(r"\n# (?:===|---) ", rest)[0]
+
 class Page:
     """Collects the parts, their names for the table of contents, and what was shown already."""
 
     def __init__(self):
         self.body: list[str] = []
         self.contents: list[tuple[int, str, str]] = []  # level, address, title
-        self.units = {}                                # function or class → address
-        self.shown: dict[str, str] = {}                # test → address
+        self.units: dict[str, str] = {}                # function or class → address
+        self.link = Link(self.units)
+        self.shown: set[str] = set()                   # tests
+        self.named: set[str] = set()                   # tests to which there is a link
+        self.pictures: dict[str, str] = {}             # name → picture
         self.rows = table("The map")
-        self.stated: set[str] = set()
-        titles = re.findall(r"(?m)^# --- (.*?) -+$", read("ddpm.py"))
-        self.titled = set().union(*map(numbers, titles))
+        self.waiting: list[str] = []                   # tests to show below a section's text
         self.symptoms = {row[0]: row[1] for row in table("Easy mistakes") if len(row) == 3}
         tree = ast.parse(read("tools/mistakes.py"))
         space: dict = {}
@@ -471,6 +570,12 @@ class Page:
                 exec(compile(ast.Module([node], []), "mistakes.py", "exec"), space)
         self.mistakes = space["MISTAKES"]
         self.left = {name for name, entry in self.mistakes.items() if entry[3]}
+        self.home = {}                                 # test → (file, the line that it guards)
+        for file, test, replacements, _ in self.mistakes.values():
+            self.home.setdefault(test.split(".")[1], (file, replacements[0][0]))
+        for _, _, functions, tests in self.rows:
+            if "`" not in functions:  # a comment: it stands below that
+                self.home.update((test, ("", "")) for test in re.findall(r"`(test_\w+)`", tests))
         self.tests = {}
         for path in [ROOT / "test_ddpm.py", *sorted((ROOT / "tests").glob("test_*.py"))]:
             source = path.read_text(encoding="utf-8")
@@ -480,30 +585,31 @@ class Page:
         results = KEPT / "results.json"
         self.results = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
 
-    def link(self, name: str) -> str | None:
-        """The address of a `name` in a docstring, if the page has it."""
-        return self.units.get(name.removeprefix("ddpm.").removesuffix("()"))
+    def link_of(self, node: ast.AST) -> Link:
+        """The links of the page, with the arguments of a function."""
+        found = getattr(node, "args", None)
+        named = [*found.args, *filter(None, [found.kwarg])] if found else []
+        return Link(self.units, [argument.arg for argument in named])
 
     def heading(self, level: int, title: str, address: str, shown: str | None = None) -> None:
         self.contents.append((level, address, shown or prose(title)))
         self.body.append(f'<h{level} id="{address}"><a class=anchor href="#{address}" aria-label='
-                         f'"Link to this section">§</a>{shown or prose(title)}</h{level}>')
+                         f'"Link to this section">#</a>{shown or prose(title)}</h{level}>')
 
-    def statements(self, title: str = "", function: str = "") -> None:
-        """What the map says about the equations of a heading, or those of a function."""
+    def statements(self, title: str, text: str) -> None:
+        """What the map says about the equations of a heading, unless the text below shows it.
+
+        The theorems of an equation that no function computes wait until that text is over."""
+        shown = set().union(*(numbers(m[1]) for m in map(LABEL.search, text.splitlines()) if m))
         for label, statement, functions, tests in self.rows:
-            wanted = numbers(title) & numbers(label) if title else \
-                not numbers(label) & self.titled and \
-                (f"`{function}`" in functions or f"`train.{function}`" in functions)
-            if wanted and label not in self.stated and "$" in statement:
-                self.stated.add(label)
-                formulas = "".join(f'<div class="formula"><span>{tex(source, True)}</span></div>'
-                                   for source in re.findall(r"\$(.*?)\$", statement))
+            if not numbers(label) & numbers(title):
+                continue
+            if not numbers(label) <= shown and statement.startswith("$"):
                 self.body.append(f'<div class=statement><span class=label>{inline(label)}</span>'
-                                 f"{formulas}</div>")
-                if "`" not in functions:  # a comment: no function follows that has the theorem
-                    self.body += ["<div class=prose>", *map(self.theorem, re.findall(
-                        r"`(test_\w+)`", tests)), "</div>"]
+                                 f'<div class="formula"><span>{tex(statement.strip("$"), True)}'
+                                 "</span></div></div>")
+            if "`" not in functions:
+                self.waiting += re.findall(r"`(test_\w+)`", tests)
 
     def derivations(self, title: str) -> None:
         """The derivations of PAPER.md that belong to the equations of a heading."""
@@ -514,19 +620,21 @@ class Page:
                                  f"{inline(name)}</summary><div class=inside "
                                  f'id="derivation-{slug(name)}">{markdown(text)}</div></details>')
 
-    def theorem(self, name: str) -> str:
-        """A test, folded; where it was shown already, a link to it."""
+    def theorem(self, name: str, here: bool = True) -> str:
+        """A test, folded; elsewhere than where it belongs, a link to it."""
         file, source, node = self.tests[name]
-        if name in self.shown:
-            return f'<p class=again>Theorem <a href="#{name}"><code>{name}</code></a> (above)</p>'
-        self.shown[name] = name
-        said = document(ast.get_docstring(node) or "", self.link)
-        first = re.split(r"\n\s*\n", ast.get_docstring(node) or name)[0]
-        rest = said.split("</p>", 1)[-1] if said.startswith("<p>") else said
-        return (f"<details class=theorem><summary>Theorem: {prose(first, self.link)}</summary>"
-                f'<div class=inside id="{name}">{rest}<p class=file><code>{file}</code>: '
-                f"<code>pytest -k {name}</code></p>{code(without_docstring(source, node))}</div>"
-                "</details>")
+        said = ast.get_docstring(node) or name
+        first, _, rest = said.partition("\n\n")
+        link = self.link_of(node)
+        if name in self.shown or not here:
+            self.named.add(name)
+            return (f'<p class=again>Theorem, shown elsewhere: <a href="#{name}">'
+                    f"{prose(first, link)}</a></p>")
+        self.shown.add(name)
+        return (f"<details class=theorem><summary>Theorem: {prose(first, link)}</summary>"
+                f'<div class=inside id="{name}">{document(rest, link)}<p class=file>'
+                f"<code>{file}</code>: <code>pytest -k {name}</code></p>"
+                f"{code(without_docstring(source, node))}</div></details>")
 
     def mistake(self, name: str) -> str:
         """A mistake, folded: what one sees, right and wrong line, pictures, the failing test."""
@@ -553,9 +661,10 @@ class Page:
         figures = ""
         for one, title in ((right, "right"), (result, "wrong")):
             if one["picture"]:
-                content = base64.b64encode((KEPT / one["picture"]).read_bytes()).decode()
-                figures += (f'<figure><img alt="what comes with the {title} line" '
-                            f'width={one["width"]} src="data:image/png;base64,{content}">'
+                figures += (f'<figure><svg role=img aria-label="what comes with the {title} line" '
+                            f'viewBox="0 0 {one["width"]} {one["height"]}" '
+                            f'width={3 * one["width"]} height={3 * one["height"]}>'
+                            f'<use href="#{self.picture(one)}"/></svg>'
                             f"<figcaption>{title}</figcaption></figure>")
         if result["loss"] and right["loss"]:
             figures += curve(right["loss"], result["loss"])
@@ -565,34 +674,42 @@ class Page:
         return (f"<p class=numbers>Seen ({html.escape(control)}): {html.escape(result['text'])}</p>"
                 f"{lines}<div class=seen>{figures}</div>")
 
+    def picture(self, run: dict) -> str:
+        """The name of a picture, which is in the page once however often it is shown."""
+        name = "picture-" + run["picture"].removesuffix(".png")
+        content = base64.b64encode((KEPT / run["picture"]).read_bytes()).decode()
+        self.pictures[name] = (f'<image id="{name}" width={run["width"]} height={run["height"]} '
+                               f'href="data:image/png;base64,{content}"/>')
+        return name
+
     def unit(self, source: str, node: ast.AST, file: str) -> None:
         """A function, a class or other lines: docstring beside code, theorems, mistakes."""
         name = getattr(node, "name", None)
         text = without_docstring(source, node)
         self.body.append(f'<section class=unit{f" id={self.units[name]}" if name else ""}>')
         doc = ast.get_docstring(node) if name else ""
-        anchor = (f'<h5><a class=anchor href="#{self.units[name]}" aria-label="Link to {name}">§'
+        anchor = (f'<h5><a class=anchor href="#{self.units[name]}" aria-label="Link to {name}">#'
                   f"</a><code>{name}</code></h5>") if name else ""
         self.body.append(f"<div class=said>{anchor}")
-        if name:
-            self.statements(function=name)
-        self.body.append(f"{document(doc, self.link)}</div><div class=done>{code(text)}")
+        self.body.append(f"{document(doc, self.link_of(node))}</div><div class=done>{code(text)}")
         whole = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
         wrong = [m for m, (path, _, replacements, controls) in self.mistakes.items()
                  if path == file and controls and m in self.left and replacements[0][0] in whole]
-        tests = [self.mistakes[m][1].split(".")[1] for m in wrong]
+        tests = [test for test, (path, line) in self.home.items() if path == file and line in whole]
         for _, _, functions, some in self.rows:
             if name and re.search(rf"`(\w+\.)?{name}`", functions):
                 listed = re.findall(r"`(test_\w+)`", some)
                 near = [t for t in listed if re.search(rf"\b{name}\b", ast.get_source_segment(
                     self.tests[t][1], self.tests[t][2]))]
                 tests += near or listed
-        self.body += [self.theorem(test) for test in dict.fromkeys(tests) if test in self.tests]
+        for test in dict.fromkeys(tests):
+            path, line = self.home.get(test, (file, whole))
+            self.body.append(self.theorem(test, here=path == file and line in whole))
         self.body += [self.mistake(m) for m in wrong]
         self.body.append("</div></section>")
 
-    def file(self, name: str, title: str, only: str = "") -> None:
-        """A source file in its own order; `only` one of its sections."""
+    def file(self, name: str, title: str, only: str = "", names: tuple = ()) -> None:
+        """A source file in its own order; `only` one of its sections, or some functions."""
         source = read(name)
         parts = items(source)
         for kind, thing in parts:
@@ -600,18 +717,19 @@ class Page:
                 prefix = "" if name == "ddpm.py" else f"{name[:-3]}-"
                 self.units[thing.name] = prefix + thing.name
         self.heading(2, title, slug(name), f"<code>{name}</code>: {title}")
-        if not only:
+        if not only and not names:
             said = ast.get_docstring(ast.parse(source))
             self.body.append(f"<div class=prose>{document(said, self.link)}</div>")
         inside, due, plain = not only, "", []
         for kind, thing in [*parts, ("end", None)]:
             if kind == "banner" and thing[0] == "===":
                 inside = not only or only in thing[1]
-            if not inside and kind != "end":
+            if not inside and kind != "end" or names and getattr(thing, "name", "") not in names:
                 continue
             if kind != "text" and due and name == "ddpm.py":  # below the text of the section
                 self.derivations(due)
-                due = ""
+                self.body += ["<div class=prose>", *map(self.theorem, self.waiting), "</div>"]
+                self.waiting, due = [], ""
             if plain and (kind != "statement" or hasattr(thing, "name")):
                 self.body.append("<section class=unit><div class=said></div><div class=done>"
                                  f"{code(chr(10).join(plain))}</div></section>")
@@ -619,13 +737,28 @@ class Page:
             if kind == "banner":
                 level, due = 3 if thing[0] == "===" else 4, thing[1]
                 self.heading(level, due, slug(due))
-                self.statements(title=due)
+                self.statements(due, section(source, thing))
             elif kind == "text":
                 self.body.append(f"<div class=prose>{document(thing, self.link)}</div>")
             elif kind == "statement" and hasattr(thing, "name"):
                 self.unit(source, thing, name)
             elif kind == "statement":
                 plain.append(ast.get_source_segment(source, thing))
+
+    def helpers(self) -> None:
+        """The tests that a link named and no function has shown, and what the theorems share."""
+        self.heading(2, "What the theorems share", "helpers")
+        source = read("test_ddpm.py")
+        tree, shared = ast.parse(source), []
+        for node in tree.body[1:]:
+            if not getattr(node, "name", "").startswith("test_"):
+                marks = "".join(f"@{ast.unparse(d)}\n" for d in getattr(node, "decorator_list", []))
+                shared.append(marks + ast.get_source_segment(source, node))
+        self.body.append(f"<div class=prose>{document(ast.get_docstring(tree), self.link)}"
+                         "<details class=helpers><summary>The helpers of <code>test_ddpm.py</code>"
+                         f"</summary>{code(chr(10).join(shared))}</details>"
+                         + "".join(self.theorem(test) for test in sorted(self.named - self.shown))
+                         + "</div>")
 
     def others(self) -> None:
         """The mistakes in files that are not on this page."""
@@ -653,8 +786,10 @@ def build(repository: str = "") -> str:
     page = Page()
     page.file("ddpm.py", "the mathematics")
     page.file("train.py", "training", only="Algorithm 1")
+    page.file("data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
     page.file("unet.py", "the network")
     page.others()
+    page.helpers()
     entries, depth = [], 2
     for level, address, title in page.contents:
         entries.append("<ul>" * (level - depth) + "</ul>" * (depth - level)
@@ -663,7 +798,10 @@ def build(repository: str = "") -> str:
     contents = "<ul>" + "".join(entries) + "</ul>" * (depth - 1)
     font = base64.b64encode((TOOLS / "math.woff2").read_bytes()).decode()
     style = (TOOLS / "page.css").read_text(encoding="utf-8").replace("FONT", font)
-    return TEMPLATE.substitute(style=style, contents=contents, body="\n".join(page.body),
+    body = re.sub(r"(<math>(?:(?!</math>).)*</math>)([.,;:?)]+)",  # a line begins with no full stop
+                  r"<span class=nb>\1\2</span>", "\n".join(page.body))
+    return TEMPLATE.substitute(style=style, contents=contents, body=body,
+                               pictures="".join(page.pictures.values()),
                                paper=inline(read("PAPER.md").splitlines()[2]),
                                repository=repository)
 
@@ -678,9 +816,15 @@ $style</style>
 </head>
 <body>
 <header><h1>Denoising Diffusion Probabilistic Models</h1>
-<p>$paper On this page the paper's statements stand beside the code that computes them, the theorems
-that test it, and the mistakes that are easily made.$repository</p></header>
+<p>$paper On this page the paper's statements stand beside the code that computes
+them.$repository</p>
+<p>A <em>theorem</em> is a property test: it states an identity, draws cases with hypothesis, and
+compares the code with a second computation that shares nothing with it (its
+<a href="#helpers">helpers</a> are on the page). What it <em>kills</em> are the wrong variants on
+which it is known to fail. An <em>easy mistake</em> shows a wrong line, what was seen when the
+program was run with it, and the theorem that notices it.</p></header>
 <nav aria-label=Contents>$contents</nav>
+<svg width=0 height=0 aria-hidden=true><defs>$pictures</defs></svg>
 <main>
 $body
 </main>
