@@ -1,6 +1,7 @@
 """README and PAPER: what they show runs, what they name exists, and nothing is missing."""
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -169,6 +170,17 @@ def test_the_easy_mistakes_are_those_that_are_tried():
               if not row[0].startswith("**")}
     assert listed == {name: [test.split(".")[1]] for name, (_, test, _, controls)
                       in MISTAKES.items() if controls}
+
+
+def test_every_symptom_has_a_run_behind_it():
+    """Each mistake of PAPER.md was run under each of its controls, beside the right lines."""
+    folder = HERE / ".github" / "images" / "mistakes"
+    runs = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for name, (*_, controls) in MISTAKES.items():
+        for control in (controls or "").split():
+            assert f"{control}/{name}" in runs and f"{control}/right" in runs, (name, control)
+    pictures = {run["picture"] for run in runs.values()} - {None}
+    assert pictures == {path.name for path in folder.glob("*.png")}
 
 
 def test_the_released_codes_flags_exist(capsys):
