@@ -416,7 +416,9 @@ def describe(result: dict, right: dict) -> str:
     """What is seen, in one line, beside the same of the right lines."""
     parts = []
     for key, value in (("loss", loss), ("bits/dim", bits)):
-        if value(right):
+        if value(right) == value(result) != "":
+            parts.append(f"the same {key}")
+        elif value(right):
             parts.append(f"{key} {value(result) or 'none'} in place of {value(right)}")
     if right["shown"] is not None and result["shown"] is not None:
         there, here = right["shown"].double(), result["shown"].double()

@@ -548,6 +548,17 @@ def section(source: str, banner: tuple[str, str]) -> str:
     rest = source.split(f"# {banner[0]} {banner[1]} ", 1)[1]
     return re.split(r"\n# (?:===|---) ", rest)[0]
 
+def whole_lines(file: str, replacements: list) -> list[tuple[str, str]]:
+    """The right lines and the wrong ones, in full."""
+    source, pairs = read(file), []
+    for right, wrong in replacements:
+        first = source.index(right)
+        start, end = source.rfind("\n", 0, first) + 1, source.index("\n", first + len(right) - 1)
+        lines = source[start:end]
+        pairs.append(tuple(textwrap.dedent(text).rstrip() or "(nothing)"
+                           for text in (lines, lines.replace(right, wrong))))
+    return pairs
+
 class Page:
     """Collects the parts, their names for the table of contents, and what was shown already."""
 
@@ -641,7 +652,7 @@ class Page:
         self.left.discard(name)
         file, test, replacements, controls = self.mistakes[name]
         lines = "".join(f'<span class=right>{html.escape(a)}</span><span class=wrong>'
-                        f"{html.escape(b) or '(nothing)'}</span>" for a, b in replacements)
+                        f"{html.escape(b)}</span>" for a, b in whole_lines(file, replacements))
         seen = "".join(self.seen(name, control) for control in controls.split())
         test = test.split(".")[1]
         target = f'<a href="#{test}"><code>{test}</code></a>' if test in self.shown else \
@@ -671,7 +682,8 @@ class Page:
         lines = "".join(f"<span class=right>{html.escape(a)}</span><span class=wrong>"
                         f"{html.escape(b)}</span>" for a, b in result["printed"])
         lines = f"<pre class=diff>{lines}</pre>" if lines else ""
-        return (f"<p class=numbers>Seen ({html.escape(control)}): {html.escape(result['text'])}</p>"
+        text = "" if lines and result["text"] == "nothing" else html.escape(result["text"])
+        return (f"<p class=numbers>Seen ({control}) {text}</p>"
                 f"{lines}<div class=seen>{figures}</div>")
 
     def picture(self, run: dict) -> str:
@@ -761,8 +773,11 @@ class Page:
                          + "</div>")
 
     def others(self) -> None:
-        """The mistakes in files that are not on this page."""
-        self.heading(2, "Mistakes elsewhere", "elsewhere")
+        """How the mistakes were run, and those in files that are not on this page."""
+        self.heading(2, "The runs with mistakes", "runs")
+        said = read("PAPER.md").split("## Easy mistakes\n")[1].split("\n| ")[0]
+        self.body.append(f"<div class=prose>{markdown(said)}</div>")
+        self.heading(2, "Mistakes in other files", "elsewhere")
         self.body.append("<div class=prose>" + "".join(
             self.mistake(name) for name in self.mistakes if name in self.left) + "</div>")
 
@@ -822,7 +837,7 @@ them.$repository</p>
 compares the code with a second computation that shares nothing with it (its
 <a href="#helpers">helpers</a> are on the page). What it <em>kills</em> are the wrong variants on
 which it is known to fail. An <em>easy mistake</em> shows a wrong line, what was seen when the
-program was run with it, and the theorem that notices it.</p></header>
+program <a href="#runs">was run</a> with it, and the theorem that notices it.</p></header>
 <nav aria-label=Contents>$contents</nav>
 <svg width=0 height=0 aria-hidden=true><defs>$pictures</defs></svg>
 <main>
