@@ -590,7 +590,7 @@ def test_two_ranks_are_one_run():
 
 def test_compile_falls_back(capsys, monkeypatch):
     """Where torch.compile fails there is one line, and training goes on without it."""
-    def broken(net):
+    def broken(net, **options):
         def forward(*args):
             raise RuntimeError("no C++ compiler\nand more lines")
         return forward
