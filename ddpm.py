@@ -232,8 +232,8 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
     """Σ_θ = σ_t² I with σ_t² = β_t ("fixed_large") or σ_t² = β̃_t ("fixed_small").   [DDPM §3.2]
 
     → (B,) float64. The true variance of x_{t−1} given x_t is β_t if x_0 ~ N(0, I), and β̃_t if x_0
-    is always the same point. t = 1 is an exception: there both choices return β̃_2, because with
-    β̃_1 = 0 L_0 would divide by zero. That is from Ho et al.'s CIFAR-10 code, not from the paper. (A
+    is always the same point. t = 1 is an exception: there both choices return β̃_2, because L_0
+    would divide by β̃_1 = 0. That is from Ho et al.'s CIFAR-10 code, not from the paper. (A
     schedule of one step has no β̃_2: there σ_1² = β_1.) Only L_0 depends on σ_1², since Algorithm 2
     adds no noise at t = 1.
     """

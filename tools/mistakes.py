@@ -277,7 +277,9 @@ CUT = ("python -c \"p = '{0}'; b = bytearray(open(p, 'rb').read()); b[len(b) // 
 CONTROLS = {
     # --- a training run, and what it makes
     "training": [FIT, DRAW, BITS],
-    "seed": [FIT + " --seed 1", DRAW, BITS],  # how much chance alone changes
+    "seed-1": [FIT + " --seed 1", DRAW, BITS],  # how much chance alone changes
+    "seed-2": [FIT + " --seed 2", DRAW, BITS],
+    "seed-3": [FIT + " --seed 3", DRAW, BITS],
     "short": [FIT + " --timesteps 100", DRAW, BITS],
     "mean": [FIT + " --predict mean", DRAW, BITS],
     "learned": [FIT + " --objective vlb --variance learned", DRAW, BITS],
@@ -308,6 +310,8 @@ CONTROLS = {
     "fid": ["python TREE/evaluate.py --checkpoint SHARED --fid --samples TEST --dataset TRAIN "
             "--split train --data-dir . --inception INCEPTION"],
 }
+
+SEEDS = ("seed-1", "seed-2", "seed-3")
 
 def prepare(out: Path, folder: str) -> None:
     """Images of 16×16 for training and testing, one of them as a PNG, and features for FID."""
@@ -433,9 +437,9 @@ def describe(result: dict, right: dict) -> str:
                          f"{here.mean():.0f} in place of {there.mean():.0f}")
     for ours, theirs in zip(right["commands"], result["commands"]):
         if ours["status"] != theirs["status"]:
-            bad = ours if ours["status"] else theirs
-            parts.append(f"status {theirs['status']} in place of {ours['status']} "
-                         f"({' '.join(bad['err'][-1:])})")
+            bad, which = (ours, "right") if ours["status"] else (theirs, "wrong")
+            parts.append(f"status {theirs['status']} in place of {ours['status']} (the {which} line"
+                         f" says: {' '.join(bad['err'][-1:])})")
     return "; ".join(parts) or "nothing"
 
 def keep(results: dict) -> None:
@@ -447,7 +451,7 @@ def keep(results: dict) -> None:
         file, shown = f"{control}-{numbers.get(name, name)}.png", result["shown"]
         if shown is not None:
             sample.write_png(KEPT / file, shown)
-        right = results["right", "training" if control == "seed" else control]
+        right = results["right", "training" if control in SEEDS else control]
         rows[f"{control}/{name}"] = {
             "text": describe(result, right), "printed": printed(result, right),
             "loss": [(step, float(f"{value:.4g}")) for step, value in result.get("loss", [])[1::2]],
@@ -475,7 +479,7 @@ def main(argv=None) -> int:
     wanted = [(name, control) for name, (*_, controls) in MISTAKES.items() if controls
               for control in controls.split() if args.only in name or args.only == control]
     tasks = [("right", control) for control in CONTROLS
-             if any(control == c for _, c in wanted) or control in ("training", "seed")] + wanted
+             if any(control == c for _, c in wanted) or control in ("training", *SEEDS)] + wanted
     results, progress = {}, common.Progress(len(tasks), "runs")
 
     def work(task: tuple[str, str]) -> None:
@@ -490,8 +494,9 @@ def main(argv=None) -> int:
             list(pool.map(work, [task for task in tasks if (task[1] in needs) == later]))
     for name, control in wanted:
         print(f"{name} [{control}]: {describe(results[name, control], results['right', control])}")
-    chance = describe(results["right", "seed"], results["right", "training"])
-    print(f"the right lines with another seed: {chance}")
+    for seed in SEEDS:
+        chance = describe(results["right", seed], results["right", "training"])
+        print(f"the right lines with another seed [{seed}]: {chance}")
     if args.keep:
         keep(results)
     return 0

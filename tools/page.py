@@ -553,9 +553,9 @@ def whole_lines(file: str, replacements: list) -> list[tuple[str, str]]:
     source, pairs = read(file), []
     for right, wrong in replacements:
         first = source.index(right)
-        start, end = source.rfind("\n", 0, first) + 1, source.index("\n", first + len(right) - 1)
-        lines = source[start:end]
-        pairs.append(tuple(textwrap.dedent(text).rstrip() or "(nothing)"
+        end = source.index("\n", first + len(right) - 1) + 1
+        lines = source[source.rfind("\n", 0, first) + 1:end]
+        pairs.append(tuple(textwrap.dedent(text).rstrip() or "(this line is not there)"
                            for text in (lines, lines.replace(right, wrong))))
     return pairs
 
@@ -575,11 +575,10 @@ class Page:
         self.symptoms = {row[0]: row[1] for row in table("Easy mistakes") if len(row) == 3}
         tree = ast.parse(read("tools/mistakes.py"))
         space: dict = {}
-        for node in tree.body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith(
-                    ("MISTAKES", "(D, C", "(U, W")):
+        for node in tree.body:  # the tables of that file, which imports torch, without the rest
+            if isinstance(node, ast.Assign) and not ast.unparse(node).startswith(("ROOT", "KEPT")):
                 exec(compile(ast.Module([node], []), "mistakes.py", "exec"), space)
-        self.mistakes = space["MISTAKES"]
+        self.mistakes, self.controls = space["MISTAKES"], space["CONTROLS"]
         self.left = {name for name, entry in self.mistakes.items() if entry[3]}
         self.home = {}                                 # test → (file, the line that it guards)
         for file, test, replacements, _ in self.mistakes.values():
@@ -683,7 +682,7 @@ class Page:
                         f"{html.escape(b)}</span>" for a, b in result["printed"])
         lines = f"<pre class=diff>{lines}</pre>" if lines else ""
         text = "" if lines and result["text"] == "nothing" else html.escape(result["text"])
-        return (f"<p class=numbers>Seen ({control}) {text}</p>"
+        return (f'<p class=numbers>Seen (<a href="#runs">{control}</a>) {text}</p>'
                 f"{lines}<div class=seen>{figures}</div>")
 
     def picture(self, run: dict) -> str:
@@ -772,11 +771,20 @@ class Page:
                          + "".join(self.theorem(test) for test in sorted(self.named - self.shown))
                          + "</div>")
 
-    def others(self) -> None:
-        """How the mistakes were run, and those in files that are not on this page."""
-        self.heading(2, "The runs with mistakes", "runs")
+    def runs(self) -> None:
+        """How the mistakes were run: PAPER.md's text, and the commands of each control."""
+        self.heading(2, "How the mistakes were run", "runs")
         said = read("PAPER.md").split("## Easy mistakes\n")[1].split("\n| ")[0]
-        self.body.append(f"<div class=prose>{markdown(said)}</div>")
+        rows = "".join(f"<dt>{name}</dt><dd>" + "<br>".join(
+            f"<code>{html.escape(line)}</code>" for line in lines) + "</dd>"
+            for name, lines in self.controls.items())
+        self.body.append(f"<div class=prose>{markdown(said[said.index('**The runs.**'):])}"
+                         "<details><summary>The commands: TREE is the program, right or wrong, "
+                         "SHARED the network of the right lines, TRAIN and TEST the images"
+                         f"</summary><dl>{rows}</dl></details></div>")
+
+    def others(self) -> None:
+        """The mistakes in files that are not on this page."""
         self.heading(2, "Mistakes in other files", "elsewhere")
         self.body.append("<div class=prose>" + "".join(
             self.mistake(name) for name in self.mistakes if name in self.left) + "</div>")
@@ -803,6 +811,7 @@ def build(repository: str = "") -> str:
     page.file("train.py", "training", only="Algorithm 1")
     page.file("data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
     page.file("unet.py", "the network")
+    page.runs()
     page.others()
     page.helpers()
     entries, depth = [], 2
@@ -833,10 +842,10 @@ $style</style>
 <header><h1>Denoising Diffusion Probabilistic Models</h1>
 <p>$paper On this page the paper's statements stand beside the code that computes
 them.$repository</p>
-<p>A <em>theorem</em> is a property test: it states an identity, draws cases with hypothesis, and
-compares the code with a second computation that shares nothing with it (its
-<a href="#helpers">helpers</a> are on the page). What it <em>kills</em> are the wrong variants on
-which it is known to fail. An <em>easy mistake</em> shows a wrong line, what was seen when the
+<p>A <em>theorem</em> is a test. It states an identity and compares the code with a second
+computation, which shares nothing with it but Eq. 2, in most tests for cases that hypothesis draws.
+Its <a href="#helpers">helpers</a> are on the page. "Kills" names wrong variants of the code on
+which the test fails. An <em>easy mistake</em> shows a wrong line, what was seen when the
 program <a href="#runs">was run</a> with it, and the theorem that notices it.</p></header>
 <nav aria-label=Contents>$contents</nav>
 <svg width=0 height=0 aria-hidden=true><defs>$pictures</defs></svg>
