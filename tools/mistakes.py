@@ -472,12 +472,14 @@ def main(argv=None) -> int:
     parser.add_argument("--keep", action="store_true", help="put numbers and pictures into the "
                         "repository, where the page finds them")
     args = parser.parse_args(argv)
+    wanted = [(name, control) for name, (*_, controls) in MISTAKES.items() if controls
+              for control in controls.split() if args.only in name or args.only == control]
+    if not wanted:
+        raise common.UsageError(f"--only {args.only}: no mistake and no control is called so")
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "features.pt").exists():
         prepare(out, args.data_dir or "data")
-    wanted = [(name, control) for name, (*_, controls) in MISTAKES.items() if controls
-              for control in controls.split() if args.only in name or args.only == control]
     tasks = [("right", control) for control in CONTROLS
              if any(control == c for _, c in wanted) or control in ("training", *SEEDS)] + wanted
     results, progress = {}, common.Progress(len(tasks), "runs")

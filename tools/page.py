@@ -23,12 +23,15 @@ import unicodedata
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import latex2mathml.converter
-from markdown_it import MarkdownIt
-from mdit_py_plugins.dollarmath import dollarmath_plugin
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
+try:
+    import latex2mathml.converter
+    from markdown_it import MarkdownIt
+    from mdit_py_plugins.dollarmath import dollarmath_plugin
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+except ImportError as error:
+    sys.exit(f"page.py: {error}: pip install -r tools/requirements.txt")
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
