@@ -172,7 +172,7 @@ def q_sample(s: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 # q(x_{t−1} | x_t, x_0) q(x_t | x_0) / q(x_{t−1} | x_0). The last two factors telescope. In
 # expectation, and only there, the remaining log-ratios are KL divergences (derived in PAPER.md):
 #
-#     L = E_q[ L_T + Σ_{t>1} L_{t−1} + L_0 ]
+#     L = E_q[ L_T + Σ_{t>1} L_{t−1} + L_0 ]                                                [Eq. 5]
 #     L_T = KL(q(x_T | x_0) ‖ p(x_T))                            `prior_kl`   (§3.1)
 #     L_{t−1} = KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t))   `vlb_term`   (after §3.3)
 #     L_0 = −log p_θ(x_0 | x_1)                                  `vlb_term`   (after §3.3)

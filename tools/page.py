@@ -547,9 +547,9 @@ def items(source: str) -> list[tuple[str, object]]:
     return out
 
 def section(source: str, banner: tuple[str, str]) -> str:
-    """The lines below a banner, down to the next one."""
+    """The comment below a banner."""
     rest = source.split(f"# {banner[0]} {banner[1]} ", 1)[1]
-    return re.split(r"\n# (?:===|---) ", rest)[0]
+    return re.match(r".*\n(?:#.*\n)*", rest)[0]
 
 def whole_lines(file: str, replacements: list) -> list[tuple[str, str]]:
     """The right lines and the wrong ones, in full."""
@@ -610,14 +610,14 @@ class Page:
                          f'"Link to this section">#</a>{shown or prose(title)}</h{level}>')
 
     def statements(self, title: str, text: str) -> None:
-        """What the map says about the equations of a heading, unless the text below shows it.
+        """What the map says about the equations of a heading, unless the comment there says it.
 
         The theorems of an equation that no function computes wait until that text is over."""
         shown = set().union(*(numbers(m[1]) for m in map(LABEL.search, text.splitlines()) if m))
         for label, statement, functions, tests in self.rows:
             if not numbers(label) & numbers(title):
                 continue
-            if not numbers(label) <= shown and statement.startswith("$"):
+            if not numbers(label) <= shown and statement.startswith("$") and "`" in functions:
                 self.body.append(f'<div class=statement><span class=label>{inline(label)}</span>'
                                  f'<div class="formula"><span>{tex(statement.strip("$"), True)}'
                                  "</span></div></div>")

@@ -155,7 +155,8 @@ def test_nothing_is_missing(built):
             if hasattr(node, "name"):
                 assert f"<section class=unit id={prefix}{node.name}>" in text, node.name
     assert "<section class=unit id=train-training_step>" in text
-    labels = re.findall(r'<span class="?(?:label|number)"?>(.*?)</span>', text)
+    labels = re.findall(r'<span class="?(?:label|number)"?>(.*?)</span>|<h4.*?</a>(.*?)</h4>', text)
+    labels = ["".join(both) for both in labels]
     assert set().union(*map(page.numbers, labels)) >= set(range(1, 17))
     collected = page.Page()
     for name, (_, test, _, controls) in collected.mistakes.items():
