@@ -376,7 +376,7 @@ def run(name: str, control: str, out: Path, threads: int) -> dict:
             json.loads, log.read_text(encoding="utf-8").splitlines())]
     if (work / "samples.pt").exists():
         result["samples"] = torch.load(work / "samples.pt").tolist()
-    for pattern in ("samples.png", "run/samples-*.png", "rate-distortion.csv"):
+    for pattern in ("samples.png", "run/samples-*.png"):
         for path in work.glob(pattern):
             shutil.copy(path, folder)
     if (control, name) != ("training", "right"):

@@ -38,6 +38,7 @@ TOOLS = ROOT / "tools"
 KEPT = ROOT / ".github" / "images" / "mistakes"
 
 def read(name: str) -> str:
+    """The text of a file of the repository."""
     return (ROOT / name).read_text(encoding="utf-8")
 
 def slug(text: str) -> str:
@@ -115,6 +116,7 @@ SUB = dict(zip("₀₁₂₃₄₅₆₇₈₉₋₊", "0123456789−+"))
 ACCENTS = {"\u0302": "ˆ", "\u0303": "˜", "\u0304": "¯"}
 FUNCTIONS = ("log", "exp", "KL", "Var", "erfc", "erfcx", "cos", "sin", "min", "softmax", "SiLU",
              "conv", "norm", "average", "half", "width", "dx")
+CLOSING = {"(": ")", "[": "]", "{": "}"}
 OPERATORS = "=≤≥<>+−·×/∈≈~∝→←∓±…≠:;"
 VARIABLES = "tTDzxqpkuLCnNvibcHWKQV"  # single letters that are typeset wherever they stand
 
@@ -190,7 +192,7 @@ class Formula:
     def group(self) -> str:
         """What stands below a root or in a script: {…}, (…) without its brackets, or one atom."""
         if self.peek() in ("{", "("):
-            end = {"{": "}", "(": ")"}[self.peek()]
+            end = CLOSING[self.peek()]
             self.i += 1
             found = self.row(end, fractions=False)
             self.i += 1
@@ -275,8 +277,7 @@ class Formula:
             if not c.isascii() or re.match(r"[^A-Za-z]|$", rest[1:2]):
                 return f"<mi>{c}</mi>"
             raise ValueError(f"{rest[:9]!r} is a word")
-        if c and c in "([{":
-            end = {"(": ")", "[": "]", "{": "}"}[c]
+        if end := CLOSING.get(c):
             inner = self.row(end)
             self.i += 1
             tall = "true" if "<mfrac>" in inner else "false"
@@ -477,17 +478,21 @@ MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").use(
     renderer=lambda source, options: tex(source, options["display_mode"]))
 
 def markdown(text: str) -> str:
-    """HTML of a part of PAPER.md; its links to sections of itself lead to those of the page."""
+    """HTML of a part of PAPER.md."""
     return re.sub(r'(?s)<div class="math block">\n?(.*?)\n?</div>',
                   r'<div class="formula"><span>\1</span></div>', MARKDOWN.render(text))
 
 def inline(text: str) -> str:
+    """HTML of one paragraph, without its tags."""
     return re.sub(r"^<p>|</p>$", "", markdown(text).strip())
+
+def chapter(title: str) -> str:
+    """The text below a heading of PAPER.md."""
+    return read("PAPER.md").split(f"## {title}\n")[1].split("\n## ")[0]
 
 def table(title: str) -> list[list[str]]:
     """The cells of the first table below a heading of PAPER.md."""
-    part = read("PAPER.md").split(f"## {title}\n")[1].split("\n## ")[0]
-    lines = [line for line in part.splitlines() if line.startswith("|")][2:]
+    lines = [line for line in chapter(title).splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 def numbers(label: str) -> set[int]:
@@ -511,13 +516,17 @@ def code(source: str) -> str:
                    "</span>" if m[1] in COLOURED else m[2], found)
     return f"<pre class=code>{found}</pre>"
 
+def first_line(node: ast.AST) -> int:
+    """The line on which a statement begins, with its decorators."""
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+
 def without_docstring(source: str, node: ast.AST) -> str:
     """The lines of a function or class without its docstring."""
     lines, doc = source.splitlines(), None
     body = getattr(node, "body", [])
     if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         doc = body[0]
-    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+    first = first_line(node)
     kept = [line for i, line in enumerate(lines[first - 1:node.end_lineno], first)
             if not (doc and doc.lineno <= i <= doc.end_lineno)]
     while kept and not kept[-1].strip():
@@ -527,8 +536,7 @@ def without_docstring(source: str, node: ast.AST) -> str:
 def items(source: str) -> list[tuple[str, object]]:
     """Banners (their rule and title), comments between statements, and statements, in order."""
     lines, out, i = source.splitlines(), [], 0
-    starts = {min([n.lineno, *(d.lineno for d in getattr(n, "decorator_list", []))]): n
-              for n in ast.parse(source).body[1:]}
+    starts = {first_line(node): node for node in ast.parse(source).body[1:]}
     while i < len(lines):
         if node := starts.get(i + 1):
             out.append(("statement", node))
@@ -561,6 +569,13 @@ def whole_lines(file: str, replacements: list) -> list[tuple[str, str]]:
         pairs.append(tuple(textwrap.dedent(text).rstrip() or "(this line is not there)"
                            for text in (lines, lines.replace(right, wrong))))
     return pairs
+
+def diff(pairs: list) -> str:
+    """Lines with the right program and with the wrong one, below each other."""
+    return "<pre class=diff>" + "".join(
+        f"<span class=right>{html.escape(right)}</span>"
+        f"<span class=wrong>{html.escape(wrong)}</span>"
+        for right, wrong in pairs) + "</pre>"
 
 class Page:
     """Collects the parts, their names for the table of contents, and what was shown already."""
@@ -626,8 +641,8 @@ class Page:
 
     def derivations(self, title: str) -> None:
         """The derivations of PAPER.md that belong to the equations of a heading."""
-        part = read("PAPER.md").split("## The derivations\n")[1].split("\n## ")[0]
-        for name, text in re.findall(r"(?ms)^### (.*?)\n(.*?)(?=^### |\Z)", part):
+        for name, text in re.findall(r"(?ms)^### (.*?)\n(.*?)(?=^### |\Z)",
+                                     chapter("The derivations")):
             if min(numbers(name)) in numbers(title):
                 self.body.append("<details class=derivation open><summary>Derivation: "
                                  f"{inline(name)}</summary><div class=inside "
@@ -653,8 +668,6 @@ class Page:
         """A mistake, folded: what one sees, right and wrong line, pictures, the failing test."""
         self.left.discard(name)
         file, test, replacements, controls = self.mistakes[name]
-        lines = "".join(f'<span class=right>{html.escape(a)}</span><span class=wrong>'
-                        f"{html.escape(b)}</span>" for a, b in whole_lines(file, replacements))
         seen = "".join(self.seen(name, control) for control in controls.split())
         test = test.split(".")[1]
         target = f'<a href="#{test}"><code>{test}</code></a>' if test in self.shown else \
@@ -662,8 +675,8 @@ class Page:
         return (f"<details class=mistake><summary>Easy mistake: {prose(name, self.link)}</summary>"
                 f'<div class=inside id="mistake-{slug(name)}">'
                 f"<p>{prose(self.symptoms[name], self.link)}</p>"
-                f"<pre class=diff>{lines}</pre>{seen}<p class=file>In <code>{file}</code>; noticed "
-                f"by {target}</p></div></details>")
+                f"{diff(whole_lines(file, replacements))}{seen}<p class=file>In "
+                f"<code>{file}</code>; noticed by {target}</p></div></details>")
 
     def seen(self, name: str, control: str) -> str:
         """The numbers, the pictures and the loss of the runs."""
@@ -681,9 +694,7 @@ class Page:
                             f"<figcaption>{title}</figcaption></figure>")
         if result["loss"] and right["loss"]:
             figures += curve(right["loss"], result["loss"])
-        lines = "".join(f"<span class=right>{html.escape(a)}</span><span class=wrong>"
-                        f"{html.escape(b)}</span>" for a, b in result["printed"])
-        lines = f"<pre class=diff>{lines}</pre>" if lines else ""
+        lines = diff(result["printed"]) if result["printed"] else ""
         text = "" if lines and result["text"] == "nothing" else html.escape(result["text"])
         return (f'<p class=numbers>Seen (<a href="#runs">{control}</a>) {text}</p>'
                 f"{lines}<div class=seen>{figures}</div>")
@@ -763,11 +774,9 @@ class Page:
         """The tests that a link named and no function has shown, and what the theorems share."""
         self.heading(2, "What the theorems share", "helpers")
         source = read("test_ddpm.py")
-        tree, shared = ast.parse(source), []
-        for node in tree.body[1:]:
-            if not getattr(node, "name", "").startswith("test_"):
-                marks = "".join(f"@{ast.unparse(d)}\n" for d in getattr(node, "decorator_list", []))
-                shared.append(marks + ast.get_source_segment(source, node))
+        tree, lines = ast.parse(source), source.splitlines()
+        shared = ["\n".join(lines[first_line(node) - 1:node.end_lineno]) for node in tree.body[1:]
+                  if not getattr(node, "name", "").startswith("test_")]
         self.body.append(f"<div class=prose>{document(ast.get_docstring(tree), self.link)}"
                          "<details class=helpers><summary>The helpers of <code>test_ddpm.py</code>"
                          f"</summary>{code(chr(10).join(shared))}</details>"
@@ -777,7 +786,7 @@ class Page:
     def runs(self) -> None:
         """How the mistakes were run: PAPER.md's text, and the commands of each control."""
         self.heading(2, "How the mistakes were run", "runs")
-        said = read("PAPER.md").split("## Easy mistakes\n")[1].split("\n| ")[0]
+        said = chapter("Easy mistakes").split("\n| ")[0]
         rows = "".join(f"<dt>{name}</dt><dd>" + "<br>".join(
             f"<code>{html.escape(line)}</code>" for line in lines) + "</dd>"
             for name, lines in self.controls.items())
