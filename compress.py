@@ -14,27 +14,26 @@ from __future__ import annotations
 import bisect
 import contextlib
 import copy
-import hashlib
+import io
 import itertools
-import json
 import math
 import sys
 import zlib
 from pathlib import Path
 
-import common  # before torch, because it silences a warning of torch's import
+from support import data
+from support.checkpoint import Trained, load, weights_hash
+from support.command import (Parser, Progress, UsageError, command, count, reading, say, whole,
+                             written)
+from support.machine import seed_of, start_machine
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
 import ddpm
-import evaluate
-import sample
-from common import Progress, UsageError, count, find_machine, seed_of
 
-MAGIC, VERSION, HEADER = b"DDPM", 1, 13     # then b, 4 bytes of a hash and 3 of the length
+MAGIC, HEADER = b"DDPM\2", 13  # 2: the version; then b, 4 bytes of a hash, 3 of the length
 STEPS, CLASSES, BLOCK, BITS = 20, 8, 1024, 16
 
 # === The arithmetic code ==========================================================================
@@ -113,15 +112,15 @@ def zipf(kl: float, b: int) -> list[int]:
 
 # === Algorithms 3 and 4 ===========================================================================
 
-def transmit(trained: sample.Trained, code: Code, b: int, picture: Tensor | None = None):
+def transmit(trained: Trained, code: Code, b: int, picture: Tensor | None = None):
     """Algorithm 3 if there is a picture, uint8 (C, H, W), else Algorithm 4, by the same lines.
 
     `code` writes a symbol and returns it, or returns the one that it reads. Yields the states of
     `ddpm.receive`, which the sender computes as the receiver does; the last one is the picture.
     """
-    T, ratio = trained.schedule.T, min(125, trained.schedule.T)
+    T, ratio = trained.s.T, min(125, trained.s.T)
     times = sorted({round(T * ratio ** (i / (STEPS - 1) - 1)) for i in range(STEPS)})
-    s = ddpm.respace(trained.schedule, times)
+    s = ddpm.respace(trained.s, times)
     net = copy.deepcopy(trained.net).double().requires_grad_(False)
     x, scale = torch.zeros(1, *trained.shape, dtype=torch.float64), 0
     x0 = x if picture is None else data.to_model(picture[None]).double()  # only the sender's
@@ -167,20 +166,17 @@ def transmit(trained: sample.Trained, code: Code, b: int, picture: Tensor | None
         if t == 0:
             return last(rounded(p.mean), rounded(p.x0_hat))
         q = ddpm.q_posterior_mean_variance(s, x0, x, torch.tensor([t + 1]))
-        return message(t, rounded(p.mean), p.variance.sqrt(), q.mean)
+        return message(t, rounded(p.mean), p.sigma2.sqrt(), q.mean)
 
     x_T = message(s.T, x, torch.ones(()), s.alpha_bars[s.T].sqrt() * x0)
     return ddpm.receive(s, lambda x, t: rounded(net(x, t)), x_T, receive,
                         **{**trained.choices, "variance": "fixed_small"})
 
-def header(trained: sample.Trained, b: int, length: int) -> bytes:
+def header(trained: Trained, b: int, length: int) -> bytes:
     """How a file begins that was made with this network and goes on for `length` bytes."""
-    sha = hashlib.sha256(json.dumps(trained.model_settings, sort_keys=True).encode())
-    for name, weight in sorted(trained.net.state_dict().items()):
-        sha.update(name.encode() + data.raw_bytes(weight))
-    return MAGIC + bytes([VERSION, b]) + sha.digest()[:4] + length.to_bytes(3, "big")
+    return MAGIC + bytes([b]) + weights_hash(trained)[:4] + length.to_bytes(3, "big")
 
-def encode(trained: sample.Trained, picture: Tensor, b: int = 12, quiet: bool = True) -> bytes:
+def encode(trained: Trained, picture: Tensor, b: int = 12, quiet: bool = True) -> bytes:
     """A picture, uint8 (C, H, W), as a file. ValueError if it has not the network's size."""
     if tuple(picture.shape) != trained.shape:
         raise ValueError(f"the network takes {trained.shape}, C×H×W, not {tuple(picture.shape)}")
@@ -189,71 +185,109 @@ def encode(trained: sample.Trained, picture: Tensor, b: int = 12, quiet: bool = 
         progress.update(STEPS - state.t)
     return header(trained, b, len(body := code.to_bytes())) + body
 
-def decode(trained: sample.Trained, content: bytes, name="this") -> tuple[Tensor, int]:
+def decode(trained: Trained, content: bytes) -> tuple[Tensor, int]:
     """The picture, or x̂_0 of the last x_t that the bytes determine; and its step, 0 if whole.
 
     ValueError for another file or network, or damage (not in a part: the checksum comes last).
+    EOFError if the bytes are too few to show anything.
     """
-    if content[:4] != MAGIC or len(content) < HEADER:
-        raise ValueError(f"{name} is no file of compress.py, or less than its first {HEADER} bytes")
-    if content[4] != VERSION or not 1 <= content[5] <= 16:
-        raise ValueError(f"{name} has another version of the format, or is damaged")
+    if content[:5] != MAGIC or len(content) < HEADER or not 1 <= content[5] <= 16:
+        raise ValueError(f"it is none of this version, or less than the first {HEADER} bytes")
     body, length = content[HEADER:], int.from_bytes(content[10:HEADER], "big")
     if content[:HEADER] != header(trained, content[5], length):
-        raise ValueError(f"{name} was made with another network: give its --checkpoint")
-    code, state = Code(body), False
+        raise ValueError("it was made with another network: give its --checkpoint")
+    code, state = Code(body), None
     with contextlib.suppress(EOFError):
         for state in transmit(trained, code, content[5]):
             pass
     done = bool(state) and state.t == 0
     if done != (len(body) == length) or done and code.to_bytes() != body:
-        raise ValueError(f"{name} is damaged")
+        raise ValueError("it is damaged")
     if not state:
-        raise ValueError(f"{len(content)} bytes of {name} are too few to show anything")
+        raise EOFError(f"{len(content)} bytes are too few to show anything")
     return data.to_uint8(state.x0_hat)[0], state.t
 
-@common.command
+CUTS = (16, 32, 64, 128, 256)
+RIVALS = {"PNG": dict(format="PNG", optimize=True),
+          "WebP, lossless": dict(format="WEBP", lossless=True, quality=100, method=6),
+          **{f"WebP, quality {q}": dict(format="WEBP", quality=q, method=6) for q in (1, 50)},
+          **{f"JPEG, quality {q}": dict(format="JPEG", quality=q) for q in (5, 25, 75)}}
+
+def measure(trained: Trained, images: Tensor, b: int) -> Tensor:
+    """Prints bytes, bits/dim and RMSE of files, of their beginnings and of other formats.
+
+    Returns a picture: what CUTS and all bytes show of the first eight images, a row each.
+    """
+    from PIL import Image
+    rows, shown, progress = {}, [], Progress(len(images), "images")
+    for i, image in enumerate(images, 1):
+        content = encode(trained, image, b)
+        for cut in (*CUTS, len(content)):
+            shown.append(torch.full_like(image, 128))  # grey: too few bytes to show anything
+            with contextlib.suppress(EOFError):
+                shown[-1] = decode(trained, content[:cut])[0]
+            name = "whole files" if cut == len(content) else f"their first {cut} bytes"
+            rows.setdefault(name, []).append((min(cut, len(content)), shown[-1], image))
+        mode, raw = "L" if len(image) == 1 else "RGB", data.raw_bytes(image.permute(1, 2, 0))
+        picture = Image.frombytes(mode, tuple(image.shape[:0:-1]), raw)
+        for name, options in RIVALS.items():
+            picture.save(file := io.BytesIO(), **options)
+            again = data.pixels(Image.open(file).convert(mode))
+            rows.setdefault(name, []).append((len(file.getvalue()), again, image))
+        progress.update(i)
+    for name, row in rows.items():
+        size = sum(length for length, *_ in row) / len(row)
+        errors = torch.stack([(x.double() - y.double()).square().mean() for _, x, y in row])
+        print(f"{name:22} {size:8.1f} bytes {8 * size / images[0].numel():8.3f} bits/dim   "
+              f"RMSE {errors.mean().sqrt():6.2f}")
+    columns = len(CUTS) + 1
+    return data.tiled(torch.stack(shown[:8 * columns]), columns)
+
+@command
 def main(argv=None) -> int:
     """Writes a file, reads one, or measures: see the text at the head of this file."""
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__, "--checkpoint", "--data-dir")
     parser.add_argument("action", choices=("encode", "decode", "measure"))
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="the one to read, and "
                         "the one to write: a .png and a file of this program, or the reverse")
-    parser.add_argument("--b", type=common.number(int, 1, 16), help="2^b candidates (default: 12)")
+    parser.add_argument("--b", type=whole(1, 16), help="2^b candidates (default: 12)")
     parser.add_argument("--bytes", type=count, help="decode only the first so many bytes")
     parser.add_argument("--n", type=count, help="images of measure (default: 20)")
-    parser.add("--checkpoint", "--data-dir")
     args = parser.parse_intermixed_args(argv)  # flags may stand before and between the files
     if len(set(args.files)) != len(args.files) or len(args.files) != 2 * (args.action != "measure"):
         raise UsageError("encode and decode take two different FILEs, measure none")
     for flag, actions in {"b": "encode measure", "bytes": "decode", "n": "measure"}.items():
         if getattr(args, flag) and args.action not in actions:
             raise UsageError(f"--{flag} does not go with {args.action}")
-    trained = sample.load(args.checkpoint, args.data_dir or "data", True, find_machine("cpu"))
+    trained = load(args.checkpoint, args.data_dir or "data", True, start_machine("cpu"))
     if trained.settings["variance"] == "learned":
         raise ValueError("a network with learned variance takes all T steps: too many bits")
-    if args.action == "measure":
-        if "dataset" not in trained.settings:
-            raise UsageError("measure needs a run of train.py, whose data set has test images")
-        folder = args.data_dir or trained.settings["data_dir"]
-        images = data.load(trained.settings["dataset"], folder, "test", trained.shape[1]).images
-        evaluate.files(images[:args.n or 20], lambda image: encode(trained, image, args.b or 12),
-                       lambda content: decode(trained, content)[0], Path("compress.png"))
-        return 0
-    source, target = args.files
-    data.size_of(source)  # ValueError if it is no file
-    data.check_writable(target)
-    if args.action == "encode":
-        content = encode(trained, data.read_png(source), args.b or 12, False)
-        with data.written(target) as file:
+    if args.action == "measure" and "dataset" not in trained.settings:
+        raise UsageError("measure needs a run of train.py, whose data set has test images")
+    source, target = args.files or (None, Path("compress.png"))
+    with written(target) as file:  # opened before the work
+        if args.action == "measure":
+            images, _ = data.load(trained.settings["dataset"], args.data_dir
+                                  or trained.settings["data_dir"], "test", trained.shape[1])
+            file.write(data.png(measure(trained, images[:args.n or 20], args.b or 12)))
+            said = "shows what the first bytes tell"
+        elif args.action == "encode":
+            from PIL import Image
+            with reading(source, "a PNG"), Image.open(source, formats=["PNG"]) as picture:
+                if picture.mode not in ("L", "RGB"):
+                    raise ValueError(f"it is not 8-bit grey or RGB, but {picture.mode}")
+                content = encode(trained, data.pixels(picture), args.b or 12, False)
             file.write(content)
-        data.say(f"{target} has {len(content)} bytes")
-    else:
-        picture, t = decode(trained, content := source.read_bytes()[:args.bytes], source)
-        sample.write_png(target, picture)
-        whole = HEADER + int.from_bytes(content[10:HEADER], "big")
-        data.say(f"{target} shows what {len(content)} of {whole} bytes tell: " + (
-            f"an estimate, x̂_0 at step {t} of {STEPS}" if t else "the picture, exactly"))
+            said = f"has {len(content)} bytes"
+        else:
+            with reading(source, "a file of compress.py"):
+                content = source.read_bytes()[:args.bytes]
+                picture, t = decode(trained, content)
+            file.write(data.png(picture))
+            said = f"shows what {len(content)} of " + (
+                f"{HEADER + int.from_bytes(content[10:HEADER], 'big')} bytes tell: an estimate, "
+                f"x̂_0 at step {t} of {STEPS}" if t else "as many bytes tell: the picture, exactly")
+    say(f"{target} {said}")
     return 0
 
 if __name__ == "__main__":

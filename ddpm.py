@@ -1,7 +1,7 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the mathematics.
 
 Read it from top to bottom beside the paper (arXiv 2006.11239): sections, equations, algorithms and
-symbols are the paper's, in the paper's order. The network is any function `model(x_t, t)`.
+symbols are the paper's, and so is the order, but for Eq. 15. The network is any `model(x_t, t)`.
 
     t         the paper's time 1 … T: (B,) int64, one number for each image of the batch; in the
               algorithms, where all images have the same time, one int
@@ -12,8 +12,9 @@ symbols are the paper's, in the paper's order. The network is any function `mode
     D         the number of dimensions of one x0; for images C · H · W
 
 A function `*_mean_variance` returns a distribution. A function that returns a sample takes its
-noise as an argument. A tensor called `variance` is σ², never σ. Likelihoods are in nats, and sums
-over all dimensions unless the docstring says otherwise; `bits_per_dim` converts them.
+noise as an argument. `sigma2` is a variance σ², a tensor; `variance` is the word that chooses one.
+Likelihoods are in nats, and sums over all dimensions unless the docstring says otherwise;
+`bits_per_dim` converts them.
 
     s = make_schedule()
     t = torch.randint(1, s.T + 1, (len(x0),))
@@ -52,8 +53,8 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 class Gaussian(NamedTuple):
     """A Gaussian with a diagonal covariance, as are all distributions of Eqs. 1, 2, 4 and 6."""
-    mean: Tensor      # (B, …)
-    variance: Tensor  # σ², for each image or each dimension; it broadcasts against the mean
+    mean: Tensor    # (B, …)
+    sigma2: Tensor  # σ², for each image or each dimension; it broadcasts against the mean
 
 # --- Eq. 2: the forward process adds noise --------------------------------------------------------
 
@@ -101,14 +102,13 @@ def make_schedule(T: int = 1000, kind: str = "linear",
     """linear: β_t rises from 10⁻⁴ to 0.02 in equal steps; T = 1000.   [DDPM §4]
 
     kind: "linear"; "quadratic", where √β_t rises in equal steps; "constant", where every β_t is
-    beta_end. Not in the paper: for T ≠ 1000 both ends are multiplied by 1000/T (and are at most
-    0.999), because T = 100 with the paper's β would leave ᾱ_T = 0.36. ValueError if an argument is
-    out of range, or if ᾱ_T > 10⁻³: p(x_T) = N(0, I) would then be far from q(x_T | x_0).
+    beta_end. (A branch here is all that another schedule needs: train.py --schedule takes its
+    name.) Not in the paper: for T ≠ 1000 both ends are multiplied by 1000/T (and are at most
+    0.999), because T = 100 with the paper's β would leave ᾱ_T = 0.36. ValueError for an unknown
+    kind, T < 2, β ≤ 0, and if ᾱ_T > 10⁻³: p(x_T) = N(0, I) would then be far from q(x_T | x_0).
     """
-    if T < 2:
-        raise ValueError(f"a schedule needs T ≥ 2 time steps, not {T}")
-    if not (0 < beta_start < 1 and 0 < beta_end < 1):
-        raise ValueError(f"beta_start = {beta_start} and beta_end = {beta_end} must lie in (0, 1)")
+    if T < 2 or not (beta_start > 0 and beta_end > 0):
+        raise ValueError(f"T = {T}, β from {beta_start} to {beta_end}: it needs T ≥ 2 and β > 0")
     first, last = (min(beta * 1000 / T, 0.999) for beta in (beta_start, beta_end))
     if kind == "linear":
         betas = torch.linspace(first, last, T, dtype=torch.float64)
@@ -137,7 +137,7 @@ def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t = √(1 − β_t) x_{t−1} + √β_t ε, a sample of q(x_t | x_{t−1}).   [DDPM Eq. 2]
 
     x: x_{t−1} (B, …) → x_t (B, …). If x_{t−1} has variance 1, then so has x_t:
-    (1 − β_t) · 1 + β_t = 1. Only tests call this function: Eq. 4 jumps to any t at once.
+    (1 − β_t) · 1 + β_t = 1. Training does not walk these steps: Eq. 4 jumps to any t at once.
     """
     return _like(s.alphas[t].sqrt(), x) * x + _like(s.betas[t].sqrt(), x) * eps
 
@@ -163,14 +163,14 @@ def q_mean_variance(s: Schedule, x0: Tensor, t: Tensor) -> Gaussian:
 
 def q_sample(s: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t(x_0, ε) = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, a sample of q(x_t | x_0).   [DDPM Eq. 4]"""
-    mean, variance = q_mean_variance(s, x0, t)
-    return mean + variance.sqrt() * eps
+    mean, sigma2 = q_mean_variance(s, x0, t)
+    return mean + sigma2.sqrt() * eps
 
 # --- Eq. 5: the bound as a sum of KL divergences --------------------------------------------------
 #
 # For t > 1 Bayes' rule with x_0 given rewrites q(x_t | x_{t−1}) = q(x_t | x_{t−1}, x_0) as
-# q(x_{t−1} | x_t, x_0) q(x_t | x_0) / q(x_{t−1} | x_0). The last two factors telescope. In
-# expectation, and only there, the remaining log-ratios are KL divergences (derived in PAPER.md):
+# q(x_{t−1} | x_t, x_0) q(x_t | x_0) / q(x_{t−1} | x_0). The quotients q(x_t | x_0)/q(x_{t−1} | x_0)
+# telescope. In expectation, and only there, the other log-ratios are KL divergences (see PAPER.md):
 #
 #     L = E_q[ L_T + Σ_{t>1} L_{t−1} + L_0 ]                                                [Eq. 5]
 #     L_T = KL(q(x_T | x_0) ‖ p(x_T))                            `prior_kl`   (§3.1)
@@ -178,13 +178,13 @@ def q_sample(s: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 #     L_0 = −log p_θ(x_0 | x_1)                                  `vlb_term`   (after §3.3)
 
 def normal_kl(q: Gaussian, p: Gaussian) -> Tensor:
-    """KL(q ‖ p) = ½ (log(σ_p²/σ_q²) + (σ_q² + (μ_q − μ_p)²)/σ_p² − 1).   [DDPM Eq. 5]
+    """KL(q ‖ p) = ½ (log(σ_p²/σ_q²) + (σ_q² + (μ_q − μ_p)²)/σ_p² − 1).   [used in DDPM Eq. 5]
 
-    This is E_q[log q − log p] with E_q(x − μ_p)² = σ_q² + (μ_q − μ_p)². Variances > 0. The result
+    This is E_q[log q − log p] with E_q(x − μ_p)² = σ_q² + (μ_q − μ_p)². Both σ² > 0. The result
     has one number for each dimension, in nats, and is not summed.
     """
-    return 0.5 * ((p.variance / q.variance).log()
-                  + (q.variance + (q.mean - p.mean) ** 2) / p.variance - 1)
+    return 0.5 * ((p.sigma2 / q.sigma2).log()
+                  + (q.sigma2 + (q.mean - p.mean) ** 2) / p.sigma2 - 1)
 
 # --- Eqs. 6 and 7: the forward process turned round, given x_0 ------------------------------------
 
@@ -216,15 +216,12 @@ def prior_kl(s: Schedule, x0: Tensor) -> Tensor:
     """
     x0 = _float64(x0)
     q = q_mean_variance(s, x0, _all(s.T, x0))
-    return _sum(normal_kl(q, Gaussian(torch.zeros_like(x0), torch.ones_like(q.variance))))
+    standard = Gaussian(torch.zeros_like(x0), torch.ones_like(q.sigma2))
+    return normal_kl(q, standard).flatten(1).sum(1)
 
 def _float64(x: Tensor) -> Tensor:
     """x in float64, because bounds sum over thousands of dimensions; on the CPU if x is on MPS."""
     return (x.cpu() if x.device.type == "mps" else x).double()
-
-def _sum(x: Tensor) -> Tensor:
-    """(B, …) → (B,)"""
-    return x.flatten(1).sum(1)
 
 # === §3.2  The reverse process and L_{1:T−1} ======================================================
 
@@ -232,21 +229,19 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
     """Σ_θ = σ_t² I with σ_t² = β_t ("fixed_large") or σ_t² = β̃_t ("fixed_small").   [DDPM §3.2]
 
     → (B,) float64. The true variance of x_{t−1} given x_t is β_t if x_0 ~ N(0, I), and β̃_t if x_0
-    is always the same point. t = 1 is an exception: there both choices return β̃_2, because L_0
-    would divide by β̃_1 = 0. That is from Ho et al.'s CIFAR-10 code, not from the paper. (A
-    schedule of one step has no β̃_2: there σ_1² = β_1.) Only L_0 depends on σ_1², since Algorithm 2
-    adds no noise at t = 1.
+    is always the same point. Ho et al.'s CIFAR-10 code, not the paper: at t = 1 both choices are
+    β̃_2, since L_0 would divide by β̃_1 = 0, and since β̃_2 is said there to give a better likelihood
+    than β_1. (A schedule of one step has no β̃_2: there σ_1² = β_1.) Only L_0 depends on σ_1².
     """
-    if variance not in ("fixed_large", "fixed_small"):
-        raise ValueError(f"no fixed variance is called {variance!r}: choose fixed_large or "
-                         "fixed_small")
     if s.T == 1:
         return s.betas[t]
     u = t.clamp(min=2)
     beta_tilde = (1 - s.alpha_bars[u - 1]) / (1 - s.alpha_bars[u]) * s.betas[u]
     if variance == "fixed_small":
         return beta_tilde
-    return torch.where(t == 1, beta_tilde, s.betas[t])
+    if variance == "fixed_large":
+        return torch.where(t == 1, beta_tilde, s.betas[t])
+    raise ValueError(f"no fixed variance is called {variance!r}: choose fixed_large or fixed_small")
 
 # --- Eqs. 8 to 12: from L_{t−1} to a prediction of the noise --------------------------------------
 #
@@ -260,44 +255,61 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 #     μ̃_t = (x_t − β_t/√(1 − ᾱ_t) · ε) / √α_t.                                         [Eqs. 9, 10]
 #
 # The network is given x_t, so only ε is left to predict: μ_θ takes the form of Eq. 10, with the
-# network's output ε_θ(x_t, t) in place of ε (Eq. 11).
-
-def p_mean_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """μ_θ(x_t, t) = (x_t − β_t / √(1 − ᾱ_t) · ε_θ(x_t, t)) / √α_t.   [DDPM Eq. 11]
-
-    With ε in place of ε_θ this is Eq. 10's μ̃_t. A sampling step, this mean plus σ_t z, resembles
-    Langevin dynamics: −ε_θ/√(1 − ᾱ_t) estimates ∇ log q(x_t), the gradient of a log-density.
-    """
-    factor = s.betas[t] / (1 - s.alpha_bars[t]).sqrt()
-    return (x_t - _like(factor, x_t) * eps) / _like(s.alphas[t].sqrt(), x_t)
+# network's output ε_θ(x_t, t) in place of ε:
+#
+#     μ_θ(x_t, t) = (x_t − β_t/√(1 − ᾱ_t) · ε_θ(x_t, t)) / √α_t                             [Eq. 11]
+#
+# `p_mean_variance` computes it in two steps, as the same algebra allows: x̂_0 (Eq. 15), and with it
+# μ̃_t(x_t, x̂_0) (Eq. 7). A sampling step, this mean plus σ_t z, resembles Langevin dynamics:
+# −ε_θ/√(1 − ᾱ_t) estimates ∇ log q(x_t), the gradient of a log-density.
 
 def vlb_weight(s: Schedule, t: Tensor, variance: str = "fixed_large") -> Tensor:
     """β_t² / (2 σ_t² α_t (1 − ᾱ_t)), the weight of ‖ε − ε_θ‖² in L_{t−1} − C.   [DDPM Eq. 12]
 
     → (B,) float64. Put Eq. 10 for μ̃_t and Eq. 11 for μ_θ into Eq. 8. Then x_t cancels, and
     ‖μ̃_t − μ_θ‖² = β_t²/(α_t (1 − ᾱ_t)) ‖ε − ε_θ‖², which resembles denoising score matching.
-    t > 1: the bound's term at t = 1 is L_0, to which Eq. 12 does not apply. Only tests use this
-    function.
+    t > 1: at t = 1 the term is L_0, to which Eq. 12 does not apply. L_simple leaves the weight out.
     """
     weight = s.betas[t] ** 2 / (s.alphas[t] * (1 - s.alpha_bars[t]))
     return weight / (2 * p_variance(s, t, variance))
 
+# --- Eq. 15: what the network's output says of x_0 ------------------------------------------------
+
+def predict_x0_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t: Eq. 4 solved for x_0.   [DDPM Eq. 15]"""
+    alpha_bar = s.alpha_bars[t]
+    return (x_t - _like((1 - alpha_bar).sqrt(), x_t) * eps) / _like(alpha_bar.sqrt(), x_t)
+
+def predict_eps_from_x0(s: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+    """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t): Eq. 4 solved for ε.   [DDPM Eq. 15 inverted]"""
+    alpha_bar = s.alpha_bars[t]
+    return (x_t - _like(alpha_bar.sqrt(), x_t) * x0) / _like((1 - alpha_bar).sqrt(), x_t)
+
+def predict_x0_from_mean(s: Schedule, x_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
+    """x̂_0 = ((1 − ᾱ_t) μ̃_t − √α_t (1 − ᾱ_{t−1}) x_t) / (√ᾱ_{t−1} β_t): Eq. 7 solved for x_0."""
+    alpha_bar, alpha_bar_before = s.alpha_bars[t], s.alpha_bars[t - 1]
+    weight_x_t = s.alphas[t].sqrt() * (1 - alpha_bar_before)
+    weight_x0 = alpha_bar_before.sqrt() * s.betas[t]
+    return (_like(1 - alpha_bar, x_t) * mean - _like(weight_x_t, x_t) * x_t) / _like(weight_x0, x_t)
+
+# --- p_θ(x_{t−1} | x_t) ---------------------------------------------------------------------------
+
 class Reverse(NamedTuple):
     """p_θ(x_{t−1} | x_t) of Eq. 1 as a Gaussian, with the x̂_0 that belongs to it."""
     mean: Tensor
-    variance: Tensor
+    sigma2: Tensor
     x0_hat: Tensor
 
 def p_mean_variance(s: Schedule, model: Model, x_t: Tensor, t: Tensor, predict: str = "eps",
                     variance: str = "fixed_large", clip: bool = True) -> Reverse:
-    """p_θ(x_{t−1} | x_t) = N(μ_θ(x_t, t), σ_t² I).   [DDPM Eqs. 1, 11]
+    """p_θ(x_{t−1} | x_t) = N(μ_θ(x_t, t), σ_t² I), with μ_θ = μ̃_t(x_t, x̂_0).   [DDPM Eqs. 1, 11]
 
     predict: what the network returns: "eps" for ε, "x0" for x_0 (§3.2), "mean" for μ̃_t (Table 2).
     variance: "fixed_large", "fixed_small", or "learned" (Table 2): then the network returns twice
     the channels, and the second half is log σ², one number for each dimension.
-    clip: Ho et al.'s code, not the paper: x̂_0 is clipped to [−1, 1] and put into Eq. 7. That is
-    Eq. 11 again wherever nothing was clipped. A predicted mean stays as it is, except after
-    `respace`, where the mean is always computed from x̂_0.
+    clip: Ho et al.'s code, not the paper: x̂_0 is clamped to [−1, 1] before Eq. 7 is applied. Where
+    nothing is clamped, Eq. 7 gives Eq. 11. A predicted mean stays as it is, except after `respace`,
+    since it is a mean of the full schedule.
     ValueError for "learned" with a schedule of `respace`: the network knows the variance of its own
     steps only.
     """
@@ -305,30 +317,26 @@ def p_mean_variance(s: Schedule, model: Model, x_t: Tensor, t: Tensor, predict: 
     if variance == "learned":
         if s.full is not None:
             raise ValueError("a learned variance can only be sampled with all its time steps")
-        out, log_variance = out.chunk(2, dim=1)
-        sigma2 = log_variance.exp()
+        out, log_sigma2 = out.chunk(2, dim=1)
+        sigma2 = log_sigma2.exp()
     else:
         sigma2 = _like(p_variance(s, t, variance), x_t)
 
     if predict == "eps":
-        x0_hat = predict_x0_from_eps(s, x_t, t, out)                        # Eq. 15
-        mean = p_mean_from_eps(s, x_t, t, out)                              # Eq. 11
+        x0_hat = predict_x0_from_eps(s, x_t, t, out)
     elif predict == "x0":
         x0_hat = out
-        mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean            # Eq. 7
-    elif predict == "mean" and s.full is None:
-        x0_hat = predict_x0_from_mean(s, x_t, t, out)                       # Eq. 7 solved for x_0
-        mean = out
-    elif predict == "mean":  # the network predicts a mean of the full schedule, not of this one
-        x0_hat = predict_x0_from_mean(s.full, x_t, s.times[t], out)
-        mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean
+    elif predict == "mean":
+        x0_hat = predict_x0_from_mean(s.full or s, x_t, s.times[t], out)
     else:
         raise ValueError(f"no network predicts {predict!r}: choose eps, x0 or mean")
-
-    if clip:  # Eq. 7 replaces Eq. 11, to which it is equal where nothing is clipped
+    if clip:
         x0_hat = x0_hat.clamp(-1, 1)
-        if predict != "mean" or s.full is not None:
-            mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean
+
+    if predict == "mean" and s.full is None:
+        mean = out
+    else:
+        mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean
     return Reverse(mean, sigma2, x0_hat)
 
 # --- Algorithm 2: sampling ------------------------------------------------------------------------
@@ -341,7 +349,7 @@ class State(NamedTuple):
 
 def p_sample(p: Gaussian | Reverse, z: Tensor) -> Tensor:
     """x_{t−1} = μ_θ(x_t, t) + σ_t z.   [DDPM Alg. 2, line 4]"""
-    return p.mean + p.variance.sqrt() * z
+    return p.mean + p.sigma2.sqrt() * z
 
 def p_sample_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
                   start: int | None = None, **choices) -> Iterator[State]:
@@ -351,16 +359,14 @@ def p_sample_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int],
     called at t = 1. start: begin at this time in place of T; x_T is then x_start. choices: predict,
     variance and clip of `p_mean_variance`. Yields the states at t = T … 0; the last one holds x_0.
     """
-    if start is None:
-        start = s.T
     # 1: x_T ~ N(0, I), drawn by the caller
     x_t = x_T
     # 2: for t = T, …, 1 do
-    for t in range(start, 0, -1):
+    for t in range(s.T if start is None else start, 0, -1):
         # 3: z ~ N(0, I) if t > 1, else z = 0
         z = noise(t) if t > 1 else torch.zeros_like(x_t)
-        # 4: x_{t−1} = (x_t − (1 − α_t)/√(1 − ᾱ_t) ε_θ(x_t, t)) / √α_t + σ_t z, where p.mean is the
-        #    first part (Eq. 11; if something is clipped, Eq. 7 with the clipped x̂_0)
+        # 4: x_{t−1} = (x_t − (1 − α_t)/√(1 − ᾱ_t) ε_θ(x_t, t)) / √α_t + σ_t z, where the first
+        #    part is p.mean (Eq. 11, as Eq. 7 with x̂_0)
         p = p_mean_variance(s, model, x_t, _all(t, x_t), **choices)
         yield State(t, x_t, p.x0_hat)
         x_t = p_sample(p, z)
@@ -369,10 +375,10 @@ def p_sample_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int],
 
 # === §3.3  Data scaling, the decoder and L_0 ======================================================
 
-def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, sigma2: Tensor) -> Tensor:
     """log p_θ(x_0 | x_1) = log ∫_{δ₋(x_0)}^{δ₊(x_0)} N(x; μ, σ²) dx.   [DDPM Eq. 13]
 
-    x0: 8-bit levels k/127.5 − 1 with k = 0 … 255; mean, variance: broadcast against x0. Returns
+    x0: 8-bit levels k/127.5 − 1 with k = 0 … 255; mean, sigma2: broadcast against x0. Returns
     nats ≤ 0 in float64, one number for each dimension (the log of Eq. 13's product is their sum).
     δ₋ and δ₊ are the ends of the bin x_0 ± 1/255. The bins touch, and the two outermost ones extend
     to ∓∞. So the 256 probabilities sum to 1, and −log₂ of them is the length of a code for 8-bit
@@ -380,7 +386,7 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, variance: Tens
     Ho et al.'s code approximates Φ with a tanh and floors the probability at 10⁻¹²; this does not.
     """
     infinity = 1e30  # a large finite number, because a true ∞ would make gradients NaN
-    mean, sigma = _float64(mean), _float64(variance).sqrt()
+    mean, sigma = _float64(mean), _float64(sigma2).sqrt()
     x0 = ((_float64(x0) + 1) * 127.5).round() / 127.5 - 1  # undoes a rounding to float32
     lower = torch.where(x0 > -1, x0 - 1 / 255, -infinity)
     upper = torch.where(x0 < 1, x0 + 1 / 255, infinity)
@@ -411,14 +417,14 @@ def vlb_term(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, p: Gaussian | Reve
     differentiable with respect to p.
     """
     x0, x_t = _float64(x0), _float64(x_t)
-    p = Gaussian(_float64(p.mean), _float64(p.variance))
+    p = Gaussian(_float64(p.mean), _float64(p.sigma2))
     q = q_posterior_mean_variance(s, x0, x_t, t)
     is_first = _like(t == 1, x0).bool()
     # The KL at t = 1 is not used, but `torch.where` differentiates it, and β̃_1 = 0 would make its
     # gradient NaN. So a 1 is put in its place.
-    q = Gaussian(q.mean, torch.where(is_first, 1.0, q.variance))
-    L_0 = -discretized_gaussian_log_likelihood(x0, p.mean, p.variance)
-    return _sum(torch.where(is_first, L_0, normal_kl(q, p)))
+    q = Gaussian(q.mean, torch.where(is_first, 1.0, q.sigma2))
+    L_0 = -discretized_gaussian_log_likelihood(x0, p.mean, p.sigma2)
+    return torch.where(is_first, L_0, normal_kl(q, p)).flatten(1).sum(1)
 
 def bits_per_dim(nats: Tensor, x0: Tensor) -> Tensor:
     """nats / (D ln 2): bits for each dimension of x0 (B, …).   [DDPM Table 1]"""
@@ -433,8 +439,7 @@ def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
     → (B,), to be averaged over a batch in which t is uniform on 1 … T. The factor 1/D is the
     released code's; the paper has none. For t > 1 it is Eq. 12 without its weight, which is largest
     at small t. So L_simple counts the errors at small t, where x_t has little noise, less than the
-    bound does. At t = 1 it corresponds to L_0 with the integral of Eq. 13 approximated by the
-    density times the width of the bin, σ_1² and the edges ignored.
+    bound does. At t = 1 it approximates L_0: density × bin width, σ_1 dropped, no edge bins.
     predict: "x0" (§3.2) and "mean" (Table 2) compare the network with x_0 and μ̃_t in place of ε.
     """
     x_t = q_sample(s, x0, t, eps)
@@ -457,27 +462,6 @@ def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
 # grows without limit as δ → 0.) So the messages have the lengths L_T, L_{T−1}, …, L_1, and the last
 # one L_0, which makes the code lossless. At each time t the receiver has an estimate x̂_0 (Eq. 15).
 
-def predict_x0_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t: Eq. 4 solved for x_0.   [DDPM Eq. 15]"""
-    alpha_bar = s.alpha_bars[t]
-    return (x_t - _like((1 - alpha_bar).sqrt(), x_t) * eps) / _like(alpha_bar.sqrt(), x_t)
-
-def predict_eps_from_x0(s: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t): Eq. 4 solved for ε.   [DDPM Eq. 15 inverted]"""
-    alpha_bar = s.alpha_bars[t]
-    return (x_t - _like(alpha_bar.sqrt(), x_t) * x0) / _like((1 - alpha_bar).sqrt(), x_t)
-
-def predict_x0_from_mean(s: Schedule, x_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-    """The x_0 for which μ̃_t(x_t, x_0) = mean.   [DDPM Eq. 7 solved for x_0]
-
-    μ̃_t is a sum of a term with x_t and a term with x_0. With x_0 = 0 only the first is left. With
-    x_0 = 1 and x_t = 0 the result is the weight of x_0.
-    """
-    zero, one = torch.zeros_like(x_t), torch.ones_like(x_t)
-    term_x_t = q_posterior_mean_variance(s, zero, x_t, t).mean
-    weight_x0 = q_posterior_mean_variance(s, one, zero, t).mean
-    return (mean - term_x_t) / weight_x0
-
 # --- Algorithm 3: sending -------------------------------------------------------------------------
 
 class Sent(NamedTuple):
@@ -491,10 +475,10 @@ def send(s: Schedule, model: Model, x0: Tensor, noise: Callable[[int], Tensor],
          **choices) -> Iterator[Sent]:
     """x_T ~ q(x_T | x_0); x_t ~ q(x_t | x_{t+1}, x_0) for t = T − 1 … 1; x_0.   [DDPM Alg. 3]
 
-    x0: (B, …) on the 256 levels of Eq. 13. noise(t): returns the noise ~ N(0, I) with which x_t is
-    drawn (in `p_sample_loop` noise(t) draws x_{t−1}). choices: those of `p_mean_variance`. Nothing
-    is written: the messages are only accounted for, by their length. Yields t = T … 0, where the
-    rate at t = 1 is L_T + L_{T−1} + … + L_1, and that at t = 0 is the whole of Eq. 5.
+    x0: (B, …) on the 256 levels of Eq. 13. noise(t): the noise ~ N(0, I) with which x_t is drawn
+    (in `p_sample_loop` it draws x_{t−1}); choices: of `p_mean_variance`. No bits are produced;
+    their expected length is summed. Yields t = T … 0, where the rate at t = 1 is L_T + … + L_1, and
+    that at t = 0 is the whole of Eq. 5.
     """
     # 1: send x_T ~ q(x_T | x_0) using p(x_T), for L_T nats
     x = q_sample(s, x0, _all(s.T, x0), noise(s.T))
@@ -507,7 +491,7 @@ def send(s: Schedule, model: Model, x0: Tensor, noise: Callable[[int], Tensor],
         # 3: send x_t ~ q(x_t | x_{t+1}, x_0) using p_θ(x_t | x_{t+1}), for L_t nats
         q = q_posterior_mean_variance(s, x0, x, sent)
         rate = rate + vlb_term(s, x0, x, sent, p)
-        x = q.mean + q.variance.sqrt() * noise(t)
+        x = p_sample(q, noise(t))
     # 5: send x_0 using p_θ(x_0 | x_1), for L_0 nats   (here x is x_1)
     p = p_mean_variance(s, model, x, _all(1, x0), **choices)
     yield Sent(1, x, p.x0_hat, rate)
@@ -521,7 +505,7 @@ def receive(s: Schedule, model: Model, x_T: Tensor, decode: Callable[[int, Rever
 
     x_T: (B, …), received using p(x_T). decode(t, p): the caller's decoder, which returns the x_t
     that was sent, where p is the p_θ(x_t | x_{t+1}) by which it was coded; at t = 0 it returns x_0.
-    Yields the states at t = T … 0. Nothing here decodes bits, so only tests call this function.
+    Yields the states at t = T … 0. compress.py has a decoder of real bits.
     """
     # 1: receive x_T using p(x_T)
     x = x_T
@@ -533,22 +517,6 @@ def receive(s: Schedule, model: Model, x_T: Tensor, decode: Callable[[int, Rever
         x = decode(t, p)
     # 5: return x_0
     yield State(0, x, x)
-
-class Bound(NamedTuple):
-    """The three parts of Eq. 5 in nats, (B,) each."""
-    L_T: Tensor
-    L_middle: Tensor  # Σ_{t=2}^{T} L_{t−1}
-    L_0: Tensor
-
-def variational_bound(s: Schedule, model: Model, x0: Tensor, noise: Callable[[int], Tensor],
-                      **choices) -> Bound:
-    """L = L_T + Σ_{t=2}^{T} L_{t−1} + L_0, estimated from one path x_1 … x_T.   [DDPM Eq. 5]
-
-    The arguments are those of `send`, which adds up the same terms, so each part is a difference of
-    its rates at T, 1 and 0. The expectation of the sum is L ≥ −log p_θ(x_0).
-    """
-    rate = {sent.t: sent.rate for sent in send(s, model, x0, noise, **choices)}
-    return Bound(L_T=rate[s.T], L_middle=rate[1] - rate[s.T], L_0=rate[0] - rate[1])
 
 def distortion(x0: Tensor, x0_hat: Tensor) -> Tensor:
     """127.5 √(‖x_0 − x̂_0‖² / D), the root mean square error in pixel values.   [DDPM §4.3]
@@ -569,18 +537,19 @@ def distortion(x0: Tensor, x0_hat: Tensor) -> Tensor:
 
 def interpolate(s: Schedule, model: Model, x0: Tensor, other: Tensor, lam: Tensor, t: int,
                 eps: Tensor, eps_other: Tensor, noise: Callable[[int], Tensor],
+                loop: Callable[..., Iterator[State]] = p_sample_loop,
                 **choices) -> Iterator[State]:
     """x̄_t = (1 − λ) x_t + λ x'_t, decoded by p_θ from the same t.   [DDPM §4.4]
 
     lam: (B,), one λ in [0, 1] for each row of the batch; x0, other: (B, …), the two images in each
     row; t: one number, 500 in the paper; eps, eps_other: the noise that encodes them as x_t and
-    x'_t (Eq. 4), the same for every λ; noise, choices: as in `p_sample_loop`, whose states at t,
-    t − 1, …, 0 are yielded.
+    x'_t (Eq. 4), the same for every λ; loop: Algorithm 2, or `ddim_loop`; noise, choices: as there.
+    Yields the states at t, t − 1, …, 0.
     """
     x_t = q_sample(s, x0, _all(t, x0), eps)
     other_t = q_sample(s, other, _all(t, x0), eps_other)
     mixed = (1 - _like(lam, x0)) * x_t + _like(lam, x0) * other_t
-    return p_sample_loop(s, model, mixed, noise, start=t, **choices)
+    return loop(s, model, mixed, noise, start=t, **choices)
 
 # === Not in the paper: fewer sampling steps =======================================================
 
@@ -608,7 +577,7 @@ def respace(s: Schedule, times: int | Sequence[int]) -> Schedule:
     return Schedule(1 - alphas, alphas, alpha_bars, s.times[tau], full)
 
 def ddim_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
-              eta: float = 0.0, **choices) -> Iterator[State]:
+              start: int | None = None, eta: float = 0.0, **choices) -> Iterator[State]:
     """x_{t−1} = √ᾱ_{t−1} x̂_0 + √(1 − ᾱ_{t−1} − σ²) ε̂ + σ z,  σ² = η² β̃_t.   [Song et al. 2021]
 
     ε̂ is the noise that takes x̂_0 to x_t (Eq. 15 inverted). If x̂_0 were x_0, then x_{t−1} would
@@ -618,14 +587,14 @@ def ddim_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int], Ten
     `p_sample_loop`.
     """
     x_t = x_T
-    for t in range(s.T, 0, -1):
+    for t in range(s.T if start is None else start, 0, -1):
         now = _all(t, x_t)
         x0_hat = p_mean_variance(s, model, x_t, now, **choices).x0_hat
         yield State(t, x_t, x0_hat)
         eps = predict_eps_from_x0(s, x_t, now, x0_hat)
         z = noise(t) if eta and t > 1 else torch.zeros_like(x_t)
         alpha_bar_before = _like(s.alpha_bars[now - 1], x_t)
-        sigma2 = eta ** 2 * q_posterior_mean_variance(s, x0_hat, x_t, now).variance
+        sigma2 = eta ** 2 * q_posterior_mean_variance(s, x0_hat, x_t, now).sigma2
         rest = (1 - alpha_bar_before - sigma2).clamp(min=0)  # rounding may make it −10⁻⁸
         x_t = alpha_bar_before.sqrt() * x0_hat + rest.sqrt() * eps + sigma2.sqrt() * z
     yield State(0, x_t, x_t)

@@ -2,9 +2,9 @@
 
 A U-Net of residual blocks with group normalisation. It has self-attention at 16×16, and the time t
 enters every residual block through a sinusoidal embedding. `UNet()` is the network for CIFAR-10
-with 35,746,307 parameters, `UNet(**SETTINGS_256)` the one for 256×256 images with 113,673,219. It
-computes the same function as the released code. Only the initialisation differs, where 0 replaces
-a scale of 10⁻¹⁰ (`initialize`).
+with 35,746,307 parameters; the one for 256×256 images (multipliers 1, 1, 2, 2, 4, 4) has
+113,673,219. It computes the same function as the released code, from almost the same initial
+weights (`initialize`).
 """
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SETTINGS_256 = dict(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
+def build_network(settings: dict) -> nn.Module:
+    """The network of a run's settings: put another one here, and every command uses it.
+
+    x_t (B, C, H, W), t (B,) int64 → (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+    """
+    c = settings["in_channels"]
+    return UNet(c, 2 * c if settings["variance"] == "learned" else c, settings["channels"],
+                tuple(settings["multipliers"]), settings["blocks"], tuple(settings["attention"]),
+                settings["image_size"], settings["dropout"])
 
 class UNet(nn.Module):
     """ε_θ(x_t, t) of Eq. 11: x (B, in_channels, H, W), t (B,) → (B, out_channels, H, W).
@@ -23,9 +31,9 @@ class UNet(nn.Module):
     first level is one channel, and its normalisation removes what the time embedding has added.
     multipliers: width of each level, in units of `channels`. blocks: residual blocks in each level
     on the way down; there is one more on the way up. attention: the resolutions with self-attention
-    (the middle block always has it), for an image of side image_size. The choice of levels is made
-    when the network is built, whatever image comes later. ValueError if `channels` is no multiple
-    of 32, or, later, if H or W is not divisible by 2^(levels − 1).
+    (the middle block always has it), for an image of side image_size: attention levels are fixed at
+    construction. ValueError if `channels` is no multiple of 32, or, later, if H or W is not
+    divisible by 2^(levels − 1).
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, channels: int = 128,
@@ -125,7 +133,7 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(width_time, c_out)
         self.norm2 = Norm(c_out)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out) if attend else nn.Identity()
@@ -176,44 +184,20 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 class Norm(nn.GroupNorm):
-    """Group normalisation with 32 groups and ε = 10⁻⁶; its statistics are float32 or float64.
-
-    A CPU's kernel for bfloat16 input is up to 14 times faster than a conversion to float32 and back
-    for wide groups, and for large maps without gradients. Otherwise it is 2 to 5 times slower.
-    """
+    """Group normalisation with 32 groups and ε = 10⁻⁶, in the precision of its weights."""
 
     def __init__(self, c: int):
         super().__init__(32, c, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide, large = x.shape[1] >= 512, x.shape[2] * x.shape[3] >= 1024
-        if x.device.type == "cpu" and (wide or large and not torch.is_grad_enabled()):
-            return super().forward(x)
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
-
-class Dropout(nn.Dropout):
-    """Dropout. On a CPU one random 64-bit word decides on four elements.
-
-    torch draws one number for every element there, in one thread; this makes a training step of the
-    CIFAR-10 network 5 % faster on two cores. p is rounded to a multiple of 2⁻¹⁶.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        level = round(self.p * 65536)
-        if not self.training or level in (0, 65536) or x.device.type != "cpu":
-            return super().forward(x)
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None)
-        keep = (words.view(torch.int16) >= level - 32768)[:x.numel()]
-        b, c, height, width = x.shape  # in memory the channels are the last dimension
-        keep = keep.view(b, height, width, c).permute(0, 3, 1, 2)
-        return x * keep * (65536 / (65536 - level))
 
 def initialize(net: UNet) -> None:
     """Weights uniform with variance 2/(fan_in + fan_out), biases 0; some last layers are 0.
 
     These are the last layer of each residual block, of each attention and of the network, so every
-    block begins as its shortcut and the first output is 0. (The released code gives these weights a
-    variance scaled by 10⁻¹⁰, so that they are of the order 10⁻⁵ times the others.)
+    block begins as its shortcut and the first output is 0. (In the released code the variance of
+    these weights is scaled by 10⁻¹⁰.)
     """
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -1,80 +1,62 @@
 """The parts of train.py one by one: each number, seed and decision, recomputed by hand."""
+import contextlib
+import copy
+import itertools
 import json
 import math
-import os
-import re
 from pathlib import Path
 
 import pytest
 import torch
 
-import common
-import data
 import ddpm
 import sample
 import test_commands
+import test_pictures
 import train
-from common import seed_of
-from test_commands import assert_equal, draws, trains
+from support import data
+from support.checkpoint import load, load_checkpoint, save_checkpoint
+from support.command import Progress, UsageError, stop
+from support.machine import Machine, seed_of
+from test_commands import assert_equal
+from unet import build_network
 
 in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
 PAPER = {  # and what it does not say: how a run is watched
     **test_commands.CIFAR10, "dataset": "cifar10", "data_dir": "data", "image_size": None,
     "seed": 0, "micro_batch": None, "ema_ramp": True, "log_every": 100, "save_every": 5000,
-    "sample_every": 25_000, "samples": 64, "sample_steps": None, "keep": None}
+    "sample_every": 25_000, "samples": 64, "sample_steps": 50, "keep": None}
 HUGE = {**PAPER, **test_commands.LARGE, "samples": 16}
-SHAPES = {**PAPER, "steps": 2000, "batch_size": 32, "lr": 1e-3,
+SHAPES = {**PAPER, "dataset": "shapes", "steps": 2000, "batch_size": 32, "lr": 1e-3,
           "warmup": 100, "ema": 0.998, "dropout": 0.0, "channels": 64, "multipliers": [1, 2],
           "blocks": 1, "attention": [8], "variance": "fixed_small", "save_every": 500,
           "sample_every": 500, "samples": 36, "sample_steps": 100}
+CPU = Machine(torch.device("cpu"), torch.float32)
 
 
-def run_of(dtype=torch.float32, rank=0, world=1, images=None, **changes) -> train.Run:
-    """A run with a small network, in the folder of the test."""
-    settings = {**SHAPES, "in_channels": 3, "image_size": 8, "channels": 32, "multipliers": [1],
-                "timesteps": 20, "batch_size": 2, "warmup": 4, **changes}
+@pytest.fixture(autouse=True)
+def no_signal(monkeypatch):
+    """Each test begins without a signal, and its progress is shown only at the end."""
+    monkeypatch.setattr(Progress, "due", lambda self: False)
+    yield
+    stop.number, stop.later = 0, False
+
+
+def run_of(dtype=torch.float32, images=None, folder=".", **changes) -> train.Run:
+    """A run with a small network."""
+    settings = {"dataset": "shapes", "channels": 32, "multipliers": [1], "timesteps": 20,
+                "batch_size": 2, "warmup": 4, "samples": 0, **changes}
     images = data.shapes(4, 8) if images is None else images
-    machine = common.Machine(torch.device("cpu"), dtype, rank, world)
-    return train.Run(settings, images, Path(), machine)
+    Path(folder).mkdir(exist_ok=True)
+    return train.begin({"init": None, "compile": None, **settings}, images, {},
+                       CPU._replace(dtype=dtype), Path(folder))
 
 
-def log() -> list[dict]:
-    return [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
+def log(folder=".") -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------- the settings
-
-@pytest.mark.parametrize("name, side, table", [
-    ("cifar10", None, PAPER), ("x.pt", 255, PAPER), ("shapes", 16, SHAPES), ("shapes", 256, HUGE),
-    ("mnist", 32, {**PAPER, "flip": False}), ("fashion_mnist", None, {**PAPER, "flip": False}),
-    (".", None, HUGE), (".", 64, PAPER)])
-def test_recipes(name, side, table):
-    """All default settings of each data set; a folder has pictures of 256×256 unless told so."""
-    assert train.recipe(name, side) == table
-
-
-@pytest.mark.parametrize("flags, table", [("--dataset shapes", SHAPES), ("--image-size 256", HUGE)])
-def test_help_shows_every_setting_with_its_value(flags, table, capsys, monkeypatch):
-    """--help has the defaults of the data set that is named, and the words that can be chosen."""
-    monkeypatch.setenv("COLUMNS", "500")                           # so that no word is broken
-    assert train.main([*flags.split(), "--help"]) == 0
-    entries = capsys.readouterr().out.split("\noptions:")[1].split("\n  --")
-    shown = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries}
-    for name, value in table.items():
-        entry, (_, meaning) = shown[name.replace("_", "-")], train.SETTINGS[name]
-        value = " ".join(map(str, value)) if isinstance(value, list) else value
-        assert meaning + (f" (default: {value})" if value is not None else "") in entry
-        assert (value is None) == (f"{meaning} (default: " not in entry)
-    assert "{linear,quadratic,constant}" in shown["schedule"] and "{" not in shown["lr"]
-
-
-def test_a_flag_that_is_not_given_has_no_entry():
-    others = {"out": None, "init": None, "compile": None, "deterministic": False, "device": "auto",
-              "precision": "auto"}
-    assert train.parse([]) == others
-    assert train.parse("--no-flip --attention 8 4 --lr 1".split()) == {
-        **others, "flip": False, "attention": [8, 4], "lr": 1.0}
-
 
 LEARNED = {"variance": "learned", "objective": "vlb"}
 
@@ -84,68 +66,173 @@ def settled(given=(), stored=(), init=(), shape=(1, 3, 16, 16)) -> dict:
                         dict(stored), dict(init))
 
 
+@pytest.mark.parametrize("name, side, table", [
+    ("cifar10", 32, PAPER), ("x.pt", 255, PAPER), ("shapes", 16, SHAPES), ("shapes", 256, HUGE),
+    ("mnist", 32, {**PAPER, "flip": False}), ("fashion_mnist", 32, {**PAPER, "flip": False}),
+    (".", 256, HUGE), (".", 1024, HUGE), (".", 64, PAPER), (None, 32, PAPER)])
+def test_recipes(name, side, table):
+    """All default settings of each data set: the paper's, for its kind of images."""
+    given = {"dataset": name} if name else {}
+    want = {**table, **given, "in_channels": 3, "image_size": side}
+    assert train.settle(given, torch.zeros(1, 3, side, side), {}, {}) == want
+
+
+WHOLE = {"image_size": (1, 4096), "steps": (1, 10 ** 9), "batch_size": (1, 10 ** 6),
+         "micro_batch": (1, 10 ** 9), "warmup": (0, 10 ** 9), "channels": (1, 4096),
+         "multipliers": (1, 64), "blocks": (1, 32), "attention": (1, 4096),
+         "timesteps": (2, 10 ** 5), "seed": (0, 2 ** 63 - 1), "log_every": (1, 10 ** 4),
+         "save_every": (1, 10 ** 9), "sample_every": (1, 10 ** 9), "keep": (1, 10 ** 9),
+         "samples": (0, 10 ** 4), "sample_steps": (2, 10 ** 5)}
+REAL = {"lr": (1e-12, 1000), "grad_clip": (1e-12, 1e9), "ema": (0, 1), "dropout": (0, 0.99),
+        "beta_start": (1e-12, 0.999), "beta_end": (1e-12, 0.999)}
+WORDS = {"predict": ("eps", "x0", "mean"), "objective": ("simple", "vlb"),
+         "variance": ("fixed_large", "fixed_small", "learned")}
+
+
+def test_every_flag_has_its_type_and_its_range():
+    """Both ends of a range are taken, and what lies beyond is refused, as is anything else."""
+    def parsed(name, *words):
+        return train.parse(["--" + name.replace("_", "-"), *map(str, words)])[name]
+
+    def refused(name, *words):
+        with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
+            parsed(name, *words)
+    for name, (low, high) in {**WHOLE, **REAL}.items():
+        kind, beyond = (int, (low - 1, high + 1, "1.5")) if name in WHOLE else (
+            float, (math.nextafter(low, -1), math.nextafter(high, math.inf)))
+        for end in (low, high):
+            value = parsed(name, end)
+            assert value == ([end] if name in ("multipliers", "attention") else end)
+            assert type(value) in (kind, list)
+        for text in (*beyond, "x", "nan", "inf", "-inf"):
+            refused(name, text)
+        refused(name)
+    for name in ("multipliers", "attention"):
+        assert parsed(name, 4, 8, 1) == [4, 8, 1]
+        refused(name, 4, 0)
+    for name, words in WORDS.items():
+        assert [parsed(name, word) for word in words] == list(words)
+        refused(name, "other")
+    switches, texts = ("flip", "ema_ramp"), ("dataset", "data_dir", "schedule")
+    for name in switches:
+        flag = name.replace("_", "-")
+        assert train.parse([f"--{flag}"])[name] is True and train.parse([f"--no-{flag}"])[name] is False
+    assert [parsed(name, "any thing") for name in (*texts, "init")] == ["any thing"] * 4
+    for name in (*texts, "init"):
+        refused(name, " ")
+    assert {*WHOLE, *REAL, *WORDS, *switches, *texts} == set(train.SETTINGS)
+
+
+def test_help_shows_every_setting_with_its_value(capsys, monkeypatch):
+    """--help has each meaning and the paper's value, and what differs for other data sets."""
+    monkeypatch.setenv("COLUMNS", "500")                           # so that no word is broken
+    assert train.main(["--help"]) == 0
+    options, _, epilog = capsys.readouterr().out.split("\noptions:")[1].partition("\n\n")
+    shown = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in options.split("\n  --")}
+    for name, (value, _, meaning) in train.SETTINGS.items():
+        entry = shown[name.replace("_", "-")]
+        assert meaning + (f" (default: {value})" if value is not None else "") in entry
+        assert (value is None) == (f"{meaning} (default: " not in entry)
+    assert all(word in shown[name] for name, words in WORDS.items() for word in words)
+    assert len(train.RECIPES) == 4
+    for recipe in train.RECIPES.values():
+        assert all(f"{key} {value}" in " ".join(epilog.split()) for key, value in recipe.items())
+
+
+def test_a_flag_that_is_not_given_has_no_entry():
+    others = {"out": None, "init": None, "compile": None, "deterministic": False, "device": None,
+              "precision": None}
+    assert train.parse([]) == others
+    assert train.parse("--no-flip --attention 8 4 --lr 1 --no-compile".split()) == {
+        **others, "flip": False, "attention": [8, 4], "lr": 1.0, "compile": False}
+
+
 def test_flags_go_before_the_checkpoint_the_checkpoint_before_init_and_init_before_the_recipe():
     images = {"in_channels": 3, "image_size": 16}
-    assert settled({"out": "x"}) == {**SHAPES, "dataset": "shapes", **images}
+    assert settled({"out": "x", "init": None}) == {**SHAPES, **images}
     assert settled(shape=(1, 1, 8, 8))["in_channels"] == 1
     assert settled(init={"channels": 96})["channels"] == 96
     assert settled({"steps": 7}, {"steps": 5, "keep": 3})["steps"] == 7
-    assert settled(stored={"steps": 5, "lr": 0.5})["lr"] == 0.5
+    stored = settled(stored={"steps": 5, "lr": 0.5, "channels": 96}, init={"channels": 96})
+    assert (stored["steps"], stored["lr"], stored["channels"]) == (5, 0.5, 96)
 
 
-def test_what_may_change_when_a_run_is_resumed():
+class Begun(ValueError):
+    """What ends a command where the run would begin."""
+
+
+FREE = {"data_dir": "there", "steps": 70, "log_every": 71, "save_every": 72, "sample_every": 73,
+        "samples": 74, "sample_steps": 75, "keep": 76}
+FIXED = {"dataset": "other.pt", "image_size": 16, "flip": False, "batch_size": 6, "micro_batch": 3,
+         "lr": 0.5, "warmup": 9, "grad_clip": 3.0, "ema": 0.5, "ema_ramp": False, "dropout": 0.25,
+         "channels": 96, "multipliers": [2], "blocks": 7, "attention": [16], "timesteps": 300,
+         "schedule": "quadratic", "beta_start": 0.01, "beta_end": 0.5, "predict": "x0",
+         "variance": "fixed_large", "objective": "vlb", "seed": 8}
+
+
+def words(settings: dict) -> list[str]:
+    flags = []
+    for name, value in settings.items():
+        flag, value = name.replace("_", "-"), value if isinstance(value, list) else [value]
+        flags += {True: [f"--{flag}"], False: [f"--no-{flag}"]}[value[0]] if (
+            isinstance(value[0], bool)) else [f"--{flag}", *map(str, value)]
+    return flags
+
+
+def test_what_may_change_when_a_run_is_resumed(monkeypatch, capsys):
     """How long it trains, how it is watched, and where the data lie; each other setting is named in
-    the refusal, with both values."""
-    free = {"data_dir", "steps", "log_every", "save_every", "sample_every", "samples",
-            "sample_steps", "keep"}
-    fixed = {"flip": False, "batch_size": 6, "micro_batch": 3, "lr": 0.5, "warmup": 9, "clip": 3.0,
-             "ema": 0.5, "ema_ramp": False, "dropout": 0.25, "channels": 96, "multipliers": [2],
-             "blocks": 7, "attention": [16], "timesteps": 300, "schedule": "quadratic",
-             "beta_start": 0.01, "beta_end": 0.5, "predict": "x0", "variance": "fixed_large",
-             "objective": "vlb", "seed": 8}
-    assert {*free, *fixed} == set(SHAPES) - {"dataset", "image_size"}
-    stored = settled()
-    for name, value in fixed.items():
-        with pytest.raises(common.UsageError) as refusal:
-            settled({name: value}, stored)
+    the refusal, with both values. What is not said is that of the run; so are the data."""
+    stored = {**settled(), "dataset": "images.pt", "image_size": 8, "micro_batch": 1}
+    save_checkpoint(Path("runs/r/checkpoint.pt"), {"settings": stored, "step": 4})
+    assert {*FREE, *FIXED} == set(train.SETTINGS) == stored.keys() - {"in_channels"}
+    for name, value in FIXED.items():
+        assert train.main(["--out", "runs/r", *words({name: value})]) == 2
+        err = capsys.readouterr().err
         for part in ("--" + name.replace("_", "-"), str(stored[name]), str(value)):
-            assert part in str(refusal.value)
-        assert settled({name: stored[name]}, stored) == stored
-    changed = {"data_dir": "x", **dict.fromkeys(free - {"data_dir"}, 30)}
-    assert settled(changed, stored) == {**stored, **changed}
+            assert part in err and err.count("\n") == 1
+
+    def begin(given, images, known, machine, folder):
+        begun.append((given, known, folder))
+        raise Begun
+    begun, asked, real = [], [], data.load
+    monkeypatch.setattr(train, "begin", begin)
+    monkeypatch.setattr(data, "load", lambda *x: asked.append(x) or real("images.pt"))
+    same = {name: stored[name] for name in FIXED}
+    for flags, place in (({}, "data"), ({**FREE, **same}, "there")):
+        assert train.main(["--out", "runs/r", *words(flags)]) == 1
+        given, known, folder = begun.pop()
+        assert known == stored and folder == Path("runs/r")
+        assert {key: value for key, value in given.items() if key in stored} == flags
+        assert asked.pop() == ("images.pt", place, "train", 8)
+        assert train.settle(given, torch.zeros(1, 3, 8, 8), known, {}) == {**stored, **flags}
+    for flags, folder, load_of in ((["--dataset", "a/b.pt"], "runs/b", ("a/b.pt", "data", "train", None)),
+                                   ([], "runs/cifar10", ("cifar10", "data", "train", None))):
+        assert train.main(flags) == 1 and asked.pop() == load_of and begun.pop()[2] == Path(folder)
 
 
 @pytest.mark.parametrize("given, init, shape, parts", [
-    ({"attention": [16, 4]}, {}, 16, ["attention", "4"]), ({"attention": [2, 4, 8]}, {}, 8, ["2"]),
-    ({"channels": 32}, {"channels": 96}, 16, ["channels", "96", "32"]),
-    ({"variance": "learned"}, {}, 16, ["learned"]), ({"sample_steps": 1001}, {}, 16, ["1001"]),
-    ({**LEARNED, "predict": "x0"}, {}, 16, ["--predict"]), ({"lr": "x"}, {}, 16, ["lr", "x"]),
-    ({**LEARNED, "sample_steps": 999}, {}, 16, ["--sample-steps"]),
-    ({"multipliers": [1, 1, 1]}, {}, 10, ["10×10", "4"]),
-    ({"multipliers": [1, 1]}, {}, 9, ["9×9", "2"]), ({}, {}, (16, 8), ["16×8"])])
+    ({"attention": [16, 4]}, {}, 16, ["--attention", "4"]), ({"attention": [2, 4, 8]}, {}, 8, ["--attention", "2"]),
+    ({"channels": 32}, {"channels": 96}, 16, ["--init", "channels", "96", "32"]),
+    ({}, {"image_size": 32}, 16, ["--init", "image_size", "32", "16"]),
+    ({"variance": "learned"}, {}, 16, ["--variance", "--objective"]),
+    ({**LEARNED, "predict": "x0"}, {}, 16, ["--variance", "--predict"]),
+    ({"variance": "learned", "predict": "mean"}, {}, 16, ["--objective"]), ({}, {}, (16, 8), ["16×8"]),
+    ({"image_size": 32}, {}, 16, ["16×16", "--image-size"])])
 def test_settings_that_contradict_each_other_are_refused(given, init, shape, parts):
-    """The refusal has the numbers that do not fit."""
+    """The refusal has the flags and the numbers that do not fit."""
     sides = shape if isinstance(shape, tuple) else (shape, shape)
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(UsageError) as refusal:
         settled(given, init=init, shape=(1, 3, *sides))
     assert all(part in str(refusal.value) for part in parts)
 
 
 @pytest.mark.parametrize("given, side", [
-    ({"multipliers": [1, 1, 1], "attention": [12, 6, 3]}, 12), ({"multipliers": [1]}, 9),
-    ({"objective": "vlb", "predict": "x0"}, 16), ({"sample_steps": 1000}, 16),
-    ({**LEARNED, "sample_steps": 1000}, 16), ({**LEARNED, "predict": "mean"}, 16)])
+    ({"multipliers": [1, 1, 1], "attention": [12, 6, 3]}, 12), ({"multipliers": [1]}, 9), ({"image_size": 9}, 9),
+    ({"objective": "vlb", "predict": "x0"}, 16), ({"sample_steps": 10 ** 5}, 16),
+    (LEARNED, 16), ({**LEARNED, "predict": "mean"}, 16)])
 def test_settings_that_fit_are_taken(given, side):
     settings = settled(given, shape=(1, 3, side, side))
     assert {name: settings[name] for name in given} == given
-
-
-def test_a_recipes_sample_steps_give_way():
-    """The 100 calls of a grid of shapes stay where they fit, and give way where they do not."""
-    for given, steps in (({}, 100), ({"timesteps": 100}, 100), ({"timesteps": 99}, None),
-                         (LEARNED, None), ({"dataset": "cifar10"}, None)):
-        assert settled(given)["sample_steps"] == steps
-    assert settled({"sample_steps": 30})["sample_steps"] == 30
 
 
 # -------------------------------------------------------------------------------------- Algorithm 1
@@ -154,7 +241,9 @@ def test_a_recipes_sample_steps_give_way():
 @pytest.mark.parametrize("predict", ["eps", "x0", "mean"])
 def test_eq05_and_eq14_for_every_choice(predict, variance):
     """L_simple is the mean square error of what is predicted; a term of L is the Gaussian KL in
-    bits/dim, of means by Eq. 7 and the variance that was chosen. In double precision, t > 1."""
+    bits/dim, of means by Eq. 7 and the variance that was chosen. In double precision, t > 1.
+
+    x̂_0 lies far outside [−1, 1], and is not clipped."""
     s, g, t = ddpm.make_schedule(30), torch.Generator().manual_seed(0), torch.tensor([2, 9, 30])
     x0, eps, *out = torch.randn(4, 3, 2, 4, 4, generator=g, dtype=torch.float64)
     net = torch.cat(out, 1) if variance == "learned" else out[0]
@@ -164,10 +253,15 @@ def test_eq05_and_eq14_for_every_choice(predict, variance):
 
     def mean(x):  # Eq. 7
         return (before.sqrt() * (1 - alpha) * x + alpha.sqrt() * (1 - before) * x_t) / (1 - bar)
+
+    def model(x, times):
+        torch.testing.assert_close(x, x_t)
+        assert times.tolist() == t.tolist()
+        return net
     settings = {"objective": "simple", "predict": predict, "variance": variance}
     if variance != "learned":
         target = {"eps": eps, "x0": x0, "mean": mean(x0)}[predict]
-        torch.testing.assert_close(train.loss_of(settings, s, lambda *_: net, x0, t, eps),
+        torch.testing.assert_close(train.loss_of(settings, s, model, x0, t, eps),
                                    (target - net).square().mean((1, 2, 3)))
     small = (1 - alpha) * (1 - before) / (1 - bar)
     v = {"fixed_large": 1 - alpha, "fixed_small": small, "learned": out[1].exp()}[variance]
@@ -175,7 +269,7 @@ def test_eq05_and_eq14_for_every_choice(predict, variance):
     off = mean(x0) - (out[0] if predict == "mean" else mean(x0_hat))
     kl = ((v / small).log() + (small + off ** 2) / v - 1) / 2
     settings["objective"] = "vlb"
-    torch.testing.assert_close(train.loss_of(settings, s, lambda *_: net, x0, t, eps),
+    torch.testing.assert_close(train.loss_of(settings, s, model, x0, t, eps),
                                kl.mean((1, 2, 3)) / math.log(2))
 
 
@@ -189,303 +283,545 @@ def test_learning_rates_and_decays():
     assert train.learning_rate(constant, 0) == 0.5 and train.ema_decay(constant, 0) == 0.25
 
 
-def test_alg1_draws_by_hand(monkeypatch):
-    """The images of step 3 are the last three of the third order of five, and the first of the
-    fourth; flips, t and ε come in this order from the generator of (seed, "step", 3)."""
-    images = torch.arange(5 * 12, dtype=torch.uint8).view(5, 1, 3, 4)
-    order = [torch.randperm(5, generator=torch.Generator().manual_seed(seed_of(7, "epoch", e)))
-             for e in range(4)]
-    rows = images[torch.cat(order)[12:16]].float() / 127.5 - 1
-    g = torch.Generator().manual_seed(seed_of(7, "step", 3))
-    flip = torch.rand(4, generator=g) < 0.5
-    t, eps = torch.randint(1, 6, (4,), generator=g), torch.randn(4, 1, 3, 4, generator=g)
-    x0 = torch.stack([row[:, :, [3, 2, 1, 0]] if f else row for row, f in zip(rows, flip)])
-    assert flip.any() and not flip.all()
-    for flips, x in ((True, x0), (False, rows)):
-        got = draws(monkeypatch, 3, images=images, seed=7, batch_size=4, flip=flips)
-        assert_equal(list(got), [x, t, eps])
+class Line(torch.nn.Module):
+    """ε_θ(x, t) = a x + b t, two parameters, of which the gradient is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(torch.tensor(x)) for x in (0.5, -0.25))
+        self.alone, self.calls = False, []
+
+    def forward(self, x, t):
+        self.calls.append(self.alone)
+        return self.a * x + self.b * t.view(-1, 1, 1, 1)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.alone = True
+        yield
+        self.alone = False
 
 
-@pytest.mark.parametrize("micro, scale", [
-    (None, None), (1, None), (3, None), (8, 2.0 ** 10), (5, 4.0)])
-def test_alg1_a_step_by_hand(monkeypatch, micro, scale):
-    """With plain gradient descent for Adam: the gradient is the mean over the batch in whatever
-    parts and at whatever scale, its norm is the one before clipping, and the average follows."""
-    w, average, parts = torch.tensor([2.0], requires_grad=True), [torch.tensor([7.0])], []
+@pytest.mark.parametrize("flip, micro, scale, rank, world", [
+    (True, None, None, 0, 1), (False, 1, None, 0, 1), (True, 3, 2.0 ** 10, 0, 1),
+    (True, 8, None, 0, 1), (True, 1, None, 1, 2)])
+def test_alg1_three_steps_by_hand(flip, micro, scale, rank, world):
+    """Steps 5 to 7 of Algorithm 1 with numbers alone: the images of the joined orders of all
+    epochs, flips, t and ε in this order from the generator of (seed, "step", k); x_t by Eq. 4; the
+    gradient of Eq. 14, its norm, clipping; Adam; the warm-up; the averages. In whatever parts, at
+    whatever scale, and for the second of two processes its own half, whose gradients are exchanged once.
 
-    def loss_of(settings, s, model, x0, t, eps):
-        parts.append(len(t))
-        return w * x0[:, 0, 0, 0]
-    monkeypatch.setattr(train, "loss_of", loss_of)
-    images = torch.arange(80, 88, dtype=torch.uint8).view(8, 1, 1, 1)
-    settings = {"seed": 0, "batch_size": 8, "flip": True, "clip": 0.25, "lr": 0.5, "warmup": 4,
-                "ema": 0.75, "ema_ramp": False, "micro_batch": micro}
-    sgd = torch.optim.SGD([w], lr=9.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-    losses, t, norm = train.training_step(settings, ddpm.make_schedule(5), images, 2, slice(None),
-                                          None, [w], average, sgd, scaler)
-    mean = 83.5 / 127.5 - 1                                        # each image is there once
-    assert parts == {None: [8], 1: [1] * 8, 3: [3, 3, 2], 8: [8], 5: [5, 3]}[micro]
-    assert not losses.requires_grad and losses.mean().item() == pytest.approx(2 * mean)
-    assert norm.item() == pytest.approx(-mean) and len(t) == len(losses) == 8
-    assert w.item() == pytest.approx(2 + 0.25 * 0.25, abs=1e-5)  # lr · 2/4 times the clipped −0.25
-    assert average[0].item() == pytest.approx(0.75 * 7 + 0.25 * w.item())
+    Kills: averages before the step, 1 − decay for the decay, Adam with another β or ε, a norm
+    measured after clipping, parts that are not weighted by their sizes."""
+    images = torch.arange(5 * 12, dtype=torch.uint8).view(5, 1, 3, 4) * 4
+    settings = {**SHAPES, "seed": 7, "batch_size": 8, "flip": flip, "grad_clip": 0.5, "lr": 0.1,
+                "warmup": 7, "ema": 0.6, "micro_batch": micro}
+    net, bar = Line(), test_pictures.alpha_bars(20)
+    run = train.Run(settings, ddpm.make_schedule(20, beta_end=0.012), images, net, net,
+                    copy.deepcopy(net), torch.optim.Adam(net.parameters()),
+                    torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None),
+                    CPU._replace(rank=rank, world=world), Path())
+    order = torch.cat([torch.randperm(5, generator=torch.Generator().manual_seed(seed_of(7, "epoch", e)))
+                       for e in range(14)])
+    theta, average, m, v = [0.5, -0.25], [0.5, -0.25], [0, 0], [0, 0]
+    flipped = 0
+    for n, k in enumerate((5, 6, 7), 1):
+        g = torch.Generator().manual_seed(seed_of(7, "step", k))
+        x0 = images[order[8 * k:8 * k + 8]].double() / 127.5 - 1
+        mirror = torch.rand(8, generator=g) < 0.5
+        times, eps = torch.randint(1, 21, (8,), generator=g), torch.randn(8, 1, 3, 4, generator=g).double()
+        if flip:
+            flipped += int(mirror.sum())
+            x0[mirror] = x0[mirror][:, :, :, [3, 2, 1, 0]]
+        a = bar[times].view(-1, 1, 1, 1)
+        x_t, column = (a.sqrt() * x0 + (1 - a).sqrt() * eps)[rank::world], times.view(-1, 1, 1, 1)[rank::world]
+        r = eps[rank::world] - theta[0] * x_t - theta[1] * column
+        grad = [(-2 * r * x_t).mean().item(), (-2 * r * column).mean().item()]
+        norm = math.hypot(*grad)
+        lr, decay = 0.1 * min(k / 7, 1), min(0.6, (1 + k) / (10 + k))
+        for i in (0, 1):
+            clipped = grad[i] * min(1, 0.5 / norm)
+            m[i], v[i] = 0.9 * m[i] + 0.1 * clipped, 0.999 * v[i] + 0.001 * clipped ** 2
+            theta[i] -= lr * m[i] / (1 - 0.9 ** n) / (math.sqrt(v[i] / (1 - 0.999 ** n)) + 1e-8)
+            average[i] = decay * average[i] + (1 - decay) * theta[i]
+        losses, t, got = train.training_step(run, k)
+        assert t.tolist() == times[rank::world].tolist() and not losses.requires_grad
+        torch.testing.assert_close(losses.double(), r.square().mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
+        assert got.item() == pytest.approx(norm, rel=1e-4)
+        assert [net.a.item(), net.b.item()] == pytest.approx(theta, rel=1e-4)
+        assert [run.ema.a.item(), run.ema.b.item()] == pytest.approx(average, rel=1e-4)
+    parts = math.ceil(8 / world / (micro or 8))
+    assert net.calls == ([world > 1] * (parts - 1) + [False]) * 3
+    assert not flip or 4 < flipped < 20
 
 
-# -------------------------------------------------------------------------------- a run, its counts
+# ------------------------------------------------------------------------------- a run at its start
 
 def test_a_run_begins_with_the_weights_of_its_seed():
     """Network and average are the initialisation from (seed, "init"); only the network learns. The
     memory has the channels last, and Adam's step is fused, both of which only make it faster."""
     run = run_of(seed=3, lr=0.25)
     torch.manual_seed(seed_of(3, "init"))
-    want = common.build_network(run.settings).state_dict()
-    assert_equal(dict(run.model.state_dict()), dict(want))
+    want = build_network(run.settings).state_dict()
+    assert_equal(dict(run.net.state_dict()), dict(want))
     assert_equal(dict(run.ema.state_dict()), dict(want))
-    assert {p.requires_grad for p in run.averages} == {False}
-    assert {p.requires_grad for p in run.params} == {True}
-    assert not {p.data_ptr() for p in run.averages} & {p.data_ptr() for p in run.params}
-    assert run.model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert run.adam.defaults["fused"] and run.adam.defaults["lr"] == 0.25
-    assert run.step == 0 and run.saved < 0 and run.seconds == run.seconds_logged == 0
+    assert run.network is run.net and not run.scaler.is_enabled()
+    assert run_of(torch.float16).scaler.is_enabled() and not run_of(torch.bfloat16).scaler.is_enabled()
+    assert {p.requires_grad for p in run.ema.parameters()} == {False}
+    assert {p.requires_grad for p in run.net.parameters()} == {True}
+    assert not {p.data_ptr() for p in run.ema.parameters()} & {p.data_ptr() for p in run.net.parameters()}
+    assert run.net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert run.adam.defaults["fused"] and {id(p) for p in run.adam.param_groups[0]["params"]} == {
+        id(p) for p in run.net.parameters()}
+    s = ddpm.make_schedule(20, "quadratic", 2e-4, 0.03)
+    other = run_of(schedule="quadratic", beta_start=2e-4, beta_end=0.03)
+    assert torch.equal(other.s.alpha_bars, s.alpha_bars)
 
 
-def test_the_fingerprint_of_older_checkpoints_is_of_64_images():
-    """Evenly spaced from the first to the last: here every second one. L_T is taken of them."""
-    images, shape = data.shapes(127, 8), (127, 3, 8, 8)
-    run = run_of(images=images, timesteps=60)
-    assert run.fingerprints == [data.fingerprint(x, shape) for x in (images, images[::2])]
-    L_T = ddpm.prior_kl(run.schedule, data.to_model(images[::2])).mean() / (192 * math.log(2))
-    assert run.L_T == pytest.approx(L_T.item())
+@pytest.mark.parametrize("changes, world, part", [
+    ({"batch_size": 7}, 2, "--batch-size"), ({"beta_end": 1e-4}, 1, "--beta-end"),
+    ({"schedule": "cosine"}, 1, "--schedule"), ({"channels": 40}, 1, "40")])
+def test_a_run_that_cannot_begin(changes, world, part):
+    """A batch that two processes cannot share, a schedule that leaves the image, an unknown one."""
+    given = {"init": None, "compile": None, "dataset": "shapes", "multipliers": [1], **changes}
+    with pytest.raises(ValueError, match=part) as refusal:
+        train.begin(given, data.shapes(4, 8), {}, CPU._replace(world=world), Path())
+    assert isinstance(refusal.value, UsageError) or part == "40"
 
 
-def test_counts_by_hand():
-    """The thirds of 1 … 20 are 1 … 7, 8 … 14 and 15 … 20. A step whose loss or gradient is not
-    finite counts nothing, and the first one ends the run."""
-    run, inf = run_of(), math.inf
-    for run.step, losses, ts, norm in ((1, [1.0, 2.0, 4.0], [1, 7, 8], 3.0),
-                                       (2, [8.0, 16.0, 1.0], [14, 15, 20], 2.0)):
-        run.count(torch.tensor(losses), torch.tensor(ts), torch.tensor(norm))
-        run.check()
-    want = [2, (7 + 25) / 3, 5, 3, 12, 17, 2, 2, 2]
-    assert run.sums.tolist() == pytest.approx(want) and run.largest == 3
-    for run.step, loss, norm in ((3, inf, 9.0), (4, 1.0, inf), (5, 1.0, 1.0)):
-        run.count(torch.tensor([loss]), torch.tensor([1]), torch.tensor(norm))
-        assert run.bad == 3
-        if run.step < 5:
-            assert run.sums.tolist() == pytest.approx(want) and run.largest == 3
-    for run.saved, write in ((2, run.log), (0, run.save), (-1, run.save)):
-        with pytest.raises(ValueError) as refusal:
-            write()
-        numbers = ["3"] if run.saved < 0 else ["3", str(run.saved)]  # -1: there is no checkpoint
-        assert re.findall(r"\d+", str(refusal.value)) == numbers
-    assert not os.path.exists("log.jsonl") and not os.path.exists("checkpoint.pt")
+def test_init_starts_from_the_averages_of_another_run():
+    """Network and average are those averages; flags that say otherwise are refused. The settings of
+    the network are the other run's, those of the training are not; a checkpoint goes before it."""
+    other = run_of(folder="other", multipliers=[1, 2], attention=[4], predict="x0", lr=0.5)
+    for average in other.ema.parameters():
+        average += 0.5
+    train.save(other, 0, [])
+    given = {"init": "other", "compile": None, "dataset": "shapes"}
+    new = train.begin(given, data.shapes(4, 8), {}, CPU, Path("new"))
+    for net in (new.net, new.ema):
+        assert_equal(dict(net.state_dict()), dict(other.ema.state_dict()))
+    assert new.settings["predict"] == "x0" and new.settings["lr"] == 1e-3
+    assert {p.requires_grad for p in new.net.parameters()} == {True}
+    with pytest.raises(UsageError, match="predict"):
+        train.begin({**given, "predict": "eps"}, data.shapes(4, 8), {}, CPU, Path("new"))
+    resumed = train.begin({**given, "init": "nowhere"}, data.shapes(4, 8), new.settings, CPU, Path("new"))
+    assert resumed.settings == new.settings
 
 
-def test_fp16_fails_at_the_31st_bad_step_in_a_row():
-    run = run_of(torch.float16)
-    for run.step in range(1, 72):
-        finite = run.step in (1, 31)  # one in between, and the row begins anew
-        run.count(torch.tensor([1.0 if finite else math.nan]), torch.tensor([5]), torch.ones(()))
-        assert run.bad == (62 if run.step >= 62 else -1)
-    assert run.sums[:3].tolist() == [2, 2, 2]
+def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
+    """Of the shape and type of the training's, with a backward pass of which nothing is left; not
+    on a CPU unless it is asked for. Where it fails, a line says so and the network is used as it is.
+
+    The shapes are fixed, which the compiler is told: else dropout's differ from layer to layer."""
+    seen, asked = [], []
+
+    def compiler(net, dynamic):
+        asked.append((net, dynamic))
+
+        def fast(x, t):
+            seen.append((*x.shape, *t.tolist(), t.dtype))
+            return net(x, t)
+        return fast
+    monkeypatch.setattr(torch, "compile", compiler)
+    given = {"init": None, "dataset": "shapes", "channels": 32, "multipliers": [1], "batch_size": 5}
+    for flags, sizes in (({"compile": None}, []), ({"compile": False}, []), ({"compile": True}, [5]),
+                         ({"compile": True, "micro_batch": 2}, [2]), ({"compile": True, "micro_batch": 9}, [5])):
+        run = train.begin({**given, **flags}, data.shapes(4, 8), {}, CPU, Path())
+        assert [(x[0], x[4:-1], x[-1]) for x in seen] == [(n, (1,) * n, torch.int64) for n in sizes]
+        assert (run.network is run.net) == (not sizes)
+        assert asked == [(run.net, False)] * len(sizes) and all(p.grad is None for p in run.net.parameters())
+        seen.clear(), asked.clear()
+    assert capsys.readouterr().err == ""
+
+    def broken(net, dynamic):
+        def fast(x, t):
+            raise RuntimeError("no compiler here\nand more lines")
+        return fast
+    monkeypatch.setattr(torch, "compile", broken)
+    run = train.begin({**given, "compile": True}, data.shapes(4, 8), {}, CPU, Path())
+    assert run.network is run.net
+    assert "no compiler here" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
-def test_a_line_of_the_log_by_hand():
-    """Means over its steps; None for a third without a time; the sums begin anew after it."""
-    run = run_of(objective="vlb")
-    run.step, run.seconds, run.seconds_logged = 3, 0.75, 0.5
-    run.sums.copy_(torch.tensor([3.0, 6, 12, 4, 0, 9, 2, 0, 6]))
-    run.largest.fill_(8)
-    run.log()
-    run.step, run.seconds = 4, 1.5
-    run.log(True)
-    first = {"step": 3, "loss": 2, "loss_thirds": [2, None, 1.5], "lr": 1e-3 * 2 / 4,
-             "grad_norm": 4, "grad_norm_max": 8, "images_per_s": 24, "bound": 20 * 2 + run.L_T}
-    assert log() == [first, {**first, "step": 4, "loss": 0, "loss_thirds": [None] * 3,
-                             "lr": 1e-3 * 3 / 4, "grad_norm": 0, "grad_norm_max": 0,
-                             "images_per_s": 2.667, "bound": run.L_T, "last": True}]
+@pytest.mark.parametrize("steps, done, flag", [
+    (4, 0, None), (3, 0, "--warmup"), (3, 3, "--steps"), (3, 4, "--steps"), (9, 3, None)])
+def test_what_a_run_says_at_its_start(capsys, steps, done, flag):
+    """Every setting, on stderr and in settings.json; a warm-up that is longer than the run, a run
+    that is done. Gone are what a kill left half-written, and the lines of the log after this step;
+    other people's files are not."""
+    run = run_of(steps=steps)
+    lines = [{"step": 3, "loss": 0.5}, {"step": 4, "loss": 1}]
+    Path("log.jsonl").write_text(f'{json.dumps(lines[0])}\n{{"st\n{json.dumps(lines[1])}\n{{"step": 2')
+    for name in (".0123.part", "film.part", ".part.txt"):
+        Path(name).touch()
+    train.describe(run, done)
+    err = capsys.readouterr().err
+    assert {f for f in ("--warmup", "--steps") if f in err} == ({flag} if flag else set())
+    for name, value in run.settings.items():
+        assert f"{name} {value}" in " ".join(err.split())
+    assert f"{sum(p.numel() for p in run.net.parameters()):,}" in err and "float32" in err
+    assert json.loads(Path("settings.json").read_text()) == run.settings
+    assert log() == [line for line in lines if line["step"] <= done]
+    assert {path.name for path in Path().iterdir()} == {
+        "film.part", ".part.txt", "settings.json", "log.jsonl", "images.pt"}
 
 
 # ----------------------------------------------------------------------------------------- the loop
 
-def stub(monkeypatch, seconds: float = 0.0) -> list:
-    """Steps that only take `seconds` of a clock of their own; what each is given."""
-    calls, now = [], [0.0]
+def stub(monkeypatch, seconds: float = 0.0, bad: int = 10 ** 9, signal: int = 0) -> list:
+    """Steps that only take `seconds` of a clock of their own, of which a grid takes 100; what happens
+    in a run. From step `bad` on the numbers are not finite; in step `signal` a signal comes."""
+    events, now = [], [0.0]
 
-    def step(settings, s, images, k, rows, *rest):
-        calls.append((k, rows, torch.initial_seed(), common.signals.deferred))
+    def step(run, k):
+        assert run.network.training and stop.later  # a signal waits
+        events.append(("step", k, torch.initial_seed()))
         now[0] += seconds
-        return torch.ones(2), torch.tensor([1, 20]), torch.tensor(3.0)
+        if k + 1 == signal:
+            stop(15, None)
+        wrong = (math.nan, math.inf) if k + 1 >= bad else (1.0, 3.0)
+        loss, norm = (1.0, wrong[bad // 2 % 2]) if bad % 2 else (wrong[bad // 2 % 2], 3.0)
+        n = len(range(run.settings["batch_size"])[run.machine.share])
+        return torch.full((n,), loss if k + 1 >= bad else 1.0), torch.arange(n) + 1, torch.tensor(
+            norm if k + 1 >= bad else 3.0)
+
+    def record(name):
+        def happens(run, *rest):
+            if name != "plot":
+                events.append((name, rest[0]))
+                now[0] += 100 * (name == "grid")
+                assert stop.later == (name != "grid")
+            else:
+                events.append((name, None))
+        return happens
     monkeypatch.setattr(train, "training_step", step)
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    return calls
+    for name, function in (("log", "log"), ("save", "save"), ("keep", "keep"), ("grid", "draw_grid"),
+                           ("plot", "plot_losses")):
+        monkeypatch.setattr(train, function, record(name))
+    return events
 
 
 @pytest.mark.parametrize("first, steps, want", [
-    (0, 13, {"log": [5, 10, (13, True)], "save": [4, 8, 12, 13], "keep": [3, 6, 9, 12],
-             "grid": [6, 12]}),
-    (7, 12, {"log": [10, (12, True)], "save": [8, 12], "keep": [9, 12], "grid": []}),
-    (0, 5, {"log": [5], "save": [4, 5], "keep": [3], "grid": []}), (5, 5, {})])
+    (0, 13, "1 2 3 save keep 4 save plot 5 log 6 save keep grid 7 8 save plot 9 save keep 10 log 11 "
+            "12 save keep plot grid 13 save plot grid"),
+    (6, 9, "keep grid 7 8 save plot 9 save keep plot grid"), (8, 10, "plot 9 save keep 10 log save plot grid"),
+    (0, 1, "1 save plot grid"), (5, 5, "plot grid"), (12, 12, "keep plot grid")])
 def test_which_steps_log_save_keep_and_draw(monkeypatch, first, steps, want):
-    """Every N-th one, counted from the first of the run; the last one saves and logs, and its grid
-    is not drawn in the loop. A grid may be interrupted, and a step may not."""
-    calls, seen = stub(monkeypatch), {name: [] for name in want}
-    run = run_of(steps=steps, log_every=5, save_every=4, keep=3, sample_every=6)
-    run.step = first
-    for name in ("log", "save", "keep", "grid"):
-        def record(*last, name=name):
-            assert common.signals.deferred is (name != "grid")
-            seen[name].append((run.step, *last) if last else run.step)
-        monkeypatch.setattr(run, name, record)
-    run.train(run.model)
-    assert seen == want and not common.signals.deferred
-    assert calls == [(k, slice(0, 2), seed_of(0, "dropout", k, 0), True)
-                     for k in range(first, steps)]
+    """Every N-th one, counted from the first of the run; before what belongs to a step is made, it
+    is saved, and the last one is. What belongs to the step that is resumed is made first. Each step
+    has the dropout of (seed, step). A signal waits for a step and its files, and not for a grid."""
+    events, run = stub(monkeypatch), run_of(steps=steps, log_every=5, save_every=4, keep=3, sample_every=6)
+    assert train.train(run, first, []) == steps
+    made, step = [], first
+    for name, number, *seed in events:
+        if seed:
+            step += 1
+            made.append(str(step))
+            assert number == step - 1 and seed == [seed_of(0, "dropout", number, 0)]
+        else:
+            made.append(name)
+            assert number in (None, step)
+    assert " ".join(made) == want
+
+
+def test_a_signal_ends_the_run_after_its_step_and_saves_it(monkeypatch):
+    """That step's line of the log, too; what else belongs to it is made when the run goes on."""
+    events, run = stub(monkeypatch, signal=2), run_of(steps=9, log_every=2, save_every=2, keep=2, sample_every=2)
+    assert train.train(run, 0, []) == 2
+    assert [event[0] for event in events] == ["step", "step", "log", "save"]
+
+
+def test_a_number_that_is_not_finite_is_noticed_before_it_is_written(monkeypatch):
+    """Whether it is the loss or the norm, NaN or ∞, in whatever step, and whatever is due when: no
+    line of the log, checkpoint, kept file or grid is of this step or a later one, and it is named.
+
+    Kills: a check that is left out for one of them."""
+    run = run_of()
+    for bad, *every in itertools.product((1, 2, 3, 4, 5), (1, 2, 9), (2, 9), (None, 2, 3), (3, 9)):
+        names = ("log_every", "save_every", "keep", "sample_every")
+        settings = {**run.settings, "steps": 7, **dict(zip(names, every))}
+        with pytest.MonkeyPatch.context() as patch:
+            events = stub(patch, bad=bad)
+            with pytest.raises(ValueError, match=f"step {bad}:"):
+                train.train(run._replace(settings=settings), 0, [])
+        assert all(number < bad for name, number, *_ in events if name in ("log", "save", "keep", "grid"))
 
 
 @pytest.mark.parametrize("due, updates", [(True, [2, 3, 4]), (False, [4])])
 def test_the_progress_tells_of_the_steps_of_this_command(monkeypatch, due, updates):
     """It counts from the step that was resumed, and the last step is always shown."""
     shown = []
-    monkeypatch.setattr(common.Progress, "due", lambda self: due)
-    monkeypatch.setattr(common.Progress, "update", lambda self, done, *_, **__: shown.append(
+    monkeypatch.setattr(Progress, "due", lambda self: due)
+    monkeypatch.setattr(Progress, "update", lambda self, done, *_, **__: shown.append(
         (done, self.first, self.total, self.quiet)))
     stub(monkeypatch)
-    run = run_of(steps=4)
-    run.step = 1
-    run.train(run.model)
+    train.train(run_of(steps=4), 1, [])
     assert shown == [(done, 1, 4, False) for done in updates]
 
 
 def test_the_speed_is_that_of_the_steps_since_the_last_line(monkeypatch):
-    """Three steps of 7/64 s with 2 images each are 6/(21/64) = 18.286 images/s, in every line."""
+    """Three steps of 7/64 s with 2 images each are 6/(21/64) = 18.286 images/s, in every line; grids
+    take no time of it."""
+    real = train.log
     stub(monkeypatch, 7 / 64)
-    run_of(steps=8, log_every=3).train(run_of().model)
-    assert [entry["images_per_s"] for entry in log()] == [18.286] * 3
+    monkeypatch.setattr(train, "log", real)
+    train.train(run_of(steps=8, log_every=3, sample_every=1), 0, [])
+    assert [entry["images_per_s"] for entry in log()] == [18.286] * 2
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_two_processes_by_hand(monkeypatch, rank):
-    """Each takes its half of the batch and its own dropout; the log has the means over both and the
-    images of both; the chief alone writes; a signal to either stops both, and the slower of them
-    decides on the calls of a grid."""
-    asked, calls_of_a_grid, op = set(), [], train.dist.ReduceOp
+# ------------------------------------------------------------------------ records, and what is saved
 
-    def all_reduce(x, kind=op.SUM, group=None):
-        asked.add((kind, group))
-        x.mul_(2) if kind == op.SUM else x.fill_(12 if kind == op.MIN else calls[-1][0] == 3)
-    monkeypatch.setattr(train.dist, "new_group", lambda backend: backend)
-    monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
-    calls = stub(monkeypatch, 0.5)
-    run = run_of(rank=rank, world=2, batch_size=4, log_every=2, save_every=2, keep=2, timesteps=100,
-                 sample_steps=None, samples=1)
-    with pytest.raises(KeyboardInterrupt):
-        run.train(run.model)
-    assert calls == [(k, slice(2 * rank, 2 * rank + 2), seed_of(0, "dropout", k, rank), True)
-                     for k in range(4)]
-    assert run.step == run.saved == 4
-    run.count(torch.ones(2), torch.tensor([1, 20]), torch.tensor(3.0))
-    run.step = 5
-    run.save()
-    monkeypatch.setattr(sample, "seconds_of_a_call", lambda *_: 1e-9)
-    monkeypatch.setattr(sample, "draw_samples", lambda *given: (
-        calls_of_a_grid.append((given[4], given[6].quiet))
-        or torch.zeros(1, 3, 8, 8, dtype=torch.uint8)))
-    run.grid()
-    assert calls_of_a_grid == [(12, rank == 1)]
-    assert asked - {(op.SUM, None)} == {(op.MAX, "gloo"), (op.MIN, "gloo")}
-    if rank:
-        assert {path.name for path in Path().iterdir()} == {"images.pt"}
-    else:
-        assert [(e["loss"], e["grad_norm"], e["images_per_s"]) for e in log()] == [(1, 3, 8)] * 2
-        sums = common.load_checkpoint(Path("checkpoint.pt"))["sums"]
-        assert sums.tolist() == [1, 1, 3, 2, 0, 0, 2, 0, 0]
-        assert Path("ema-0000004.safetensors").exists() and Path("samples-0000005.png").exists()
+def records_of(*steps) -> list[tuple]:
+    """(losses, times, norm) of each step as tensors."""
+    return [(torch.tensor(losses), torch.tensor(t), torch.tensor(norm)) for losses, t, norm in steps]
 
 
-# ------------------------------------------------------------------------------ around the training
+def test_a_line_of_the_log_by_hand():
+    """Means over all images of its steps; the thirds of 1 … 20 are 1 … 7, 8 … 14 and 15 … 20, and
+    None where there was no such time. With fp16 a step that is not finite counts nothing."""
+    run = run_of(steps=9, batch_size=3)
+    steps = [([1.0, 2.0, 4.0], [1, 7, 8], 3.0), ([8.0, 16.0, 1.0], [14, 15, 20], 2.0)]
+    train.log(run, 3, records_of(*steps), 0.25)
+    train.log(run, 4, records_of(([5.0, 6.0, 10.0], [8, 14, 9], 8.0)), 1.5)
+    bad = [([math.inf] * 3, [1, 9, 20], math.inf), ([1.0] * 3, [1, 9, 20], math.nan)]
+    train.log(run, 5, records_of(bad[0], *steps, bad[1]), 2.0)
+    first = {"step": 3, "loss": 32 / 6, "loss_thirds": [1.5, 6, 8.5], "lr": 1e-3 * 2 / 4,
+             "grad_norm": 2.5, "grad_norm_max": 3, "images_per_s": 24}
+    second = {"step": 4, "loss": 7, "loss_thirds": [None, 7, None], "lr": 1e-3 * 3 / 4,
+              "grad_norm": 8, "grad_norm_max": 8, "images_per_s": 2}
+    third = {**first, "step": 5, "lr": 1e-3, "images_per_s": 6}
+    for entry, want in zip(log(), (first, second, third), strict=True):
+        assert entry.keys() == want.keys()
+        for key, value in want.items():
+            assert entry[key] == (pytest.approx(value) if key != "loss_thirds" or None not in value else value)
 
-def test_a_checkpoint_of_an_older_version_goes_on(capsys):
-    """It knows the sum of the losses alone, not its precision, and its images by 64 of them."""
-    old, new = run_of(), run_of(seed=1, images=data.shapes(127, 8))
-    old.step = 3
-    old.save()
-    state = common.load_checkpoint(Path("checkpoint.pt"))
-    for name in ("sums", "largest", "dtype", "scaler"):
-        del state[name]
-    new.restore({**state, "summed": 2, "loss_sum": 6.0, "data": new.fingerprints[1]})
-    assert_equal(dict(new.model.state_dict()), dict(old.model.state_dict()))
-    assert new.step == new.saved == 3
-    new.log()
-    assert log()[0]["loss"] == 3 and log()[0]["grad_norm"] is None
-    assert capsys.readouterr().err == ""
+
+def test_a_row_of_steps_that_fp16_skips_can_be_logged():
+    """A whole interval of them, as in the first steps of a run: the line is JSON without NaN, its
+    numbers are None, and the plot leaves them out."""
+    run = run_of(torch.float16, batch_size=1)
+    train.log(run, 1, records_of(([math.nan], [3], math.inf)), 1.0)
+    train.log(run, 2, records_of(([2.0], [3], 4.0)), 1.0)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in Path("log.jsonl").read_text().splitlines()]
+    assert [(line["loss"], line["grad_norm"], line["grad_norm_max"]) for line in lines] == [(None,) * 3, (2, 4, 4)]
+    assert lines[0]["loss_thirds"] == [None] * 3
+    train.plot_losses(Path())
 
 
-def test_the_scale_of_fp16_goes_on(capsys):
-    """It is in the checkpoint, and begins anew for a run that was in another precision."""
+def test_the_bound_in_the_log_is_that_of_the_training_images():
+    """T times the mean term and L_T of the first 64 images, by its formula: for a schedule where it
+    is no small number."""
+    images = data.shapes(70, 8)
+    run = run_of(objective="vlb", timesteps=60, images=images)
+    train.log(run, 3, records_of(([1.0, 3.0], [1, 60], 8.0)), 1.0)
+    bar, x0 = run.s.alpha_bars[60].item(), images[:64].double() / 127.5 - 1
+    L_T = (bar * x0 ** 2 - bar - math.log(1 - bar)).mean().item() / 2 / math.log(2)
+    assert log()[0]["bound"] - 120 == pytest.approx(L_T, rel=1e-4) and L_T > 1e-6
+
+
+def test_the_mean_loss_that_is_shown():
+    """Of the last hundred steps; fp16's bad ones are left out. A row of 29 of those is survived."""
+    run = run_of()
+    steps = records_of(*[([float(k)], [1], 1.0) for k in range(150)])
+    assert train.check(run, 150, steps) == pytest.approx(99.5)
+    steps += records_of(([math.nan], [1], math.nan))
+    half = run._replace(scaler=torch.amp.GradScaler("cpu"))
+    assert train.check(half, 151, steps) == pytest.approx(100)
+    for bad in range(1, 30):  # each halves the scale
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (16 - bad))
+        train.check(half._replace(scaler=scaler), 151, steps)
+    with pytest.raises(ValueError, match="step 151:"):
+        train.check(half._replace(scaler=torch.amp.GradScaler("cpu", init_scale=2.0 ** -14)), 151, steps)
+    with pytest.raises(ValueError, match="step 151:"):
+        train.check(run, 151, steps)
+
+
+def test_fp16_leaves_the_weights_where_a_step_is_not_finite(monkeypatch):
+    """And halves the scale; the thirtieth such step ends the run, and the weights are as before."""
+    run, real = run_of(torch.float16, steps=40, warmup=0, log_every=100), train.loss_of
+    run = run._replace(net=(net := Line()), network=net, ema=copy.deepcopy(net),
+                       adam=torch.optim.Adam(net.parameters()))
+    train.training_step(run, 0)
+    before = [run.net.a.item(), run.net.b.item()]
+    assert before != [0.5, -0.25] and run.scaler.get_scale() == 2.0 ** 16
+    monkeypatch.setattr(Progress, "due", lambda self: True)
+    monkeypatch.setattr(train, "loss_of", lambda *given: real(*given) * math.nan)
+    with pytest.raises(ValueError, match="step 2:"):
+        train.train(run, 1, [])
+    assert [run.net.a.item(), run.net.b.item()] == before and run.scaler.get_scale() == 2.0 ** (16 - 30)
+
+
+@pytest.mark.parametrize("dtype, first", [
+    (torch.float32, 1), (torch.float32, 3), (torch.float32, 4), (torch.float16, 3)])
+def test_a_run_goes_on_to_the_bit(dtype, first):
+    """A run that is stopped and continued by another process, whose weights are others until then,
+    is the run that was not: weights, averages, Adam, scale, the lines of the log and the records of
+    steps that have no line yet. Dropout, micro-batches and flips on.
+
+    Kills: a state, or a record in the middle of an interval, that is not in the checkpoint."""
+    flags = dict(log_every=4, dropout=0.3, micro_batch=2, batch_size=3, save_every=100, lr=0.1)
+    train.train(run_of(dtype, folder="whole", steps=6, **flags), 0, [])
+    one = run_of(dtype, folder="two", steps=first, **flags)
+    train.train(one, 0, records := [])
+    state = load_checkpoint(Path("two/checkpoint.pt"))
+    two = run_of(dtype, folder="two", steps=6, **flags)
+    with torch.no_grad():
+        for p in [*two.net.parameters(), *two.ema.parameters()]:
+            p += 1
+    step, restored = train.restore(two, state)
+    assert step == first
+    assert_equal([tuple(x) for x in restored], [tuple(x) for x in records] if first < 4 else [])
+    train.train(two, step, restored)
+    a, b = (load_checkpoint(Path(folder, "checkpoint.pt")) for folder in ("whole", "two"))
+    assert len(a["records"][0][0]) == 2 and a["records"][0].shape == (3, 2)
+    assert_equal(a, b)
+    speedless = [[{**line, "images_per_s": 0} for line in log(folder)] for folder in ("whole", "two")]
+    assert speedless[0] == speedless[1] and [line["step"] for line in speedless[0]] == [4]
+
+
+def test_what_a_checkpoint_is_restored_to(capsys):
+    """Only to a run with the same images; another precision is told, and then the scale of fp16
+    begins anew."""
     half, full = run_of(torch.float16), run_of()
-    half.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    half.scaler.load_state_dict({**half.scaler.state_dict(), "scale": 8.0})
     for run, scale in ((half, 8.0), (full, 2.0 ** 16)):
-        run.step += 1
-        run.save()
+        train.save(run, 3, [])
         again = run_of(torch.float16)
-        again.restore(common.load_checkpoint(Path("checkpoint.pt")))
+        assert train.restore(again, load_checkpoint(Path("checkpoint.pt"))) == (3, [])
         assert again.scaler.get_scale() == scale
-        assert ("float32" in capsys.readouterr().err) == (run is full)
-    with pytest.raises(ValueError):
-        full.restore({"data": full.fingerprints[0]})
+        err = capsys.readouterr().err
+        assert "float32" in err and "float16" in err if run is full else err == ""
+    state = load_checkpoint(Path("checkpoint.pt"))
+    for images in (data.shapes(4, 8).flip(0), data.shapes(5, 8), data.shapes(4, 8).view(4, 3, 4, 16)):
+        with pytest.raises(ValueError, match="images"):
+            train.restore(full._replace(images=images), state)
 
 
-def test_a_log_of_more_than_a_gibibyte_is_refused(monkeypatch):
-    path = Path("log.jsonl")
-    for size in (2 ** 30, 2 ** 30 + 1):
-        monkeypatch.setattr(data, "size_of", lambda path: size)
-        if size == 2 ** 30:
-            train.cut_log(path, 0, True)
-    with pytest.raises(ValueError, match=str(2 ** 30 + 1)):
-        train.cut_log(path, 0, True)
+def test_two_processes_by_hand(monkeypatch, capsys):
+    """Each has the losses of every second image: the log and the checkpoint have those of all, in
+    their order, each process gets its own back, and only the first one writes and says anything. A
+    signal to one of them stops both."""
+    all_of = records_of(([1.0, 2.0, 3.0, 4.0], [1, 8, 15, 20], 5.0), ([5.0, 6.0, 7.0, 8.0], [2, 9, 16, 3], 7.0))
+    run, files = run_of(batch_size=4, steps=5), {}
+
+    def job(machine):
+        mine = run._replace(machine=machine, folder=Path(f"{machine.rank}"))
+        mine.folder.mkdir()
+        records = [(loss[machine.share], t[machine.share], norm) for loss, t, norm in all_of]
+        train.log(mine, 2, records, 1.0)
+        train.save(mine, 2, records)
+        files[machine.rank] = sorted(path.name for path in mine.folder.iterdir())
+        return records
+    records = test_pictures.both(monkeypatch, job)
+    assert files == {0: ["checkpoint.pt", "log.jsonl"], 1: []}
+    Path("one").mkdir()
+    train.log(run._replace(folder=Path("one")), 2, all_of, 1.0)
+    assert log("0") == log("one")
+    state = load_checkpoint(Path("0/checkpoint.pt"))
+    assert_equal([x.tolist() for x in state["records"]], [torch.stack(x, -1).tolist() for x in zip(*all_of)])
+    for rank in (0, 1):
+        machine = CPU._replace(rank=rank, world=2, dtype=(torch.float32, torch.bfloat16)[rank])
+        capsys.readouterr()
+        step, got = train.restore(run._replace(machine=machine), state)
+        assert capsys.readouterr().err == ""
+        assert_equal([tuple(x) for x in got], [(a[rank::2], b[rank::2], c) for a, b, c in all_of])
+    assert len(records) == 2
+
+    events, op = stub(monkeypatch), train.dist.ReduceOp
+    monkeypatch.setattr(train.dist, "all_reduce", lambda x, kind: x.fill_(15 if len(
+        [1 for name, *_ in events if name == "step"]) == 3 else max(0, int(x))) if kind == op.MAX else None)
+    other = run._replace(machine=CPU._replace(rank=1, world=2),
+                         settings={**run.settings, "log_every": 2, "keep": 2, "sample_every": 2, "save_every": 2})
+    assert train.train(other, 0, []) == 3 and stop.number == 15
+    assert [(event[0], *event[2:]) for event in events] == [
+        ("step", seed_of(0, "dropout", 0, 1)), ("step", seed_of(0, "dropout", 1, 1)), ("log",), ("save",),
+        ("grid",), ("step", seed_of(0, "dropout", 2, 1)), ("save",)]
 
 
-@pytest.mark.parametrize("changes, threads, load, words", [
-    ({"steps": 4}, 1, 99, []), ({"steps": 3}, 2, 4, ["--warmup"]), ({"steps": 4}, 2, 4.5, ["OMP"]),
-    ({"steps": 0}, 3, 4.5, ["--steps", "OMP"])])
-def test_what_a_run_warns_of_at_its_start(monkeypatch, capsys, changes, threads, load, words):
-    """A warm-up that is longer than the run, a run that is done, and threads on a busy machine."""
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 99 if load == 4 else 0, 0), raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    run = run_of(**changes)
-    train.begin(run)
-    err = capsys.readouterr().err
-    assert [word for word in ("--warmup", "--steps", "OMP") if word in err] == words
-    assert Path("settings.json").read_text() == json.dumps(run.settings, indent=2) + "\n"
-
-
-def test_compile_is_tried_on_one_batch(monkeypatch):
-    """Of the shape and type of the training's, with a backward pass of which nothing is left.
-
-    The shapes are fixed, which the compiler is told: else dropout's differ from layer to layer."""
-    seen, run = [], run_of()
-
-    def fast(x, t):
-        seen.append((*x.shape, *t.tolist(), t.dtype))
-        return run.model(x, t)
-    monkeypatch.setattr(torch, "compile", lambda net, dynamic: (
-        fast if net is run.model and dynamic is False else None))
-    assert train.compiled(run.model, run.machine, (2, 3, 8, 8)) is fast
-    assert seen == [(2, 3, 8, 8, 1, 1, torch.int64)]
-    assert all(p.grad is None for p in run.params)
-
-
-def test_init_starts_from_the_averages_of_another_run():
-    """Network and average are those averages, also after step 0, whose learning rate is 0."""
-    other = run_of(multipliers=[1, 2], attention=[4])
-    for average in other.averages:
+def test_kept_weights_are_the_averages_of_their_step():
+    """In the format of a checkpoint, with nothing but them; what is there is left as it is."""
+    run = run_of()
+    for average in run.ema.parameters():
         average += 0.5
-    other.save()
-    trains("--steps", 1, "--init", "checkpoint.pt", "--out", "new")
-    state = test_commands.checkpoint("new")
-    assert_equal(dict(state["model"]), dict(other.ema.state_dict()))
-    assert_equal(dict(state["ema"]), dict(other.ema.state_dict()))
-    assert state["settings"]["variance"] == "fixed_small"
+    train.keep(run, 12)
+    assert load_checkpoint(Path("ema-0000012.pt")).keys() == {"format", "settings", "step", "ema"}
+    trained = load("ema-0000012.pt", machine=CPU)
+    assert_equal(dict(trained.net.state_dict()), dict(run.ema.state_dict()))
+    assert trained.settings == run.settings and "12" in trained.source
+    before = Path("ema-0000012.pt").stat()
+    run.ema.conv_in.bias.zero_()
+    train.keep(run, 12)
+    assert Path("ema-0000012.pt").stat() == before
+
+
+@pytest.mark.parametrize("T, variance, flag, calls", [
+    (20, "fixed_small", 7, 7), (20, "fixed_small", 20, 20), (20, "fixed_large", 50, 20),
+    (20, "learned", 7, 20), (2, "fixed_small", 50, 2)])
+def test_the_network_calls_of_a_grid(monkeypatch, T, variance, flag, calls):
+    """As many as the setting says, T at most, and T where the variance is learned; of the averages,
+    32 images at a time."""
+    seen, real = [], sample.inference_model
+
+    def model(net, machine):
+        call = real(net, machine)
+        return lambda x, t: seen.append((net, len(x), t[0].item())) or call(x, t)
+    monkeypatch.setattr(sample, "inference_model", model)
+    more = LEARNED if variance == "learned" else {"variance": variance}
+    run = run_of(timesteps=T, sample_steps=flag, samples=33, **more)
+    train.draw_grid(run, 3)
+    assert [x[0] is run.ema for x in seen] == [True] * 2 * calls
+    assert [x[1] for x in seen] == [32] * calls + [1] * calls
+    assert (seen[0][2], seen[calls - 1][2]) == (T, 1)
+
+
+def test_grids_of_equal_weights_are_equal(monkeypatch):
+    """The same noise in every grid, whatever the network, the step and the rest of the settings: two
+    pictures differ by the averages alone. What is there is not drawn again, and no images are no
+    grid.
+
+    Kills: noise of the step, or of the generator of training."""
+    run, other = run_of(samples=3, sample_steps=2), run_of(folder="b", samples=3, sample_steps=2, lr=0.5, dropout=0.5)
+    with torch.no_grad():
+        other.net.conv_in.weight += 1
+    train.draw_grid(run, 3)
+    torch.rand(7)
+    train.draw_grid(other, 999)
+    first, second = Path("samples-0000003.png"), Path("b/samples-0000999.png")
+    assert first.read_bytes() == second.read_bytes()
+    third = run_of(folder="c", samples=3, sample_steps=2, seed=1)
+    third.ema.load_state_dict(run.ema.state_dict())
+    train.draw_grid(third, 3)
+    assert Path("c/samples-0000003.png").read_bytes() != first.read_bytes()
+    monkeypatch.setattr(sample, "draw_samples", lambda *_, **__: pytest.fail("it was drawn"))
+    train.draw_grid(run, 3)
+    train.draw_grid(run_of(samples=0), 4)
+    assert not Path("samples-0000004.png").exists()
+
+
+def test_loss_png_shows_the_log(monkeypatch):
+    """The loss over the steps, and that of each third, on logarithmic axes; half a line is left out,
+    and a single one is no curve."""
+    class Axes:
+        def __init__(self):
+            self.lines, self.names, self.legends = [], {}, 0
+
+        def plot(self, x, y, **_):
+            self.lines.append(list(zip(x, y, strict=True)))
+
+        def set(self, **names):
+            self.names |= names
+
+        def legend(self):
+            self.legends += 1
+    axes, drawn = Axes(), []
+    monkeypatch.setattr(data, "plot", lambda path, draw: drawn.append(path) or draw(axes))
+    train.plot_losses(Path())
+    Path("log.jsonl").write_text('{"step": 2, "loss": 5, "loss_thirds": [8, 4, 3]}\n')
+    train.plot_losses(Path())
+    assert not drawn
+    with open("log.jsonl", "ab") as file:
+        file.write(b'{"step": 3, "lo\xff\n{"step": 5, "loss": 4, "loss_thirds": [6, 2, 1]}\n{"st')
+    train.plot_losses(Path())
+    assert axes.lines == [[(2, 8), (5, 6)], [(2, 4), (5, 2)], [(2, 3), (5, 1)], [(2, 5), (5, 4)]]
+    assert axes.names["xscale"] == axes.names["yscale"] == "log" and drawn == [Path("loss.png")]

@@ -17,22 +17,19 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common  # before torch, because it silences a warning of torch's import
+from support.checkpoint import inference_model
+from support.command import Parser, Progress, command, count
+from support.machine import Machine, start_machine
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import sample
 import unet
-from common import UsageError, count
 
 def diffusers_network(channels: int, multipliers: list[int]) -> nn.Module:
     """UNet2DModel with the same settings, as a function of the paper's t."""
-    try:
-        from diffusers import UNet2DModel
-    except ImportError as error:
-        raise UsageError("--vs diffusers needs diffusers: pip install diffusers") from error
+    from diffusers import UNet2DModel
     down = ["AttnDownBlock2D" if 32 // 2 ** level == 16 else "DownBlock2D"
             for level in range(len(multipliers))]
 
@@ -45,7 +42,7 @@ def diffusers_network(channels: int, multipliers: list[int]) -> nn.Module:
                    up_block_types=[kind.replace("Down", "Up") for kind in down[::-1]],
                    downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
 
-def jobs_of(net: nn.Module, machine: common.Machine, x: torch.Tensor, compile: bool) -> tuple:
+def jobs_of(net: nn.Module, machine: Machine, x: torch.Tensor, compile: bool) -> tuple:
     """A training step, and one network call of the sampler."""
     net = net.to(machine.device, memory_format=torch.channels_last)
     t = torch.randint(1, 1001, (len(x),), device=machine.device)
@@ -53,7 +50,7 @@ def jobs_of(net: nn.Module, machine: common.Machine, x: torch.Tensor, compile: b
     averages = [p.detach().clone() for p in params]
     adam = torch.optim.Adam(params, lr=1e-6, fused=machine.device.type != "mps")
     model = machine.model(torch.compile(net, dynamic=False) if compile else net)
-    sampler = sample.inference_model(net, machine)
+    sampler = inference_model(net, machine)
 
     def train():
         net.train()
@@ -70,7 +67,7 @@ def jobs_of(net: nn.Module, machine: common.Machine, x: torch.Tensor, compile: b
             sampler(x, t)
     return train, call
 
-def limits(net: unet.UNet, machine: common.Machine, x: torch.Tensor) -> tuple:
+def limits(net: unet.UNet, machine: Machine, x: torch.Tensor) -> tuple:
     """The network's convolutions alone: forward and backward, and forward."""
     work = []
 
@@ -99,7 +96,7 @@ def limits(net: unet.UNet, machine: common.Machine, x: torch.Tensor) -> tuple:
                 conv(y)
     return both_ways, forward
 
-def seconds(job, machine: common.Machine) -> float:
+def seconds(job, machine: Machine) -> float:
     """How long a job takes, the queue of the device emptied before and after."""
     def wait():
         if machine.device.type != "cpu":
@@ -121,10 +118,10 @@ def saved_memory(job) -> float:
         job()
     return sum(kept.values()) / 2 ** 30
 
-@common.command
+@command
 def main(argv=None) -> int:
     """Measures: see the text at the head of this file."""
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__, "--device", "--precision")
     parser.add_argument("--batch-size", type=count, default=8, help="(default: 8)")
     parser.add_argument("--repeat", type=count, default=5, help="rounds (default: 5)")
     parser.add_argument("--channels", type=count, default=128, help="(default: 128)")
@@ -132,9 +129,8 @@ def main(argv=None) -> int:
                         help="(default: 1 2 2 2)")
     parser.add_argument("--compile", action="store_true", help="torch.compile for training")
     parser.add_argument("--vs", choices=("diffusers",), help="compare with UNet2DModel")
-    parser.add("--device", "--precision")
     args = parser.parse_args(argv)
-    machine, n = common.find_machine(args.device, args.precision), args.batch_size
+    machine, n = start_machine(args.device, args.precision), args.batch_size
     x = torch.randn(n, 3, 32, 32, device=machine.device)
     net = unet.UNet(channels=args.channels, multipliers=tuple(args.multipliers))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -147,7 +143,7 @@ def main(argv=None) -> int:
     rivals["convolutions"] = limits(net, machine, x)
     memory = {name: saved_memory(train) for name, (train, _) in rivals.items()}
     times = {(name, what): [] for name in rivals for what in (0, 1)}
-    progress = common.Progress(args.repeat + 1, "rounds")
+    progress = Progress(args.repeat + 1, "rounds")
     for turn in range(args.repeat + 1):  # in turn, so that a noisy minute slows all of them
         for name, what in times:
             took = seconds(rivals[name][what], machine)

@@ -14,14 +14,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common  # before torch, because it silences a warning of torch's import
+from support.checkpoint import load
+from support.command import Parser, Progress, command, count
+from support.machine import start_machine
 
 import torch
 from torch import Tensor
 
-import data
 import sample
-from common import count
+from support import data
 
 LIMIT = 7.0   # of 255 levels
 
@@ -70,21 +71,20 @@ def clean(images: Tensor) -> Tensor:
     error, contrast = fit(images)
     return (error < LIMIT) & (error < contrast / 10)
 
-@common.command
+@command
 def main(argv=None) -> int:
     """Judges samples: see the text at the head of this file."""
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__, "--steps", "--seed", "--device", "--precision")
     parser.add_argument("what", help="a run's folder, a checkpoint, or a .pt file of images")
     parser.add_argument("--n", type=count, default=200, help="(default: 200)")
-    parser.add("--steps", "--seed", "--device", "--precision")
     args = parser.parse_args(argv)
-    machine = common.find_machine(args.device, args.precision)
-    if args.what.endswith(".pt") and Path(args.what).name != "checkpoint.pt":
-        images = data.read_tensor(Path(args.what))[:args.n]
+    machine = start_machine(args.device, args.precision)
+    path = Path(args.what)
+    if path.suffix == ".pt" and not path.name.startswith(("checkpoint", "ema-")):
+        images = data.read_tensor(path)[:args.n]
     else:
-        trained = sample.load(args.what, machine=machine)
-        images = sample.draw_samples(trained, args.n, args.seed, 64, args.steps, machine,
-                                     common.Progress(args.n, "samples"))
+        images = sample.draw_samples(load(path, machine=machine), args.n, args.seed, 64, machine,
+                                     Progress(args.n, "samples"), steps=args.steps)
     real = data.shapes(args.n, images.shape[2], "test")
     for name, some in (("samples", images), ("real test images", real)):
         error, contrast = fit(some)

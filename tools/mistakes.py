@@ -25,12 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / ".github" / "images" / "mistakes"
 sys.path.insert(0, str(ROOT))
-import common  # before torch, because it silences a warning of torch's import
+from support.command import Parser, Progress, UsageError, command, count, first_line, say, written
 
 import torch
 
-import data
-import sample
+from support import data
 
 # === The mistakes =================================================================================
 
@@ -41,8 +40,7 @@ U, W = "test_unet.", "test_weights."
 MISTAKES = {
     # --- the schedule and the forward process
     "ᾱ_0 ≠ 1": ("ddpm.py", D + "test_sec2_alpha_bar_is_the_running_product", [
-        ("torch.cat([betas.new_zeros(1), betas])", "torch.cat([betas[:1], betas])")],
-    "sampling bound"),
+        ("[betas.new_zeros(1), betas]", "[betas[:1], betas]")], "sampling bound"),
     "ᾱ_t as a product up to T": ("ddpm.py", D + "test_sec2_alpha_bar_is_the_running_product", [
         ("alphas.cumprod(0)", "alphas.prod().expand(len(alphas))")], "training"),
     "T changed, β not rescaled": ("ddpm.py", D + "test_sec4_schedules_by_name", [
@@ -55,11 +53,10 @@ MISTAKES = {
          "_like(s.betas[t].sqrt(), x) * x + _like(s.alphas[t].sqrt(), x) * eps")], None),
     "1 − ᾱ_t in place of its root in Eq. 4": (
         "ddpm.py", D + "test_eq04_jump_is_iterated_steps", [
-            ("mean + variance.sqrt() * eps", "mean + variance * eps")], "training"),
+            ("mean + sigma2.sqrt() * eps", "mean + sigma2 * eps")], "training"),
     # --- the posterior and the reverse process
     "β_t in place of β̃_t in Eq. 7": ("ddpm.py", D + "test_eq07_posterior_is_bayes_rule", [
-        ("beta_tilde = (1 - alpha_bar_before) / (1 - alpha_bar) * beta", "beta_tilde = beta")],
-    "bound eta"),
+        ("(1 - alpha_bar_before) / (1 - alpha_bar) * beta", "beta")], "bound eta"),
     "√ᾱ_t in place of √α_t in Eq. 7": (
         "ddpm.py", D + "test_eq03_integrand_equals_eq21_along_every_path", [
             ("weight_x_t = alpha.sqrt() * (1", "weight_x_t = alpha_bar.sqrt() * (1")],
@@ -68,17 +65,20 @@ MISTAKES = {
         ("u = t.clamp(min=2)", "u = t")], "bound"),
     "√ᾱ_t in place of √α_t in Eq. 11": (
         "ddpm.py", D + "test_eq11_every_prediction_gives_the_posterior_mean", [
-            ("/ _like(s.alphas[t].sqrt(), x_t)", "/ _like(s.alpha_bars[t].sqrt(), x_t)")],
-        "no-clip"),
+            ("        mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean\n",
+             "        eps = predict_eps_from_x0(s, x_t, t, x0_hat)\n"
+             "        mean = x_t - _like(s.betas[t] / (1 - s.alpha_bars[t]).sqrt(), x_t) * eps\n"
+             "        mean = mean / _like(s.alpha_bars[t].sqrt(), x_t)\n")], "no-clip"),
     "Eq. 15 divided by ᾱ_t": ("ddpm.py", D + "test_eq15_inverts_the_jump", [
         ("* eps) / _like(alpha_bar.sqrt(), x_t)", "* eps) / _like(alpha_bar, x_t)")], "sampling"),
     "x̂_0 clipped after the mean was taken": (
         "ddpm.py", D + "test_eq11_clipping_comes_before_the_mean", [
-            ('if predict != "mean" or s.full is not None:', "if False:")], "sampling"),
+            ("    if clip:\n        x0_hat = x0_hat.clamp(-1, 1)\n\n", ""),
+            ("return Reverse(mean, sigma2, x0_hat)",
+             "return Reverse(mean, sigma2, x0_hat.clamp(-1, 1) if clip else x0_hat)")], "sampling"),
     "the halves of a learned variance exchanged": (
         "ddpm.py", D + "test_table2_learned_variance_is_the_second_half", [
-            ("out, log_variance = out.chunk(2, dim=1)", "log_variance, out = out.chunk(2, dim=1)")],
-        "learned"),
+            ("out, log_sigma2 = out", "log_sigma2, out = out")], "learned"),
     # --- Algorithms 1 and 2
     "the top t never drawn": ("train.py", C + "test_alg1_draws", [
         ("torch.randint(1, s.T + 1,", "torch.randint(1, s.T,")], "training"),
@@ -94,16 +94,15 @@ MISTAKES = {
     "ε as the target of `--predict mean`": ("ddpm.py", D + "test_eq14_loss_simple", [
         ("target = q_posterior_mean_variance(s, x0, x_t, t).mean", "target = eps")], "mean"),
     "σ_t² in place of σ_t": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
-        ("p.mean + p.variance.sqrt() * z", "p.mean + p.variance * z")], "sampling"),
+        ("p.mean + p.sigma2.sqrt() * z", "p.mean + p.sigma2 * z")], "sampling"),
     "noise at the last step": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
         ("noise(t) if t > 1 else torch.zeros_like(x_t)", "noise(t)")], "sampling"),
     "a loop that ends at t = 2": (
         "ddpm.py", D + "test_alg2_paper_schedule_standard_normal_data", [
-            ("for t in range(start, 0, -1):", "for t in range(start, 1, -1):")], "sampling"),
+            ("start, 0, -1):\n        # 3: z", "start, 1, -1):\n        # 3: z")], "sampling"),
     "β_t of the full schedule with fewer steps": (
         "ddpm.py", D + "test_respace_is_the_chain_of_fewer_steps", [
-            ("Schedule(1 - alphas, alphas, alpha_bars, s.times",
-             "Schedule(s.betas[tau], s.alphas[tau], alpha_bars, s.times")], "steps"),
+            ("Schedule(1 - alphas, alphas,", "Schedule(s.betas[tau], s.alphas[tau],")], "steps"),
     "the network given i in place of τ_i": (
         "ddpm.py", D + "test_respace_is_the_chain_of_fewer_steps", [
             ("alpha_bars, s.times[tau], full)", "alpha_bars, torch.arange(len(tau)), full)")],
@@ -117,15 +116,14 @@ MISTAKES = {
     "bins half a level too wide": ("ddpm.py", D + "test_eq13_each_bin_is_an_integral", [
         ("x0 - 1 / 255, -infinity", "x0 - 2 / 255, -infinity")], "bound"),
     "a floor under the decoder": ("ddpm.py", D + "test_eq13_gradient", [
-        ("torch.log(-torch.expm1(log_a - log_b))",
-         "torch.log(-torch.expm1(log_a - log_b)).clamp(min=-28)"),
+        ("expm1(log_a - log_b))", "expm1(log_a - log_b)).clamp(min=-28)"),
         ("return log_b + ", "return (log_b + 0 * log_b.clamp(min=-28)).clamp(min=-28) + ")],
     None),  # no probability of these networks is as small
     "the KL without its −1": ("ddpm.py", D + "test_eq05_kl_is_the_mean_log_ratio", [
-        ("/ p.variance - 1)", "/ p.variance)")], "bound"),
+        ("/ p.sigma2 - 1)", "/ p.sigma2)")], "bound"),
     "the quotient of variances inverted in the KL": (
         "ddpm.py", D + "test_eq16_equals_eq05_for_gaussian_data", [
-            ("(p.variance / q.variance).log()", "(q.variance / p.variance).log()")], "bound"),
+            ("(p.sigma2 / q.sigma2).log()", "(q.sigma2 / p.sigma2).log()")], "bound"),
     "L_T taken at T − 1": ("ddpm.py", D + "test_eq05_prior_term", [
         ("q = q_mean_variance(s, x0, _all(s.T, x0))",
          "q = q_mean_variance(s, x0, _all(s.T - 1, x0))")], None),  # 2 % of 10⁻⁵ bits/dim
@@ -133,8 +131,7 @@ MISTAKES = {
         ("L_0 = -discretized", "L_0 = discretized")], "bound"),
     "half of each KL lost": (
         "ddpm.py", D + "test_eq05_bound_is_above_the_entropy_and_approaches_it", [
-            ("torch.where(is_first, L_0, normal_kl(q, p))",
-             "torch.where(is_first, L_0, 0.5 * normal_kl(q, p))")], "bound"),
+            ("is_first, L_0, normal_kl(q, p)", "is_first, L_0, 0.5 * normal_kl(q, p)")], "bound"),
     "Eq. 12 without its ½": ("ddpm.py", D + "test_eq12_weight", [
         ("weight / (2 * p_variance(s, t, variance))", "weight / p_variance(s, t, variance)")],
     None),
@@ -151,9 +148,9 @@ MISTAKES = {
     "bound"),
     "the noise of another time sent": (
         "ddpm.py", D + "test_alg3_the_senders_chain_has_the_marginals_of_eq04", [
-            ("q.variance.sqrt() * noise(t)", "q.variance.sqrt() * noise(t + 1)")], "bound"),
+            ("p_sample(q, noise(t))", "p_sample(q, noise(t + 1))")], "bound"),
     "a sample μ + σ² ε": ("ddpm.py", D + "test_alg3_the_senders_chain_has_the_marginals_of_eq04", [
-        ("q.variance.sqrt() * noise(t)", "q.variance * noise(t)")], "bound"),
+        ("p_sample(q, noise(t))", "q.mean + q.sigma2 * noise(t)")], "bound"),
     "distortion on the scale of [−1, 1]": ("ddpm.py", D + "test_sec43_distortion", [
         ("return 127.5 * (x0 - x0_hat)", "return (x0 - x0_hat)")], "bound"),
     "interpolation decoded from t − 1": ("ddpm.py", D + "test_sec44_interpolation", [
@@ -182,8 +179,7 @@ MISTAKES = {
     "attention's softmax over the queries": ("unet.py", U + "test_softmax_is_over_the_keys", [
         ("scores.softmax(dim=2)", "scores.softmax(dim=1)")], "training"),
     "no SiLU before the time projections": ("unet.py", W + "test_golden_outputs_of_diffusers", [
-        ("emb = F.silu(self.time(time_embedding(t, self.channels, x.dtype)))",
-         "emb = self.time(time_embedding(t, self.channels, x.dtype))")], "training sampling"),
+        ("emb = F.silu(", "emb = (")], "training sampling"),
     "a normalisation left out": ("unet.py", U + "test_every_parameter_matters", [
         ("self.conv1(F.silu(self.norm1(x)))", "self.conv1(F.silu(x))")], "training"),
     "t embedded in place of t − 1": ("unet.py", U + "test_time_1_is_embedded_as_0", [
@@ -193,44 +189,44 @@ MISTAKES = {
             ("F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))")], "sampling training"),
     "dropout on while sampling": (
         "unet.py", U + "test_dropout_drops_a_tenth_and_is_off_when_sampling", [
-            ("if not self.training or level in", "if level in")], "sampling"),
+            ("self.dropout(F.silu(self.norm2(h)))",
+             "F.dropout(F.silu(self.norm2(h)), self.dropout.p)")], "sampling"),
     # --- data and training
-    "images in [0, 1]": ("data.py", "test_data.test_sec33_scaling_is_linear_and_inverted_exactly", [
-        ("images.float() / 127.5 - 1", "images.float() / 255")], "training"),
+    "images in [0, 1]": (
+        "support/data.py", "test_data.test_sec33_scaling_is_linear_and_inverted_exactly", [
+            ("images.float() / 127.5 - 1", "images.float() / 255")], "training"),
     "an 8-bit cast without clamping": (
-        "data.py", "test_data.test_sec33_scaling_is_linear_and_inverted_exactly", [
+        "support/data.py", "test_data.test_sec33_scaling_is_linear_and_inverted_exactly", [
             ("((x.clamp(-1, 1) + 1)", "((x + 1)")], "no-clip"),
-    "half a download kept": ("data.py", "test_data.test_download_is_whole_or_not_there", [
-        ("if size is not None and done != size:", "if False:")], None),
+    "a download without verification": (
+        "support/data.py", "test_data.test_download_is_whole_or_not_there", [
+            ("str(path), sha256)", "str(path))")], None),
     "flips drawn but not applied": ("train.py", C + "test_flips_and_clipping_happen", [
         ('if settings["flip"]:', "if False:")], "flips"),
     "the gradient not clipped": ("train.py", C + "test_flips_and_clipping_happen", [
-        ('clip_grad_norm_(params, settings["clip"])', "clip_grad_norm_(params, 1e9)")], "training"),
+        ('parameters(), settings["grad_clip"])', "parameters(), 1e9)")], "training"),
     "averages taken before the step": (
         "train.py", C + "test_ema_follows_the_weights_after_each_step", [
-            ("    scaler.step(adam)\n", ""),
-            ("1 - ema_decay(settings, k))\n",
-             "1 - ema_decay(settings, k))\n    scaler.step(adam)\n")], "training"),
+            ("    run.scaler.step(run.adam)\n", ""),
+            ("    return torch.cat(losses), t, norm\n",
+             "    run.scaler.step(run.adam)\n    return torch.cat(losses), t, norm\n")],
+        "training"),
     "decay and 1 − decay exchanged": (
         "train.py", C + "test_ema_follows_the_weights_after_each_step", [
-            ("params, 1 - ema_decay(settings, k))", "params, ema_decay(settings, k))")],
-        "training"),
+            ("1 - ema_decay(settings, k))", "ema_decay(settings, k))")], "training"),
     "resuming without Adam's state": ("train.py", C + "test_resume_at_any_step_is_exact", [
-        ('            self.adam.load_state_dict(state["adam"])\n', "")], "resumed"),
+        ("for name in PARTS:", 'for name in ("net", "ema", "scaler"):')], "resumed"),
     "resuming without the averages": ("train.py", C + "test_resume_at_any_step_is_exact", [
-        ('            self.ema.load_state_dict(state["ema"])\n', "")], "resumed"),
+        ("for name in PARTS:", 'for name in ("net", "adam", "scaler"):')], "resumed"),
     "resuming at the first batch": ("train.py", C + "test_resume_at_any_step_is_exact", [
-        ('self.step = self.saved = state["step"]', 'self.step, self.saved = 0, state["step"]')],
-    "resumed"),
+        ('return state["step"], ', "return 0, ")], "resumed"),
     "a checkpoint after a NaN": ("train.py", C + "test_a_step_that_is_not_finite_ends_the_run", [
-        ("if (bad := self.bad.item()) >= 0:", "if (bad := self.bad.item()) >= 10 ** 9:")],
-    "diverged"),
+        (" if fp16 else not (loss.mean() + norm).isfinite():", ":")], "diverged"),
     "the same images in every process": ("train.py", C + "test_two_ranks_are_one_run", [
-        ("rows = slice(machine.rank * part, (machine.rank + 1) * part)", "rows = slice(part)")],
-    "two"),
-    "checkpoints without verification": ("common.py", C + "test_a_damaged_checkpoint_is_refused", [
-        ("if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:",
-         "if False:")], "damaged"),
+        ("run.images, run.machine.share", "run.images, slice(0, None, run.machine.world)")], "two"),
+    "checkpoints without verification": (
+        "support/checkpoint.py", C + "test_a_damaged_checkpoint_is_refused", [
+            ("if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:", "if False:")], "damaged"),
     # --- evaluation and figures
     "the deviation called standard error": (
         "evaluate.py", E + "test_standard_error_and_rmse_by_hand", [
@@ -238,11 +234,10 @@ MISTAKES = {
     "covariances in float32": (
         "evaluate.py", E + "test_frechet_distance_of_commuting_covariances", [
             ("for x in (a.double(), b.double()):", "for x in (a.float(), b.float()):")], "fid"),
-    "samples of the last weights": ("sample.py", "test_pictures.test_samples", [
-        ('state.get("ema" if ema else "model")', 'state.get("model" if ema else "ema")')],
-    "sampling"),
+    "samples of the last weights": ("support/checkpoint.py", "test_pictures.test_samples", [
+        ('state["ema" if ema else "net"]', 'state["net" if ema else "ema"]')], "sampling"),
     "grids of the last weights": ("train.py", "test_pictures.test_grids_during_training", [
-        ("sample.Trained(self.ema,", "sample.Trained(self.model,")], "grid"),
+        ("Trained(run.ema,", "Trained(run.net,")], "grid"),
     "Figure 7 with the same noise": (
         "sample.py", "test_pictures.test_fig7_samples_that_share_x_t", [
         ('[("shared", t, i) for i', '[("shared", t, 0) for i')], "figure-7"),
@@ -274,21 +269,18 @@ FROM_SHARED = [line.replace("run", "SHARED") for line in (DRAW, BITS)]
 FILE = "python TREE/compress.py {} --checkpoint SHARED"
 CUT = ("python -c \"p = '{0}'; b = bytearray(open(p, 'rb').read()); b[len(b) // 2] ^= 1; "
        "open(p, 'wb').write(b)\"")
+SEEDS = ("seed-1", "seed-2", "seed-3")  # how much chance alone changes
 CONTROLS = {
     # --- a training run, and what it makes
     "training": [FIT, DRAW, BITS],
-    "seed-1": [FIT + " --seed 1", DRAW, BITS],  # how much chance alone changes
-    "seed-2": [FIT + " --seed 2", DRAW, BITS],
-    "seed-3": [FIT + " --seed 3", DRAW, BITS],
+    **{name: [f"{FIT} --seed {name[-1]}", DRAW, BITS] for name in SEEDS},
     "short": [FIT + " --timesteps 100", DRAW, BITS],
     "mean": [FIT + " --predict mean", DRAW, BITS],
     "learned": [FIT + " --objective vlb --variance learned", DRAW, BITS],
     "flips": [FIT.replace("--no-flip", "--flip"), DRAW, BITS],
-    "resumed": ["python -c \"import os, shutil; os.mkdir('run'); "
-                "shutil.copy('SHARED/checkpoint.prev.pt', 'run/checkpoint.pt'); "
-                "shutil.copy('SHARED/log.jsonl', 'run/log.jsonl')\"", FIT, DRAW, BITS],
+    "resumed": [FIT + " --steps 500", FIT, DRAW, BITS],
     "two": ["torchrun --nproc-per-node 2 -- " + FIT[7:], DRAW, BITS],
-    "diverged": [FIT + " --clip 1e9 --warmup 0 --lr 30", DRAW],
+    "diverged": [FIT + " --grad-clip 1e9 --warmup 0 --lr 30", DRAW],
     "grid": ["python -c \"import shutil; shutil.copytree('SHARED', 'run')\"",
              FIT + " --samples 16 --sample-steps 1000"],
     # --- the network of the right run
@@ -302,16 +294,13 @@ CONTROLS = {
     "figure-7": ["python TREE/sample.py --checkpoint SHARED --shared --n 5"],
     "figure-8": ["python TREE/sample.py --checkpoint SHARED --interpolate --dataset TEST --n 4"],
     "damaged": ["python -c \"import shutil; shutil.copytree('SHARED', 'run')\"",
-                CUT.format("run/checkpoint.pt"), "rm run/checkpoint.prev.pt", DRAW],
+                CUT.format("run/checkpoint.pt"), DRAW],
     # --- files, and the distance of two sets of images
     "files": [FILE.format("measure --n 6"), FILE.format("encode PICTURE picture.ddpm"),
-              "env ATEN_CPU_CAPABILITY=default "
-              + FILE.format("decode picture.ddpm again.png")],
+              "env ATEN_CPU_CAPABILITY=default " + FILE.format("decode picture.ddpm again.png")],
     "fid": ["python TREE/evaluate.py --checkpoint SHARED --fid --samples TEST --dataset TRAIN "
             "--split train --data-dir . --inception INCEPTION"],
 }
-
-SEEDS = ("seed-1", "seed-2", "seed-3")
 
 def prepare(out: Path, folder: str) -> None:
     """Images of 16×16 for training and testing, one of them as a PNG, and features for FID."""
@@ -320,11 +309,11 @@ def prepare(out: Path, folder: str) -> None:
             images = data.load("fashion_mnist", folder, split).images.float()
             images = torch.nn.functional.avg_pool2d(images, 2).round().to(torch.uint8)
         except (OSError, ValueError) as error:
-            data.say(f"shapes in place of Fashion-MNIST: {data.first_line(error)}")
+            say(f"shapes in place of Fashion-MNIST: {first_line(error)}")
             images = data.load("shapes", folder, split).images
-        with data.written(out / f"{split}.pt") as file:
+        with written(out / f"{split}.pt") as file:
             torch.save(images.contiguous(), file)
-    sample.write_png(out / "picture.png", images[0])
+    (out / "picture.png").write_bytes(data.png(images[0]))
 
     class Features(torch.nn.Module):
         """In place of Inception: 2,048 fixed random features of pixels, most of them near 10³."""
@@ -345,11 +334,9 @@ def run(name: str, control: str, out: Path, threads: int) -> dict:
     folder = out / control / re.sub(r"\W+", "-", name)
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    work = folder / "work"
+    work, tree = folder / "work", folder / "work" / "tree"
     shutil.rmtree(folder, ignore_errors=True)
-    work.mkdir(parents=True)
-    tree = work / "tree"
-    tree.mkdir()
+    shutil.copytree(ROOT / "support", tree / "support")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tree)
     if name != "right":
@@ -376,12 +363,11 @@ def run(name: str, control: str, out: Path, threads: int) -> dict:
             json.loads, log.read_text(encoding="utf-8").splitlines())]
     if (work / "samples.pt").exists():
         result["samples"] = torch.load(work / "samples.pt").tolist()
-    for pattern in ("samples.png", "run/samples-*.png"):
-        for path in work.glob(pattern):
-            shutil.copy(path, folder)
+    for path in [*work.glob("samples.png"), *work.glob("run/samples-*.png")]:
+        shutil.copy(path, folder)
     if (control, name) != ("training", "right"):
         shutil.rmtree(work)
-    with data.written(folder / "result.json") as file:
+    with written(folder / "result.json") as file:
         file.write(json.dumps(result).encode())
     return result
 
@@ -406,10 +392,11 @@ def printed(result: dict, right: dict) -> list[tuple[str, str]]:
 
 def picture(result: dict, folder: Path) -> torch.Tensor | None:
     """The samples or the figure of a run, a pixel for each pixel."""
-    if result.get("samples"):
-        return sample.grid(torch.tensor(result["samples"], dtype=torch.uint8), 4)
+    from PIL import Image
+    if result.get("samples"):  # 16×16 each
+        return data.tiled(torch.tensor(result["samples"], dtype=torch.uint8), 4)[:, ::8, ::8]
     for path in folder.glob("*.png"):
-        found = data.read_png(path)
+        found = data.pixels(Image.open(path))
         for k in range(40, 1, -1):  # the pixels are enlarged in the file
             small = found[:, ::k, ::k]
             if torch.equal(small.repeat_interleave(k, 1).repeat_interleave(k, 2), found):
@@ -450,7 +437,7 @@ def keep(results: dict) -> None:
     for (name, control), result in sorted(results.items(), key=str):
         file, shown = f"{control}-{numbers.get(name, name)}.png", result["shown"]
         if shown is not None:
-            sample.write_png(KEPT / file, shown)
+            (KEPT / file).write_bytes(data.png(shown))
         right = results["right", "training" if control in SEEDS else control]
         rows[f"{control}/{name}"] = {
             "text": describe(result, right), "printed": printed(result, right),
@@ -460,29 +447,30 @@ def keep(results: dict) -> None:
     (KEPT / "results.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0),
                                        encoding="utf-8")
 
-@common.command
+@command
 def main(argv=None) -> int:
     """Runs the mistakes: see the text at the head of this file."""
-    parser = common.Parser(__doc__)
-    parser.add("--data-dir")
+    parser = Parser(__doc__, "--data-dir")
     parser.add_argument("--out", type=Path, default=Path("mistakes"), help="(default: mistakes)")
     parser.add_argument("--only", default="", help="only names and controls with this text")
-    parser.add_argument("--jobs", type=common.count, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--threads", type=common.count, default=1, help="of each (default: 1)")
+    parser.add_argument("--jobs", type=count, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--threads", type=count, default=1, help="of each (default: 1)")
     parser.add_argument("--keep", action="store_true", help="put numbers and pictures into the "
                         "repository, where the page finds them")
     args = parser.parse_args(argv)
     wanted = [(name, control) for name, (*_, controls) in MISTAKES.items() if controls
               for control in controls.split() if args.only in name or args.only == control]
+    import PIL  # noqa: F401  (its lack would be noticed after hours)
     if not wanted:
-        raise common.UsageError(f"--only {args.only}: no mistake and no control is called so")
+        raise UsageError(f"--only {args.only}: no mistake and no control is called so")
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "features.pt").exists():
         prepare(out, args.data_dir or "data")
+    chance = () if args.only else SEEDS
     tasks = [("right", control) for control in CONTROLS
-             if any(control == c for _, c in wanted) or control in ("training", *SEEDS)] + wanted
-    results, progress = {}, common.Progress(len(tasks), "runs")
+             if any(control == c for _, c in wanted) or control in ("training", *chance)] + wanted
+    results, progress = {}, Progress(len(tasks), "runs")
 
     def work(task: tuple[str, str]) -> None:
         results[task] = run(*task, out, args.threads)
@@ -496,9 +484,9 @@ def main(argv=None) -> int:
             list(pool.map(work, [task for task in tasks if (task[1] in needs) == later]))
     for name, control in wanted:
         print(f"{name} [{control}]: {describe(results[name, control], results['right', control])}")
-    for seed in SEEDS:
-        chance = describe(results["right", seed], results["right", "training"])
-        print(f"the right lines with another seed [{seed}]: {chance}")
+    for seed in chance:
+        seen = describe(results["right", seed], results["right", "training"])
+        print(f"the right lines with another seed [{seed}]: {seen}")
     if args.keep:
         keep(results)
     return 0

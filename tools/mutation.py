@@ -11,7 +11,6 @@ folder that the first line of the output names is deleted. At the end stand the 
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -22,26 +21,31 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+from support.command import Parser, command, count
+
 TESTS = {
     "ddpm": ["test_ddpm.py"],
     "unet": ["tests/test_unet.py", "tests/test_weights.py"],
-    "data": ["tests/test_data.py", "tests/test_hostile.py"],
-    "weights": ["tests/test_weights.py"],
-    "evaluate": ["tests/test_evaluate.py"],
-    "compress": ["tests/test_compress.py"],
-    "sample": ["tests/test_pictures.py", "tests/test_long_runs.py", "tests/test_commands.py",
-               "tests/test_weights.py"],
     "train": ["tests/test_train.py", "tests/test_pictures.py", "tests/test_long_runs.py",
               "tests/test_commands.py"],
-    "common": ["tests/test_common.py", "tests/test_pictures.py", "tests/test_long_runs.py",
-               "tests/test_commands.py", "tests/test_hostile.py", "tests/test_weights.py"],
+    "sample": ["tests/test_pictures.py", "tests/test_long_runs.py", "tests/test_commands.py",
+               "tests/test_weights.py"],
+    "evaluate": ["tests/test_evaluate.py"],
+    "compress": ["tests/test_compress.py"],
+    "support/command": ["tests/test_support.py", "tests/test_commands.py", "tests/test_hostile.py"],
+    "support/machine": ["tests/test_support.py", "tests/test_pictures.py"],
+    "support/checkpoint": ["tests/test_support.py", "tests/test_commands.py",
+                           "tests/test_weights.py"],
+    "support/data": ["tests/test_data.py", "tests/test_hostile.py"],
+    "support/weights": ["tests/test_weights.py"],
 }
 # Statements that begin so are left alone: the wording of messages, progress, the looks of a plot.
 MESSAGES = [r"raise \w+\(", r"\bsay\(", r"parser\.add", r"progress\b", r"figure", r"ax\w*\."]
 SETTINGS = """
 
 [tool.mutmut]
-source_paths = ["{name}.py"]
+source_paths = ["{target}"]
 also_copy = {others}
 do_not_mutate_patterns = {messages}
 pytest_add_cli_args_test_selection = {tests}
@@ -49,30 +53,33 @@ pytest_add_cli_args = ["-x", "-q", "-k", "not (kill_at or two_ranks or signal or
 use_git_change_detection = false
 """
 
-def main() -> int:
+@command
+def main(argv=None) -> int:
     """Copies the tree, lets mutmut test its mutants, and prints the score and the survivors."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("name", choices=TESTS, help="the file, without .py")
-    parser.add_argument("--sample", type=int, help="how many mutants (default: all of them)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+    parser.add_argument("--sample", type=count, help="how many mutants (default: all of them)")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count(),
                         help="how many mutants at a time (default: the number of cores)")
-    args = parser.parse_args()
-    work = Path(tempfile.gettempdir(), f"ddpm-mutation-{args.name}")
+    args = parser.parse_args(argv)
+    target = f"{args.name}.py"
+    work = Path(tempfile.gettempdir(), "ddpm-mutation-" + args.name.replace("/", "-"))
     print(f"working in {work}")
     if not work.exists():
-        work.mkdir()
-        listed = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
-        for file in listed.stdout.split():
-            (work / file).parent.mkdir(parents=True, exist_ok=True)
+        listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=HERE,
+                                capture_output=True, text=True).stdout.split()
+        files = [file for file in listed if (HERE / file).is_file()
+                 and Path(file).suffix in (".py", ".md", ".toml")]
+        for file in files:
+            for place in (work, work / "mutants"):  # mutmut makes no folders
+                (place / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(HERE / file, work / file)
-        others = [p.name for p in work.iterdir() if p.name != f"{args.name}.py"
-                  and p.suffix in (".py", ".md", ".toml", "")]
         with open(work / "pyproject.toml", "a", encoding="utf-8") as file:
-            file.write(SETTINGS.format(name=args.name, tests=json.dumps(TESTS[args.name]),
-                                       others=json.dumps(others), messages=json.dumps(MESSAGES)))
+            file.write(SETTINGS.format(
+                target=target, tests=json.dumps(TESTS[args.name]), messages=json.dumps(MESSAGES),
+                others=json.dumps([file for file in files if file != target])))
     mutmut = [sys.executable, "-m", "mutmut"]
-    results = work / "mutants" / f"{args.name}.py.meta"
+    results = work / "mutants" / f"{target}.meta"
     names = []
     if args.sample:
         if not results.exists():  # this makes the mutants, and tests none of them
@@ -82,11 +89,13 @@ def main() -> int:
     subprocess.run([*mutmut, "run", "--max-children", str(args.jobs), *names], cwd=work)
     codes = json.loads(results.read_text(encoding="utf-8"))["exit_code_by_key"]
     tested = {key: code for key, code in codes.items() if code is not None}
+    if not tested:
+        raise ValueError("mutmut has tested nothing: what it says stands above")
     alive = sorted(key for key, code in tested.items() if code in (0, 5, 33))  # 33: no test runs it
     for key in alive:
         shown = subprocess.run([*mutmut, "show", key], cwd=work, capture_output=True, text=True)
         print(shown.stdout)
-    print(f"{args.name}.py: {len(tested) - len(alive)} of {len(tested)} mutants killed "
+    print(f"{target}: {len(tested) - len(alive)} of {len(tested)} mutants killed "
           f"({1 - len(alive) / max(len(tested), 1):.1%}); {len(codes)} in all")
     return 0
 

@@ -51,12 +51,11 @@ def slug(text: str) -> str:
 
 HATS = {"^": "ˆ", "~": "˜"}  # characters that are accents, and not as wide as the keyboard's
 
-SIDES = {"l": "left", "r": "right"}
-
 def tex(source: str, display: bool = False) -> str:
     """MathML of a formula in TeX."""
     source = source.replace(r"\operatorname{arg\,min}", r"\arg\min")
-    source = re.sub(r"\\[bB]ig\\([lr])Vert", lambda m: rf"\{SIDES[m[1]]}\Vert", source)
+    source = re.sub(r"\\[bB]ig\\lVert", r"\\left\\Vert", source)
+    source = re.sub(r"\\[bB]ig\\rVert", r"\\right\\Vert", source)
     source = re.sub(r"\\[bB]ig([\[(])", r"\\left\1", source)
     source = re.sub(r"\\[bB]ig([\])])", r"\\right\1", source)
     found = latex2mathml.converter.convert(source.strip(), display="block" if display else "inline")
@@ -506,7 +505,6 @@ def numbers(label: str) -> set[int]:
 # === The parts of the page ========================================================================
 
 CODE = HtmlFormatter(nowrap=True)
-
 COLOURED = "k kn kc ow s1 s2 sd sa si se c1 mi mf nf nc nd fm".split()  # by page.css
 
 def code(source: str) -> str:
@@ -529,9 +527,7 @@ def without_docstring(source: str, node: ast.AST) -> str:
     first = first_line(node)
     kept = [line for i, line in enumerate(lines[first - 1:node.end_lineno], first)
             if not (doc and doc.lineno <= i <= doc.end_lineno)]
-    while kept and not kept[-1].strip():
-        kept.pop()
-    return "\n".join(re.sub(r"^\s*\n", "", "\n".join(kept)).splitlines())
+    return re.sub(r"^\s*\n", "", "\n".join(kept)).rstrip()
 
 def items(source: str) -> list[tuple[str, object]]:
     """Banners (their rule and title), comments between statements, and statements, in order."""
@@ -610,8 +606,7 @@ class Page:
             for node in ast.parse(source).body:
                 if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                     self.tests[node.name] = (path.name, source, node)
-        results = KEPT / "results.json"
-        self.results = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+        self.results = json.loads((KEPT / "results.json").read_text(encoding="utf-8"))
 
     def link_of(self, node: ast.AST) -> Link:
         """The links of the page, with the arguments of a function."""
@@ -680,10 +675,7 @@ class Page:
 
     def seen(self, name: str, control: str) -> str:
         """The numbers, the pictures and the loss of the runs."""
-        result = self.results.get(f"{control}/{name}")
-        right = self.results.get(f"{control}/right")
-        if not result or not right:
-            return ""
+        result, right = (self.results[f"{control}/{line}"] for line in (name, "right"))
         figures = ""
         for one, title in ((right, "right"), (result, "wrong")):
             if one["picture"]:
@@ -715,8 +707,8 @@ class Page:
         doc = ast.get_docstring(node) if name else ""
         anchor = (f'<h5><a class=anchor href="#{self.units[name]}" aria-label="Link to {name}">#'
                   f"</a><code>{name}</code></h5>") if name else ""
-        self.body.append(f"<div class=said>{anchor}")
-        self.body.append(f"{document(doc, self.link_of(node))}</div><div class=done>{code(text)}")
+        self.body.append(f"<div class=said>{anchor}\n{document(doc, self.link_of(node))}</div>"
+                         f"<div class=done>{code(text)}")
         whole = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
         wrong = [m for m, (path, _, replacements, controls) in self.mistakes.items()
                  if path == file and controls and m in self.left and replacements[0][0] in whole]
@@ -739,7 +731,7 @@ class Page:
         parts = items(source)
         for kind, thing in parts:
             if kind == "statement" and hasattr(thing, "name"):
-                prefix = "" if name == "ddpm.py" else f"{name[:-3]}-"
+                prefix = "" if name == "ddpm.py" else f"{Path(name).stem}-"
                 self.units[thing.name] = prefix + thing.name
         self.heading(2, title, slug(name), f"<code>{name}</code>: {title}")
         if not only and not names:
@@ -821,7 +813,7 @@ def build(repository: str = "") -> str:
     page = Page()
     page.file("ddpm.py", "the mathematics")
     page.file("train.py", "training", only="Algorithm 1")
-    page.file("data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
+    page.file("support/data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
     page.file("unet.py", "the network")
     page.runs()
     page.others()
@@ -876,10 +868,9 @@ def main(argv=None) -> int:
                         help="(default: page/index.html)")
     parser.add_argument("--repository", default="", help="address to which the page links")
     args = parser.parse_args(argv)
-    out = args.out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text := build(args.repository), encoding="utf-8")
-    print(f"{out}: {len(text.encode()) / 1000:.0f} kB")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text := build(args.repository), encoding="utf-8")
+    print(f"{args.out}: {len(text.encode()) / 1000:.0f} kB")
     return 0
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ continues, and steps.png is drawn if matplotlib is there.
 """
 from __future__ import annotations
 
+import functools
+import gzip
 import json
 import statistics
 import sys
@@ -17,15 +19,17 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common  # before torch, because it silences a warning of torch's import
+from support.checkpoint import load, weights_hash
+from support.command import Parser, Progress, command, count, reading, written
+from support.machine import start_machine
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import data
 import evaluate
 import sample
+from support import data
 
 N = 2000
 SAMPLERS = {  # Algorithm 2 with one of its variances, or the steps of `ddpm.ddim_loop`
@@ -35,11 +39,10 @@ SAMPLERS = {  # Algorithm 2 with one of its variances, or the steps of `ddpm.ddi
 def labels(folder: Path, split: str) -> Tensor:
     """The labels of Fashion-MNIST: an IDX file of bytes with a header of 8."""
     name = f"{'train' if split == 'train' else 't10k'}-labels-idx1-ubyte.gz"
-    path = next((p for p in (folder / name, folder / "fashion_mnist" / name) if p.exists()), None)
-    if path is None:
-        raise ValueError(f"no {name} in {folder}")
-    content = data.gunzip(path, 100_000)
-    return torch.frombuffer(bytearray(content[8:]), dtype=torch.uint8).long()
+    places = [folder / "fashion_mnist" / name, folder / name]
+    path = next((place for place in places if place.exists()), places[0])
+    with reading(path, "labels in IDX format"), gzip.open(path) as file:
+        return torch.frombuffer(bytearray(file.read()[8:]), dtype=torch.uint8).long()
 
 class Classifier(nn.Module):
     """Three convolutions, a layer of 64 features, ten classes."""
@@ -59,7 +62,7 @@ def classifier(images: Tensor, wanted: Tensor, epochs: int = 3) -> Classifier:
     torch.manual_seed(0)
     net = Classifier()
     adam = torch.optim.Adam(net.parameters(), lr=1e-3)
-    progress = common.Progress(epochs * len(images), "images of the classifier")
+    progress = Progress(epochs * len(images), "images of the classifier")
     for epoch in range(epochs):
         for i, index in enumerate(torch.randperm(len(images)).split(128)):
             loss = F.cross_entropy(net.classes(net(images[index])), wanted[index])
@@ -77,35 +80,27 @@ def distance(features: Tensor, real: Tensor) -> tuple[float, float]:
                for _ in range(200)]
     return evaluate.frechet_distance(features, real), torch.tensor(several).std().item()
 
-def plot(rows: list[dict], path: Path) -> None:
+def draw(rows: list[dict], axes) -> None:
     """Distance against seconds an image, one curve for each sampler."""
-    if not (pyplot := common.pyplot()):
-        return
-    figure, ax = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for name in SAMPLERS:
         some = [row for row in rows if row["sampler"] == name]
-        ax.errorbar([row["seconds"] for row in some], [row["distance"] for row in some],
-                    [row["error"] for row in some], marker="o", capsize=3, label=name)
-        if name == "β̃_t":
-            for row in some:
-                ax.annotate(f"{row['steps']} calls", (row["seconds"], row["distance"]), fontsize=8,
-                            xytext=(4, -12), textcoords="offset points")
-    ax.set(xscale="log", yscale="log", xlabel="seconds an image", ylabel="Fréchet distance")
-    ax.grid(alpha=0.3, which="both")
-    ax.legend()
-    figure.savefig(path, dpi=120)
+        axes.errorbar([row["seconds"] for row in some], [row["distance"] for row in some],
+                      [row["error"] for row in some], marker="o", capsize=3, label=name)
+        for row in some if name == "β̃_t" else ():
+            axes.annotate(f"{row['steps']} calls", (row["seconds"], row["distance"]), fontsize=8,
+                          xytext=(4, -12), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel="seconds an image", ylabel="Fréchet distance")
+    axes.legend()
 
-@common.command
+@command
 def main(argv=None) -> int:
     """Prints the table and draws the curve: see the text at the head of this file."""
-    parser = common.Parser(__doc__)
-    parser.add("--checkpoint", "--data-dir", "--device", "--precision")
+    parser = Parser(__doc__, "--checkpoint", "--data-dir", "--device", "--precision")
     parser.add_argument("--out", type=Path, default=Path("steps"), help="folder (default: steps)")
-    parser.add_argument("--steps", type=common.count, nargs="+", default=[20, 50, 100],
+    parser.add_argument("--steps", type=count, nargs="+", default=[20, 50, 100],
                         help="network calls (default: 20 50 100)")
     args = parser.parse_args(argv)
-    machine = common.find_machine(args.device, args.precision)
-    args.out.mkdir(exist_ok=True, parents=True)
+    machine = start_machine(args.device, args.precision)
     folder = args.data_dir or "data"
     train, test = (data.load("fashion_mnist", folder, split).images for split in ("train", "test"))
     kept = args.out / "classifier.pt"
@@ -114,7 +109,8 @@ def main(argv=None) -> int:
         net.load_state_dict(torch.load(kept, weights_only=True))
     else:
         net = classifier(train, labels(Path(folder), "train"))
-        torch.save(net.state_dict(), kept)
+        with written(kept) as file:
+            torch.save(net.state_dict(), file)
     with torch.no_grad():
         features = {split: torch.cat([net(x) for x in images.split(500)])
                     for split, images in (("train", train[:N]), ("test", test))}
@@ -122,32 +118,32 @@ def main(argv=None) -> int:
     print(f"the classifier is right for {right.double().mean():.1%} of the test images")
     print("2,000 training images in place of samples: {:.3f} ± {:.3f}".format(
         *distance(features["train"], features["test"])), flush=True)
-    trained, rows = sample.load(args.checkpoint, folder, True, machine), []
+    trained, rows = load(args.checkpoint, folder, True, machine), []
     for steps in args.steps:
         for name, sampler in SAMPLERS.items():
-            file = "-".join(f"{key}-{value}" for key, value in sampler.items())
-            path, progress = args.out / f"{steps}-{file}.pt", common.Progress(N, "samples")
+            (key, value), = sampler.items()
+            path = args.out / f"{weights_hash(trained).hex()[:8]}-{steps}-{key}-{value}.pt"
             if not path.exists():
-                made = sample.draw_samples(trained, N, 0, 100, steps, machine, progress, **sampler)
-                with data.written(path) as out:
-                    torch.save(made, out)
+                made = sample.draw_samples(trained, N, 0, 100, machine, Progress(N, "samples"),
+                                           steps=steps, **sampler)
+                with written(path) as file:
+                    torch.save(made, file)
             with torch.no_grad():
-                made = torch.cat([net(x) for x in torch.load(path).split(500)])
+                made = torch.cat([net(x) for x in data.read_tensor(path).split(500)])
             value, error = distance(made, features["test"])
             rows.append({"steps": steps, "sampler": name, "distance": value, "error": error})
             print(f"{steps:4} calls, {name:8} {value:8.3f} ± {error:.3f}", flush=True)
-    times: list[list[float]] = [[] for _ in rows]
     for _ in range(3):  # in turn, so that a noisy minute slows all of them
-        for row, took in zip(rows, times):
+        for row in rows:
             started = time.monotonic()
-            sample.draw_samples(trained, 16, 0, 16, row["steps"], machine,
+            sample.draw_samples(trained, 16, 0, 16, machine, steps=row["steps"],
                                 **SAMPLERS[row["sampler"]])
-            took.append((time.monotonic() - started) / 16)
-    for row, took in zip(rows, times):
-        row["seconds"] = statistics.median(took)
+            row.setdefault("times", []).append((time.monotonic() - started) / 16)
+    for row in rows:
+        row["seconds"] = statistics.median(row.pop("times"))
         print(f"{row['steps']:4} calls, {row['sampler']:8} {row['seconds']:.3f} s an image")
     (args.out / "steps.json").write_text(json.dumps(rows), encoding="utf-8")
-    plot(rows, args.out / "steps.png")
+    data.plot(args.out / "steps.png", functools.partial(draw, rows))
     return 0
 
 if __name__ == "__main__":

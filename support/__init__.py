@@ -1,0 +1,11 @@
+"""What any program needs, one subject a file. It is imported before torch, to say if that lacks."""
+import warnings
+
+# torch says this once in an environment without NumPy, which nothing here needs.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+try:
+    import torch  # noqa: F401
+except ImportError:
+    raise SystemExit("PyTorch is missing: pip install torch==2.13.0") from None
+except KeyboardInterrupt:  # the import takes seconds
+    raise SystemExit(130) from None

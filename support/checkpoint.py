@@ -1,0 +1,123 @@
+"""Checkpoints, and a trained network with all that is needed to use it."""
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import ddpm
+from support import weights
+from support.command import reading, written
+from support.data import raw_bytes
+from support.machine import Machine, start_machine
+from unet import build_network
+
+FORMAT = "ddpm checkpoint 2"
+
+def save_checkpoint(path: Path, payload: dict) -> None:
+    """Writes torch.save's bytes and their SHA-256. OSError if it cannot be written; then the
+    checkpoint that was there is still there."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **payload}, buffer)
+    with written(path) as file:
+        file.write(buffer.getbuffer())
+        file.write(hashlib.sha256(buffer.getbuffer()).digest())
+
+def load_checkpoint(path: Path) -> dict:
+    """What `save_checkpoint` wrote. ValueError if a single byte changed."""
+    with reading(path, "a checkpoint of train.py"):
+        raw = memoryview(path.read_bytes())
+        if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
+            raise ValueError("its checksum does not match, so it is damaged or another file")
+        payload = torch.load(io.BytesIO(raw[:-32]), map_location="cpu", weights_only=True)
+        if payload["format"] != FORMAT:
+            raise ValueError(f"its format is {payload['format']}, not {FORMAT}")
+    return payload
+
+class Trained(NamedTuple):
+    """A network in evaluation mode, with what is needed to use it."""
+    net: nn.Module
+    s: ddpm.Schedule
+    settings: dict          # those of train.py
+    source: str             # where it comes from, in words
+
+    @property
+    def model_settings(self) -> dict:
+        """The settings of the network and of its noise schedule."""
+        return {name: self.settings[name] for name in (
+            "in_channels", "image_size", "channels", "multipliers", "blocks", "attention",
+            "timesteps", "schedule", "beta_start", "beta_end", "predict", "variance")}
+
+    @property
+    def choices(self) -> dict:
+        """predict, variance and clip of `ddpm.p_mean_variance`."""
+        return {"predict": self.settings["predict"], "variance": self.settings["variance"],
+                "clip": self.settings.get("clip", True)}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of one image."""
+        return (self.settings["in_channels"], *2 * [self.settings["image_size"]])
+
+def load(name: str | Path | None = None, data_dir: str | Path = "data", ema: bool = True,
+         machine: Machine | None = None) -> Trained:
+    """A trained network on the machine's device (by default the best one here).
+
+    name: a checkpoint of train.py or its folder, a folder in the layout of diffusers (or the file
+    of weights in it), or ORGANISATION/MODEL on the hub, which is downloaded once to data_dir/hub;
+    by default the run in runs/ that saved last. ema: take the averaged weights of a checkpoint.
+    ValueError or OSError if it cannot be used.
+    """
+    machine = machine or start_machine()
+    path = newest_checkpoint() if name is None else Path(name)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.pt)", str(name)) and not path.parent.is_dir():
+        with machine.chief_first():
+            path = weights.download(str(name), Path(data_dir) / "hub")
+    if weights.is_diffusers(path):
+        net, settings = weights.from_diffusers(path)
+        source = str(path)
+    else:
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        state = load_checkpoint(path)
+        settings, kind = state["settings"], "averaged" if ema else "last"
+        with reading(path, f"{kind} weights of this network"):
+            net = build_network(settings)
+            net.load_state_dict(state["ema" if ema else "net"])
+        source = f"{path}, step {state['step']}, {kind} weights"
+    net = net.to(machine.device, memory_format=torch.channels_last).eval()
+    return Trained(net, build_schedule(settings), settings, source)
+
+def newest_checkpoint(root: Path = Path("runs")) -> Path:
+    """The checkpoint of the run under `root` that saved last."""
+    found = sorted(root.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"no run under {root}/: train one first (python train.py --dataset shapes)"
+                         " or name a --checkpoint")
+    return found[-1]
+
+def build_schedule(settings: dict) -> ddpm.Schedule:
+    """The noise schedule of `settings`."""
+    return ddpm.make_schedule(settings["timesteps"], settings["schedule"], settings["beta_start"],
+                              settings["beta_end"])
+
+def inference_model(net: nn.Module, machine: Machine) -> ddpm.Model:
+    """ε_θ(x_t, t) for sampling: a copy of `net` whose weights are cast once, not in every call."""
+    net = copy.deepcopy(net).eval()
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(machine.dtype)
+    return machine.model(net)
+
+def weights_hash(trained: Trained) -> bytes:
+    """A SHA-256 of the network: of its settings and its weights."""
+    sha = hashlib.sha256(json.dumps([trained.model_settings, trained.choices]).encode())
+    for name, weight in sorted(trained.net.state_dict().items()):
+        sha.update(name.encode() + raw_bytes(weight))
+    return sha.digest()

@@ -1,0 +1,231 @@
+"""The command line: flags, one line for an error, signals, progress, files.
+
+There is one way to read what comes from outside, `reading`, and one to write, `written`.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import functools
+import os
+import secrets
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import BinaryIO, Callable, Iterator
+
+import torch.distributed as dist
+
+class UsageError(ValueError):
+    """A mistake in the arguments: exit status 2."""
+
+def whole(low: int, high: int, kind: type = int) -> Callable:
+    """A type of flags: an int from `low` to `high`."""
+    def judge(text: str):
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{ascii(text)[:60]} is not a {'whole ' * (kind is int)}"
+                                         f"number from {low:g} to {high:g}")
+    return judge
+
+real = functools.partial(whole, kind=float)  # the same for a float
+count, seed = whole(1, 10 ** 9), whole(0, 2 ** 63 - 1)
+
+def word(text: str) -> str:
+    """A type of flags: a text that is not blank, as an unset variable of the shell would be."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is blank")
+    return text
+
+FLAGS = {  # those that several commands have
+    "--checkpoint": dict(type=word, help="a checkpoint of train.py or its folder, a folder of "
+                         "diffusers, or a model's name on the hub (default: the newest run)"),
+    "--no-ema": dict(action="store_true", help="the last weights, not their average"),
+    "--data-dir": dict(type=word, help="folder of data and downloads (default: the run's)"),
+    "--steps": dict(type=count, help="network calls for each sample, at times evenly spaced from T "
+                    "to 1 (default: all T)"),
+    "--no-clip": dict(action="store_true", help="do not clip x̂_0 to [−1, 1] (the paper has no "
+                      "clipping; the authors' code clips)"),
+    "--seed": dict(type=seed, default=0, help="seed of all random numbers (default: 0)"),
+    "--batch-size": dict(type=count, help="images at a time (default: 256 on CUDA, else 16)"),
+    "--device": dict(help="cuda, cuda:N, mps or cpu (default: the first that is there)"),
+    "--precision": dict(choices=("bf16", "fp16", "tf32", "fp32"), help="of convolutions and matrix "
+                        "products (default: bf16 if the hardware has it, else tf32 on CUDA, else "
+                        "fp32; for bits/dim always fp32)"),
+}
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors as UsageError. The text at the head of a script begins its --help."""
+
+    def __init__(self, text: str, *flags: str, **options):
+        super().__init__(description=text, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        for flag in flags:
+            self.add_argument(flag, **FLAGS[flag])
+
+    def error(self, message: str):
+        wrong = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
+        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        raise UsageError(f"{message} ({f'did you mean {near[0]}?' if near else 'see --help'})")
+
+def command(main: Callable) -> Callable:
+    """Wraps main(argv) → exit status, so that every failure prints one line on stderr.
+
+    The status is 2 for a mistake in the arguments, 128 + its number for a signal, and 1 for
+    anything else. What was foreseen is a ValueError or an OSError with a text of its own; another
+    exception is named as it is. DDPM_TRACEBACK=1 in the environment shows where.
+    """
+    script = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def run(argv=None) -> int:
+        stop.number, stop.later = 0, False
+        for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 gets ? for ≤
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return main(argv) or 0
+        except SystemExit as end:  # --help
+            return end.code if isinstance(end.code, int) else 0
+        except KeyboardInterrupt:
+            say(f"{script}: stopped")
+            return 128 + (stop.number or signal.SIGINT)
+        except Exception as error:
+            if os.environ.get("DDPM_TRACEBACK"):
+                raise
+            text = first_line(error)
+            if isinstance(error, ImportError):
+                needed = {"PIL": "pillow"}.get(error.name, error.name)
+                text = f"this needs a package that is not installed: pip install {needed}"
+            elif "out of memory" in text or "can't allocate memory" in text:
+                text = "out of memory: a smaller --batch-size or a smaller network needs less"
+            elif not isinstance(error, (ValueError, OSError)):
+                text = f"unforeseen {type(error).__name__}: {text} (DDPM_TRACEBACK=1 shows where)"
+            say(f"{script}: {text}")
+            return 2 if isinstance(error, UsageError) else 1
+        finally:
+            for n, handler in handlers.items():
+                signal.signal(n, handler)
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
+    return run
+
+class Stop:
+    """SIGINT and SIGTERM: the first raises KeyboardInterrupt, a second one ends the process.
+
+    While `later` is true, the first only sets `number`, for a loop that looks at it.
+    """
+    number, later = 0, False
+
+    def __call__(self, number: int, frame) -> None:
+        self.number = number
+        for n in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(n, signal.SIG_DFL)
+        if os.environ.get("RANK", "0") == "0":
+            say("\nstopping; a second signal ends at once")
+        if not self.later:
+            raise KeyboardInterrupt
+
+stop = Stop()
+
+def say(text: str, end: str = "\n") -> None:
+    """Prints on stderr. If nobody can read that any more, the work goes on."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end=end, file=sys.stderr, flush=True)
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, printable and short, or the name of its class."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "".join(c if c.isprintable() else "?" for c in line)[:280]
+
+class Progress:
+    """A line on stderr with what is done, the rate and the time left.
+
+    It is drawn anew twice a second on a terminal, and printed every 10 seconds elsewhere.
+    """
+
+    def __init__(self, total: float, unit: str, done: float = 0, quiet: bool = False):
+        self.total, self.unit, self.first, self.quiet = total, unit, done, quiet
+        self.terminal = sys.stderr.isatty()
+        self.started = self.shown = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to draw the line again."""
+        return not self.quiet and time.monotonic() - self.shown >= (0.5 if self.terminal else 10)
+
+    def update(self, done: float, note: str = "") -> None:
+        """Draws the line if it is due or the last one, which stays."""
+        if self.quiet or not (done >= self.total or self.due()):
+            return
+        self.shown = time.monotonic()
+        line = f"{done:.0f}/{self.total:.0f} {self.unit} {note}"
+        if done > self.first:  # before that nobody knows the rate
+            rate = (done - self.first) / max(self.shown - self.started, 1e-9)
+            speed = f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{1 / rate:.0f} s each"
+            line += f" {speed}, {timedelta(seconds=round((self.total - done) / rate))} left"
+        end = "" if self.terminal and done < self.total else "\n"
+        say(("\r\x1b[K" if self.terminal else "") + " ".join(line.split()), end=end)
+
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block becomes "PATH cannot be read as WHAT: …", a ValueError.
+
+    So nobody who reads a file from outside checks what its parser checks. A library that is missing
+    keeps its ImportError. What is no ordinary file (a pipe may never end) is refused.
+    """
+    try:
+        if not Path(path).is_file():
+            raise ValueError("it is no file" if Path(path).exists() else "there is no such file")
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as {what}: {first_line(error)}") from error
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes `path` when the block ends without an error.
+
+    Until then it has a name that nobody can foresee, and after an error nothing of it is left. It
+    is on the disk before it gets its name, so that a power cut cannot leave a file with holes. The
+    block may hold hours of work: a place that cannot be written is an error before it.
+    """
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        if path.is_dir():
+            raise OSError(f"cannot write {path}: it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as file:  # x: it must not exist, not even as a link
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if os.name == "posix":  # the folder's entry, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:  # of writing, not of the work in the block
+        if error.errno is None or error.filename not in (None, str(part), str(path.parent)):
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            part.unlink(missing_ok=True)
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Locks the folder while the block runs; ValueError if another process has. Not on Windows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        with contextlib.suppress(ImportError):
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process uses {folder}: give another --out") from error
+        yield

@@ -1,0 +1,129 @@
+"""The machine: device, precision, processes, and random numbers that depend on none of them."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from datetime import timedelta
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from support.command import UsageError, first_line
+
+class Machine(NamedTuple):
+    """The device and precision of this process, and its place among the processes of torchrun."""
+    device: torch.device
+    dtype: torch.dtype  # of convolutions and matrix products
+    rank: int = 0
+    world: int = 1      # how many processes there are
+
+    @property
+    def chief(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> slice:
+        """Which pieces of work this process does: every world-th one."""
+        return slice(self.rank, None, self.world)
+
+    def gather(self, mine: Tensor, n: int) -> Tensor:
+        """The n rows of all processes, each of which has those of its `share`; on the CPU."""
+        if self.world == 1:
+            return mine.cpu()
+        whole = torch.zeros(n, *mine.shape[1:], dtype=mine.dtype)
+        whole[self.share] = mine.cpu()
+        dist.all_reduce(whole)
+        return whole
+
+    @contextlib.contextmanager
+    def chief_first(self) -> Iterator[None]:
+        """The chief runs the block before the others: it downloads a file, and they find it."""
+        if not self.chief:
+            dist.barrier()
+        yield
+        if self.chief and self.world > 1:
+            dist.barrier()
+
+    def model(self, net: Callable) -> Callable[[Tensor, Tensor], Tensor]:
+        """ε_θ(x_t, t): `net` computed in this machine's precision, with a float32 result."""
+        def call(x: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+                return net(x, t).float()
+        return call
+
+def start_machine(device: str | None = None, precision: str | None = None) -> Machine:
+    """The machine that --device and --precision ask for, its processes joined by torchrun.
+
+    UsageError if it is not there.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device is None:
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda" and world > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except Exception as error:  # each kind of device has its own
+        raise UsageError(f"--device {device}: there is none here ({first_line(error)})") from error
+    if cuda := found.type == "cuda":
+        torch.cuda.set_device(found)
+        has_bf16 = torch.cuda.get_device_capability(found) >= (8, 0)
+        torch.backends.cudnn.benchmark = True
+        tf32 = precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    else:
+        cpu = getattr(torch.cpu, "get_capabilities", dict)() if found.type == "cpu" else {}
+        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    if precision == "tf32" and not cuda:
+        raise UsageError("--precision tf32 is a format of NVIDIA GPUs: use bf16 or fp32 here")
+    precision = precision or ("bf16" if has_bf16 else "fp32")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    if world > 1 and not dist.is_initialized():  # the others wait for a long download
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    return Machine(found, dtype, rank, world)
+
+def seed_of(*keys) -> int:
+    """63 bits, hashed from what the seed is for, such as (seed, "step", 17).
+
+    With a sum, seed + step, the runs of neighbouring seeds would share their random numbers. (Of
+    these bits torch's CPU generator uses 32.)
+    """
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big") >> 1
+
+def mixed(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64, a bijection in which each bit depends on all.
+
+    Products are modulo 2^64. [Steele, Lea, Flood 2014]
+    """
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - 2 ** 64)   # >> copies the sign
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - 2 ** 64)
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+class Noise:
+    """z ~ N(0, I), (B, …), counted and not drawn in turn: z of image i at time t is a function of
+    (seed, i, t, element) alone. So it is the same in any batch, process and kind of device.
+
+    indices: the i, numbers or other names. noise(t) is the z of `ddpm.p_sample_loop`, where t is
+    one number, or one for each image; noise(0) is x_T.
+    """
+
+    def __init__(self, seed: int, indices, shape: tuple[int, ...], device="cpu"):
+        self.shape, self.device = tuple(shape), torch.device(device)
+        place = "cpu" if self.device.type == "mps" else device  # MPS has no float64
+        images = [seed_of(seed, "image", i) for i in indices]
+        self.images = torch.tensor(images, dtype=torch.int64, device=place)
+        self.elements = mixed(torch.arange(1, 1 + torch.Size(shape).numel(), device=place))
+
+    def __call__(self, t: int | Tensor = 0) -> Tensor:
+        t = torch.as_tensor(t, device=self.images.device)
+        streams = mixed(self.images + (2 * t + 1) * (0x9E3779B97F4A7C15 - 2 ** 64))
+        bits = mixed(streams[:, None] ^ self.elements)
+        # 52 bits, because with 53 the largest of them would be rounded to u = 1.
+        u = ((bits >> 12 & (1 << 52) - 1).double() + 0.5) / 2 ** 52      # uniform on (0, 1)
+        return torch.special.ndtri(u).float().view(-1, *self.shape).to(self.device)
