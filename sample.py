@@ -49,10 +49,9 @@ def choose_sampler(trained: Trained, steps: int | None = None, sampler: str | No
                    clip: bool | None = None) -> Sampler:
     """`ddpm.p_sample_loop` ("ddpm", Algorithm 2) or `ddpm.ddim_loop` ("ddim"), with its choices.
 
-    steps: network calls for each image, T by default. Algorithm 2 is the default, but with fewer
-    steps σ_t² = β_t leaves visible noise: so for a network with that variance DDIM is the default
-    then, unless a variance is given. variance, clip: by default as trained. UsageError for what
-    does not go together.
+    steps: network calls for each image, T by default. sampler: by default Algorithm 2; with fewer
+    steps, no `variance` and a network trained with σ_t² = β_t, which would leave visible noise,
+    DDIM. variance, clip: by default as trained. UsageError for what does not go together.
     """
     T, learned = trained.s.T, trained.settings["variance"] == "learned"
     if steps and steps > T:

@@ -159,8 +159,8 @@ def test_sec4_schedules_by_name():
                 ddpm.make_schedule(kind=kind, **bad)
         with pytest.raises(ValueError, match="larger beta_end"):
             ddpm.make_schedule(kind=kind, beta_end=0.002)
-    with pytest.raises(ValueError, match="cosine"):
-        ddpm.make_schedule(kind="cosine")
+    with pytest.raises(ValueError, match="nonsense"):
+        ddpm.make_schedule(kind="nonsense")
 
 
 @pytest.mark.parametrize("T", [10, 1000])

@@ -5,9 +5,9 @@
     python train.py --dataset shapes                   minutes on a CPU, no download
     torchrun --nproc-per-node 8 train.py               the same batches, spread over 8 GPUs
 
-The images, t and ε of step k depend only on the seed, on k and on the kind of device; the dropout
-masks depend on the process, too. So a resumed run is bit-identical to an uninterrupted one on the
-same machine with the same number of threads (on CUDA with --deterministic).
+With the same data and batch size, the images, t and ε of step k depend only on the seed, on k and
+on the kind of device; the dropout masks depend on the process, too. So a resumed run is the same as
+an uninterrupted one to the bit, on the same machine and threads (on CUDA with --deterministic).
 """
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from typing import Callable, NamedTuple
 
 from support import data
 from support.checkpoint import Trained, build_schedule, load, load_checkpoint, save_checkpoint
-from support.command import (Parser, Progress, UsageError, command, count, first_line, locked, real,
-                             say, seed, stop, whole, word, written)
+from support.command import (Parser, Progress, UsageError, command, count, first_line, locked,
+                             reading, real, say, seed, stop, whole, word, written)
 from support.machine import Machine, seed_of, start_machine
 
 import torch
@@ -40,7 +40,8 @@ from unet import build_network
 # === Settings =====================================================================================
 # One line each: name, default, type and range, meaning. The defaults are the paper's CIFAR-10 run
 # (§4, Appendix B); the warm-up and the gradient clipping are those of the released code; ema_ramp
-# is in neither. A line here is all that a new setting needs: flag, help and checkpoint follow.
+# is in neither. A line here is all that a new setting needs: flag, help and checkpoint follow. (If
+# it shapes the network, --init and compress.py look for it in `Trained.model_settings`.)
 
 SETTINGS = {
     "dataset": ("cifar10", word, f"{', '.join(data.NAMES)}, a .pt file or a folder of pictures"),
@@ -154,7 +155,7 @@ def train(run: Run, step: int, records: list[tuple]) -> int:
 
     records: what `training_step` returned since the last line of the log.
     """
-    settings, machine, seconds = run.settings, run.machine, 0.0
+    settings, machine, seconds, timed = run.settings, run.machine, 0.0, 0
     progress = Progress(settings["steps"], "steps", step, quiet=not machine.chief)
     run.network.train()
 
@@ -164,12 +165,14 @@ def train(run: Run, step: int, records: list[tuple]) -> int:
     stop.later = True  # a signal waits until a step is complete and saved
     while True:  # 1: repeat
         last = step == settings["steps"]
-        # What belongs to a step follows it, also after a stop or a kill that came too early.
+        # The files of a step come after its checkpoint; a resumed run first writes what is missing.
         if machine.chief and due("keep"):
             keep(run, step)
         if machine.chief and (last or due("save_every")):
             plot_losses(run.folder)
         if last or due("sample_every"):
+            if stopped(machine):
+                return step
             stop.later = False  # the step is saved, and drawing takes long
             draw_grid(run, step)
             stop.later = True
@@ -179,14 +182,14 @@ def train(run: Run, step: int, records: list[tuple]) -> int:
         torch.manual_seed(seed_of(settings["seed"], "dropout", step, machine.rank))
         records.append(training_step(run, step))  # 2 to 5
         step += 1
-        seconds += time.monotonic() - started
+        seconds, timed = seconds + time.monotonic() - started, timed + 1
         ended = stopped(machine)
         saves = ended or step == settings["steps"] or due("save_every", "sample_every", "keep")
         if saves or progress.due() or due("log_every"):
             progress.update(step, f"loss {check(run, step, records):.4f}")
         if due("log_every"):
-            log(run, step, records, seconds)
-            records, seconds = [], 0.0
+            log(run, step, records, seconds / timed * len(records))  # some are of before a resume
+            records, seconds, timed = [], 0.0, 0
         if saves:
             save(run, step, records)
         if ended:
@@ -347,7 +350,7 @@ def draw_grid(run: Run, step: int) -> None:
         images = sample.draw_samples(
             Trained(run.ema, run.s, settings, ""), n, settings["seed"], 32, machine,
             Progress(n, "samples", quiet=not machine.chief),
-            steps=run.s.T if learned else min(settings["sample_steps"], run.s.T))
+            steps=None if learned else min(settings["sample_steps"], run.s.T))
         if machine.chief:
             with written(path) as file:
                 file.write(data.png(data.tiled(images)))
@@ -490,7 +493,10 @@ def main(argv=None) -> int:
         images, _ = data.load(known["dataset"], known["data_dir"], "train", known["image_size"])
     run = begin(given, images, stored, machine, folder)
     with locked(folder) if machine.chief else contextlib.nullcontext():
-        step, records = restore(run, state) if state else (0, [])
+        step, records = 0, []
+        if state:
+            with reading(path, "the state of this run"):
+                step, records = restore(run, state)
         if machine.chief:
             describe(run, step)
         step = train(run, step, records)

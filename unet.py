@@ -17,7 +17,8 @@ from torch import Tensor, nn
 def build_network(settings: dict) -> nn.Module:
     """The network of a run's settings: put another one here, and every command uses it.
 
-    x_t (B, C, H, W), t (B,) int64 → (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+    x_t (B, C, H, W), t (B,) int64 in 1 … T → (B, C, H, W); (B, 2C, H, W) for a learned variance.
+    Sampling casts its convolutions and linear layers, and averages leave buffers as they are.
     """
     c = settings["in_channels"]
     return UNet(c, 2 * c if settings["variance"] == "learned" else c, settings["channels"],

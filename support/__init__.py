@@ -1,4 +1,4 @@
-"""What any program needs, one subject a file. It is imported before torch, to say if that lacks."""
+"""What any program needs, one subject a file. Import it before torch: it says if torch lacks."""
 import warnings
 
 # torch says this once in an environment without NumPy, which nothing here needs.

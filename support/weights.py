@@ -188,7 +188,7 @@ def export(net: UNet, settings: dict, folder: Path) -> None:
         configs = {"unet/config.json": ("UNet2DModel", unet_config(settings)),
                    "scheduler/scheduler_config.json": ("DDPMScheduler", scheduler_config(settings))}
     except KeyError as error:
-        raise ValueError(f"diffusers has no {error}: this network cannot be exported") from error
+        raise ValueError(f"the export does not know {error}, or diffusers has none") from error
     configs["model_index.json"] = ("DDPMPipeline", {
         "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]})
     own, state = net.state_dict(), {}

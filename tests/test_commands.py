@@ -322,7 +322,8 @@ def test_flips_and_clipping_happen(monkeypatch):
 
 def test_training_learns():
     """The loss falls from 1, what predicting 0 costs, to half of it within sixty steps."""
-    trains("--steps", 60, "--log-every", 5, "--batch-size", 16, "--lr", 3e-3)
+    trains("--steps", 60, "--log-every", 5, "--batch-size", 16, "--lr", 3e-3, "--multipliers", 1,
+           "--attention", 8)
     assert losses()[0]["loss"] > 0.9 and losses()[-1]["loss"] < 0.5
 
 
@@ -445,7 +446,7 @@ def test_a_schedule_of_ones_own(monkeypatch, capsys):
             bars = [cosine(t) for t in range(T + 1)]
             return ddpm.schedule_from_betas([min(1 - b / a, 0.999) for a, b in zip(bars, bars[1:])])
         return real(T, kind, *ends)
-    trains("--schedule", "cosine", "--steps", 2, expect=2)
+    trains("--schedule", "nonsense", "--steps", 2, expect=2)
     assert "--schedule" in said(capsys) and not Path("runs/images").exists()
     monkeypatch.setattr(ddpm, "make_schedule", make_schedule)
     monkeypatch.setattr(train, "training_step", lambda run, k: seen.append(run.s) or step(run, k))
@@ -734,6 +735,25 @@ def test_a_process_of_its_own_stops_and_says_how_to_go_on(capsys):
         assert_equal(checkpoint()[part], checkpoint("whole")[part])
 
 
+def test_a_run_that_ends_while_another_begins_is_not_done_again(monkeypatch):
+    """Between reading the checkpoint and taking the folder another process may have gone on: its
+    steps are kept. The second one goes on from there, or says that it cannot.
+
+    Kills: a checkpoint that is read before the folder is locked, and then believed."""
+    trains("--steps", 2)
+    begin, step, steps, nested = train.begin, train.training_step, [], []
+    monkeypatch.setattr(train, "training_step", lambda run, k: steps.append(k) or step(run, k))
+
+    def other(*arguments):
+        if not nested:
+            nested.append(1)
+            trains("--steps", 4)
+        return begin(*arguments)
+    monkeypatch.setattr(train, "begin", other)
+    status = train.main([*TINY, "--steps", "6"])
+    assert (status, steps) in ((0, [2, 3, 4, 5]), (1, [2, 3])) and checkpoint()["step"] == (4 if status else 6)
+
+
 def test_kill_at_random_instants_loses_nothing(long):
     """kill −9 again and again: the run still ends with the bits of an undisturbed one, and with all
     its files: kept averages and grids, also those of steps that a kill came between."""
@@ -743,18 +763,22 @@ def test_kill_at_random_instants_loses_nothing(long):
     trains(*flags, "--out", "whole")
     g, killed, ended = torch.Generator().manual_seed(0), 0, 0
     while killed < kills or not ended:
-        process, instant = script(*flags, "--out", "killed"), torch.rand(1, generator=g).item()
-        if killed < kills and not long:
-            wait_for(Path("killed/checkpoint.pt").exists)
-        try:
-            _, err = process.communicate(timeout=(1.5 + 3 * instant if long else instant / 4)
-                                         if killed < kills else 600)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            killed += 1
-            continue
-        assert process.returncode == 0, err
+        instant, file = torch.rand(1, generator=g).item(), Path("killed", "log.jsonl" if long else "checkpoint.pt")
+        if killed < kills:
+            before = file.stat().st_ino if file.exists() else None
+            process = script(*flags, "--out", "killed")
+            if not (long and killed % 2):                      # every second one of many comes at any time
+                wait_for(lambda: file.exists() and file.stat().st_ino != before)   # a run writes it anew
+            try:
+                _, err = process.communicate(timeout=4 * instant if long else instant / 4)
+                assert process.returncode == 0, err
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                killed += 1
+                continue
+        else:
+            trains(*flags, "--out", "killed")
         assert_equal(checkpoint("killed"), checkpoint("whole"))
         assert losses("killed") == losses("whole")
         files = sorted(path.name for path in Path("killed").iterdir())

@@ -12,7 +12,8 @@ from hypothesis import Phase, settings
 
 from mistakes import MISTAKES, ROOT, wrong_source
 
-COPIED = ("*.py", "*.md", "pyproject.toml", "__pycache__/*", "support/**/*.py*", "tests/**/*.py*", "tools/*.py")
+COPIED = ("*.py", "*.md", "pyproject.toml", "__pycache__/*.pyc", "support/*.py", "support/__pycache__/*.pyc",
+          "tests/*.py", "tests/__pycache__/*.pyc", "tools/*.py")
 
 
 class Result:

@@ -99,15 +99,6 @@ def test_two_lines_load_and_draw(tmp_path, monkeypatch):
     assert not space["trained"].net.training
 
 
-def test_the_algorithms_are_quoted_as_they_stand():
-    """The lines of the two snippets stand, in this order, in the function that they are said to be from."""
-    snippets = block("t ~ Uniform").rstrip().split("\n\n")
-    for text, function in zip(snippets, (train.training_step, ddpm.p_sample_loop), strict=True):
-        source = iter(inspect.getsource(function).splitlines())
-        assert len(text.splitlines()) >= 5
-        assert [line for line in text.splitlines() if line not in source] == [], function.__name__
-
-
 @pytest.mark.parametrize("script", ["train", "sample", "evaluate", "compress", "bench", "judge", "steps", "mistakes"])
 def test_flags_exist(script, capsys):
     """Every flag that README and PAPER give to a script is one of its flags."""

@@ -380,7 +380,7 @@ def test_a_run_begins_with_the_weights_of_its_seed():
 
 @pytest.mark.parametrize("changes, world, part", [
     ({"batch_size": 7}, 2, "--batch-size"), ({"beta_end": 1e-4}, 1, "--beta-end"),
-    ({"schedule": "cosine"}, 1, "--schedule"), ({"channels": 40}, 1, "40")])
+    ({"schedule": "nonsense"}, 1, "--schedule"), ({"channels": 40}, 1, "40")])
 def test_a_run_that_cannot_begin(changes, world, part):
     """A batch that two processes cannot share, a schedule that leaves the image, an unknown one."""
     given = {"init": None, "compile": None, "dataset": "shapes", "multipliers": [1], **changes}

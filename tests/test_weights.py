@@ -245,6 +245,24 @@ def test_a_missing_file_is_not_replaced_by_another(folder, monkeypatch):
     refused("typo", "typo")
 
 
+def test_a_checkpoint_stays_one_beside_a_configuration(folder):
+    """A .pt file is of train.py, whatever lies in its folder."""
+    net, settings = weights.from_diffusers(folder)
+    ema = {name: x + 1 for name, x in net.state_dict().items()}
+    path = write(folder, nested=False) / "ema-0000007.pt"
+    checkpoint.save_checkpoint(path, {"settings": settings, "step": 7, "ema": ema})
+    trained = loaded(path)
+    assert "step 7" in trained.source
+    assert all(torch.equal(x, ema[name]) for name, x in trained.net.state_dict().items())
+
+
+def test_no_network_is_built_that_the_file_cannot_hold(folder, monkeypatch):
+    """Kills: a number in a configuration for which the machine computes until it has no memory."""
+    monkeypatch.setattr(weights, "build_network", lambda _: pytest.fail("built"))
+    write(folder, CONFIG | {"layers_per_block": 10 ** 9})
+    refused(folder, "layers_per_block")
+
+
 # Other networks of the family: the widths, blocks in a level, channels and the level that attends.
 FAMILY = [([32, 64], 1, 3, 0), ([32, 32, 64], 3, 1, 1), ([64, 128, 128, 64], 2, 2, 3),
           ([128, 128, 256, 256, 512, 512], 2, 3, 4)]
@@ -599,9 +617,13 @@ def test_a_failed_download_names_the_address_and_the_place(tmp_path, monkeypatch
     with socket.socket() as nobody:        # it has a port, and does not listen
         nobody.bind(("127.0.0.1", 0))
         monkeypatch.setattr(weights, "HUB", f"http://127.0.0.1:{nobody.getsockname()[1]}")
-        with pytest.raises(OSError) as caught:
-            checkpoint.load("some/other", tmp_path, machine=CPU)
-    assert weights.HUB in str(caught.value) and str(tmp_path / "hub" / "some" / "other") in str(caught.value)
+        place = tmp_path / "hub" / "some" / "other"
+        for file in ("config.json", weights.MODEL[0]):
+            with pytest.raises(OSError) as caught:
+                checkpoint.load("some/other", tmp_path, machine=CPU)
+            assert f"{weights.HUB}/some/other/resolve/main/{file}" in str(caught.value)
+            assert str(place / file) in str(caught.value)
+            write(place, nested=False)     # what is there is not asked for
 
 
 @pytest.mark.parametrize("name", ["runs/nothere", "../x", "./x", "a/..", "../..", "a/b/c", "-", "a/",

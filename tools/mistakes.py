@@ -359,8 +359,8 @@ def run(name: str, control: str, out: Path, threads: int) -> dict:
                                    "status": done.returncode, "out": done.stdout.splitlines(),
                                    "err": errors[-3:], "seconds": time.monotonic() - started})
     if (log := work / "run" / "log.jsonl").exists():
-        result["loss"] = [(entry["step"], entry["loss"]) for entry in map(
-            json.loads, log.read_text(encoding="utf-8").splitlines())]
+        entries = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+        result["loss"] = [(x["step"], x["loss"]) for x in entries if x["loss"] is not None]
     if (work / "samples.pt").exists():
         result["samples"] = torch.load(work / "samples.pt").tolist()
     for path in [*work.glob("samples.png"), *work.glob("run/samples-*.png")]:
