@@ -1140,8 +1140,8 @@ def rows(law, seed, n=5):
 
 
 def worst(law, t) -> float:
-    """min(β_t, 1 − ᾱ_{t−1}): how well float32 tables can do at t."""
-    return min(law.beta[t].min().item(), *[x.item() for x in law.v[t - 1].flatten() if x > 0], 1.0)
+    """min(β_t, α_t, 1 − ᾱ_{t−1}): how well float32 tables can do at t."""
+    return min(law.beta[t].min().item(), 1 - law.beta[t].max().item(), *[x.item() for x in law.v[t - 1].flatten() if x > 0], 1.0)
 
 
 @theorem()
@@ -1298,9 +1298,15 @@ def chains(judge, law, x, z, got, shown, times=None, full=None) -> None:
         kept.beta, kept.c = full.beta[times], full.c[times]
         wrong["β_t of the full schedule with skipped steps"] = walks(law=kept)
         wrong["the network is shown i in place of τ_i"] = walks(times=list(range(law.T + 1)))
+        wrong["a step to τ_i − 1 in place of τ_{i−1}"] = single = {}
+        for choice, name in TWICE.items():
+            single[name] = x
+            for i in range(law.T, 0, -1):
+                eps = linear(single[name], torch.full((len(x),), times[i]))
+                single[name] = full.step(times[i], single[name], eps, z[i], *choice)
     judge.choice(got, walks(), {f"{name} ({choice})": value for name, values in wrong.items()
                                 for choice, value in values.items()},
-                 worst(law, torch.arange(1, law.T + 1)) * law.a[-1].item(), 1e-7 / law.a[-1].item())
+                 worst(law, torch.arange(1, law.T + 1)) * law.a[-1].item(), 1e-9 / law.a[-1].item())
 
 
 @theorem()
@@ -1444,7 +1450,7 @@ def test_judge_fewer_steps_of_ddim(judge, betas, seed, data, eta):
                                dict(power=2.0), "noise at the last step": dict(last=True),
                                "β_t in place of β̃_t": dict(small=False)}.items()}
     judge.choice(got, right, wrong, worst(law, torch.arange(1, law.T + 1)) * full.a[-1].item(),
-                 1e-7 / full.a[-1].item())
+                 1e-9 / full.a[-1].item())
 
 
 @theorem(st.floats(0, 1), clear=(0.3,), examples=25)
@@ -1461,12 +1467,12 @@ def test_judge_sec44_interpolation(judge, betas, seed, lam):
     def mixed(a, sd, part):
         return (1 - part) * (a * x0 + sd * eps) + part * (a * other + sd * eps_other)
 
-    def walks(x, first):
-        return {name: law.walk(linear, x, z, *choice, first=first) for choice, name in TWICE.items()}
+    def walks(x, first, **mistake):
+        return {name: law.walk(linear, x, z, *choice, first=first, **mistake) for choice, name in TWICE.items()}
     images = (1 - part) * x0 + part * other
     wrong = {"decoded from t − 1": walks(mixed(a, sd, part), t - 1), "λ exchanged": walks(mixed(a, sd, 1 - part), t),
              "encoded at t − 1": walks(mixed(b, sd_b, part), t), "images mixed in place of x_t":
-             walks(a * images + sd * eps, t)}
+             walks(a * images + sd * eps, t), "noise at the last step": walks(mixed(a, sd, part), t, last=True)}
     judge.choice(got, walks(mixed(a, sd, part), t), {f"{name} ({choice})": value for name, values in wrong.items()
                                                      for choice, value in values.items()},
-                 worst(law, torch.arange(1, law.T + 1)) * law.a[-1].item(), 1e-7 / law.a[-1].item())
+                 worst(law, torch.arange(1, law.T + 1)) * law.a[-1].item(), 1e-9 / law.a[-1].item())

@@ -214,11 +214,12 @@ def plot(path: Path, draw: Callable) -> bool:
         figure.axes[0].grid(alpha=0.3)
         with written(path) as file:
             figure.savefig(file, dpi=120, format="png")
+        return True
     except ImportError:
         return False
     except Exception as error:
         say(f"{path} is not drawn: {first_line(error)}")
-    return path.exists()
+        return False
 
 def shapes(n: int, size: int = 16, split: str = "train") -> Tensor:
     """A data set made here: one disc, square, triangle or ring on black: uint8 (n, 3, …).

@@ -99,7 +99,8 @@ def from_diffusers(path: Path) -> tuple[UNet, dict]:
     file = path if path.is_file() else next(
         (unet / name for name in MODEL if (unet / name).exists()), unet / MODEL[0])
     places = (folder / "scheduler", folder.parent / "scheduler", folder)
-    chain = next(filter(Path.exists, (place / "scheduler_config.json" for place in places)), folder)
+    chains = [place / "scheduler_config.json" for place in places]
+    chain = next(filter(Path.exists, chains), chains[-1])
     configs = []
     for config in (unet / "config.json", chain):
         with reading(config, "a configuration of diffusers"):

@@ -69,7 +69,7 @@ def server():
     """A web server on this machine: its address, the files that it has, what it was asked for."""
     handler = type("Handler", (Server,), {"files": {}, "asked": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
         handler.address = f"http://127.0.0.1:{httpd.server_port}"
         yield handler
         httpd.shutdown()

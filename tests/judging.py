@@ -141,7 +141,8 @@ class Judge:
                 fits = list(dict.fromkeys(short(x) for x in row["fits"]))
                 known = [x for x in dict.fromkeys(map(short, row["known"])) if x not in fits]
                 note += ["looks like: " + "; or ".join(fits)] if fits else []
-                note += ["known mistakes: " + "; ".join(known)] if known and not fits else []
+                if known and not fits:
+                    note.append("none that it knows, such as: " + "; ".join(known[:4]))
                 note += [row["error"]] if row.get("error") else []
             largest = f"{row['largest']:9.1e}" if row["verdict"] != "not offered" else " " * 9
             lines.append(f"{name[11:55]:44} {row['verdict']:12} {largest}  {', '.join(note)}")
