@@ -686,12 +686,13 @@ def test_a_signal_loses_no_step(monkeypatch, capsys):
     that of the last step that was begun, the status tells which signal it was, and the same command
     goes on to the bits and the files of an undisturbed run.
 
-    Kills: a stop between two checkpoints that saves none, half a step, a grid that is never drawn."""
+    Kills: a stop between two checkpoints that saves none, half a step, a grid that is drawn to its
+    end before the command stops, or never."""
     flags = ("--steps", 7, "--dropout", 0.2, "--save-every", 6, "--keep", 4, "--samples", 1,
              "--sample-steps", 2, "--sample-every", 4)
     trains(*flags, "--out", "whole")
-    for place, when, number in (("training_step", 3, signal.SIGINT), ("log", 1, signal.SIGTERM),
-                                ("draw_grid", 1, signal.SIGINT), ("monotonic", 7, signal.SIGTERM)):
+    for place, when, number, last in (("training_step", 3, signal.SIGINT, 3), ("log", 1, signal.SIGTERM, 3),
+                                      ("draw_grid", 1, signal.SIGINT, 4), ("monotonic", 7, signal.SIGTERM, 4)):
         owner = time if place == "monotonic" else train  # it is looked at between two steps
         real, step, calls, begun = getattr(owner, place), train.training_step, [], []
 
@@ -708,8 +709,8 @@ def test_a_signal_loses_no_step(monkeypatch, capsys):
             inner = train.training_step
             patch.setattr(train, "training_step", lambda run, k: begun.append(k) or inner(run, k))
             trains(*flags, "--out", place, expect=128 + number)
-        assert len(calls) >= when and begun == list(range(len(begun))) and len(begun) < 7
-        assert checkpoint(place)["step"] == len(begun), place
+        assert len(calls) >= when and begun == list(range(last))    # a grid is not drawn to its end
+        assert checkpoint(place)["step"] == last, place
         assert "Traceback" not in capsys.readouterr().err
         trains(*flags, "--out", place)
         assert train.training_step is step
@@ -757,7 +758,7 @@ def test_a_run_that_ends_while_another_begins_is_not_done_again(monkeypatch):
 def test_kill_at_random_instants_loses_nothing(long):
     """kill −9 again and again: the run still ends with the bits of an undisturbed one, and with all
     its files: kept averages and grids, also those of steps that a kill came between."""
-    steps, kills = (1500, 100) if long else (24, 1)
+    steps, kills = (600, 100) if long else (24, 1)
     flags = ("--steps", steps, "--save-every", 3, "--dropout", 0.1, "--keep", steps // 8,
              "--samples", 1, "--sample-steps", 2, "--sample-every", steps // 4)
     trains(*flags, "--out", "whole")

@@ -657,7 +657,7 @@ class Page:
         return (f"<details class=theorem><summary>Theorem: {prose(first, link)}</summary>"
                 f'<div class=inside id="{name}">{document(rest, link)}<p class=file>'
                 f"<code>{file}</code>: <code>pytest -k {name}</code></p>"
-                f"{code(without_docstring(source, node))}</div></details>")
+                f"{code(without_docstring(source, node))}{libraries(name)}</div></details>")
 
     def mistake(self, name: str) -> str:
         """A mistake, folded: what one sees, right and wrong line, pictures, the failing test."""
@@ -787,11 +787,37 @@ class Page:
                          "SHARED the network of the right lines, TRAIN and TEST the images"
                          f"</summary><dl>{rows}</dl></details></div>")
 
+    def judged(self) -> None:
+        """Your own implementation and four libraries, judged."""
+        self.heading(2, "Check your own", "judge")
+        self.body.append(
+            "<div class=prose><p>The statements of the paper can judge any implementation: fill in "
+            "this file, and run <code>python -m pytest test_ddpm.py --implementation my_ddpm.py"
+            "</code>. Without a value the flag prints the interface.</p><details><summary>The file "
+            f"to fill in</summary>{code(read('tools/template.py'))}</details>")
+        text = markdown(chapter("Four libraries, judged"))
+        while "_{" in text:  # from the inside out
+            text = re.sub(r"_\{([^{}]*)\}", r"<sub>\1</sub>", text)
+        self.body.append(f"{text}</div>")
+
     def others(self) -> None:
         """The mistakes in files that are not on this page."""
         self.heading(2, "Mistakes in other files", "elsewhere")
         self.body.append("<div class=prose>" + "".join(
             self.mistake(name) for name in self.mistakes if name in self.left) + "</div>")
+
+def libraries(theorem: str) -> str:
+    """In which libraries the judge's statements of the same equation hold, and in which not."""
+    record, found = json.loads(read("tools/peers/matrix.json"))["libraries"], {}
+    for library, judged in record.items():
+        for name, row in judged["theorems"].items():
+            if name.split("_")[0] == theorem.split("_")[1] and row["verdict"] != "not offered":
+                bad = row["verdict"] == "fails" and judged["notes"].get(name, [""])[0] != "choice"
+                found[library] = found.get(library, False) or bad
+    said = [f"{word} in {', '.join(names)}" for word, bad in (("holds", False), ("fails", True))
+            if (names := [name for name in found if found[name] is bad])]
+    judged = '<a href="#judge">judged</a>'
+    return f"<p class=file>As {judged}, the equation {'; '.join(said)}.</p>" if said else ""
 
 def curve(right: list, wrong: list) -> str:
     """The two loss curves as a small drawing, on logarithmic axes."""
@@ -815,6 +841,7 @@ def build(repository: str = "") -> str:
     page.file("train.py", "training", only="Algorithm 1")
     page.file("support/data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
     page.file("unet.py", "the network")
+    page.judged()
     page.runs()
     page.others()
     page.helpers()
