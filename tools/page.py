@@ -795,7 +795,8 @@ class Page:
             "this file, and run <code>python -m pytest test_ddpm.py --implementation my_ddpm.py"
             "</code>. Without a value the flag prints the interface.</p><details><summary>The file "
             f"to fill in</summary>{code(read('tools/template.py'))}</details>")
-        text = markdown(chapter("Four libraries, judged"))
+        text = re.sub(r"(?<!\w)(\w[\u0300-\u036f]?)_(\w)(?!\w)", r"\1<sub>\2</sub>",
+                      markdown(chapter("Four libraries, judged")))
         while "_{" in text:  # from the inside out
             text = re.sub(r"_\{([^{}]*)\}", r"<sub>\1</sub>", text)
         self.body.append(f"{text}</div>")
