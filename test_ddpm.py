@@ -1297,6 +1297,8 @@ def chains(judge, law, x, z, got, shown, times=None, full=None) -> None:
         kept = Law(law.betas)
         kept.beta, kept.c = full.beta[times], full.c[times]
         wrong["β_t of the full schedule with skipped steps"] = walks(law=kept)
+        wrong["ᾱ not of the τ_i, but a product of their β"] = walks(law=Law(
+            [full.betas[t - 1] for t in times[1:]]))
         wrong["the network is shown i in place of τ_i"] = walks(times=list(range(law.T + 1)))
         wrong["a step to τ_i − 1 in place of τ_{i−1}"] = single = {}
         for choice, name in TWICE.items():
@@ -1363,7 +1365,8 @@ def decoded(judge, their, k, mean, sigma) -> None:
              "σ² taken for σ": by(bins(1 / 255, sigma ** 2)) if sigma > 0.02 else x0, "√σ taken for σ":
              by(bins(1 / 255, sigma ** 0.5))}
     right = by(lambda n: log_bin_of(n, mean, sigma))
-    wrong |= {"the minus sign": -right, "a probability, not its logarithm": right.exp()}
+    wrong |= {"the minus sign": -right, "a probability, not its logarithm": right.exp(),
+              "in bits": right / math.log(2)}
     wrong |= {f"{name} (sum)": value.sum(1) for name, value in wrong.items()}
     judge.choice(got, {"one number a dimension": right, "sum over dimensions": right.sum(1)}, wrong, 1e-3, 1e-9)
 
@@ -1400,6 +1403,26 @@ def test_judge_eq05_terms_of_the_bound(judge, betas, seed):
                   f"KL(p ‖ q) ({name})": mean_log_ratio(p, (q[0], q[1].expand_as(mean))).sum(1),
                   f"in bits/dim ({name})": kl.mean(1) / math.log(2)}
     judge.choice(got, right, wrong, worst(law, t) * law.a[-1].item(), 1e-8 / law.a[-1].item() ** 2)
+
+
+@theorem(clear=(), examples=10)
+def test_judge_eq05_the_last_term(judge, betas, seed):
+    """L_0 = −log p_θ(x_0 | x_1), Eq. 13 summed over dimensions in nats, with σ_1² = β_1 or β̃_2"""
+    law, their = Law(betas), judge.offered("schedule", "vlb_term")
+    k = torch.randint(2, 254, (2, 3), generator=torch.Generator().manual_seed(seed))
+    x0, t, sd = k.to(F64) / 127.5 - 1, at(1, 2), law.v[1].sqrt()
+    x_1 = law.a[1] * x0 + sd * randn(seed + 1, 2, 3)
+    near = 0.9 * x_1.tanh()                                      # x̂_0, which no clipping changes
+    got = their.vlb_term(their.schedule(betas), lambda x, u: (x - law.a[1] * 0.9 * x.tanh()) / sd, x0, x_1, t)
+    right = {}
+    for name, sigma2 in (("σ_1² = β_1", betas[0]), ("σ_1² = β̃_2", betas[0] if law.T == 1 else
+                                                    law.posterior(at(2), x0[:1], x0[:1])[1].item())):
+        right[name] = -torch.tensor([sum(log_bin_of(int(n), mean.item(), sigma2 ** 0.5) for n, mean in zip(
+            *row)) for row in zip(k, near)], dtype=F64)
+    wrong = {f"{mistake} ({name})": value for name, nats in right.items() for mistake, value in {
+        "the minus sign": -nats, "averaged over dimensions": nats / 3, "in bits": nats / math.log(2),
+        "in bits/dim": nats / 3 / math.log(2)}.items()}
+    judge.choice(got, right, wrong, worst(law, t) * 1e-3, 1e-7)
 
 
 def shortened(betas, data) -> tuple:

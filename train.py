@@ -482,7 +482,8 @@ def main(argv=None) -> int:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     path = folder / "checkpoint.pt"
-    state = load_checkpoint(path) if path.exists() else {}
+    saved = lambda: path.stat().st_mtime_ns if path.exists() else None
+    before, state = saved(), load_checkpoint(path) if path.exists() else {}
     stored = state.get("settings", {})
     for key in stored.keys() & given.keys() - MAY_CHANGE:
         if given[key] != stored[key]:
@@ -493,6 +494,8 @@ def main(argv=None) -> int:
         images, _ = data.load(known["dataset"], known["data_dir"], "train", known["image_size"])
     run = begin(given, images, stored, machine, folder)
     with locked(folder) if machine.chief else contextlib.nullcontext():
+        if saved() != before:
+            raise ValueError(f"{path} has changed meanwhile: give the same command again")
         step, records = 0, []
         if state:
             with reading(path, "the state of this run"):

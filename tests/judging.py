@@ -4,7 +4,8 @@
     python -m pytest test_ddpm.py --implementation                prints the interface
 
 The implementation is a module with some of these functions (or an object `implementation` in it
-that has them); tools/template.py is one to fill in. t is (B,) int64 in 1 … T, x (B, D), and s what
+that has them); tools/template.py is one to fill in. t is (B,) int64 in 1 … T (T may be 1), x (B, D) in
+[−1, 1] with 256 levels where Eq. 13 is asked, a variance (B,), (B, 1) or (B, D), and s what
 `schedule` returns. Arrays are torch tensors; if the module uses NumPy and not torch, NumPy arrays.
 
     schedule(betas)                               β_1 … β_T, a list → s, anything
@@ -16,11 +17,11 @@ that has them); tools/template.py is one to fill in. t is (B,) int64 in 1 … T,
     loss(s, model, x0, t, eps)                    Eq. 14 → (B,), a mean or a sum over D
     log_likelihood(x0, mean, variance)            Eq. 13 → log p, (B, D) or summed to (B,); nats
     kl(mean_q, variance_q, mean_p, variance_p)    KL(q ‖ p), (B, D) or summed to (B,); nats
-    vlb_term(s, model, x0, x_t, t)                L_{t−1} of Eq. 5 → (B,), a sum over D; nats
+    vlb_term(s, model, x0, x_t, t)                L_{t−1} of Eq. 5, at t = 1 L_0 → (B,), nats, a sum
     respaced(s, times)                            a schedule of τ_1 < … < τ_n = T alone: with it t
                                                   counts 1 … n, and the network is shown τ_t
     ddim(s, model, x_T, noise, eta)               DDIM with this η → x_0
-    interpolate(s, model, x0, other, lam, t, eps, eps_other, noise)       §4.4, lam (B,) → x_0
+    interpolate(s, model, x0, other, lam, t, eps, eps_other, noise)       §4.4, lam (B,), t one int
 """
 import importlib
 import importlib.util
@@ -110,6 +111,9 @@ class Judge:
                                                          right.values())))
             row["fits"] += [name for name, value in wrong.items() if name not in row["fits"]
                             and self.fits(got, value, 1e-6, 1e-6)]
+            shapes = {tuple(torch.as_tensor(x).shape) for x in right.values()}
+            if tuple(got.shape) not in shapes:
+                row["error"] = f"the shape is {tuple(got.shape)}, not {' or '.join(map(str, shapes))}"
             raise AssertionError(f"{row['statement']}: got {got}")
         row["largest"] = max(row["largest"], min(self.distance(got, right[name]) for name in found))
         if precision == "float32":
@@ -141,8 +145,8 @@ class Judge:
                 fits = list(dict.fromkeys(short(x) for x in row["fits"]))
                 known = [x for x in dict.fromkeys(map(short, row["known"])) if x not in fits]
                 note += ["looks like: " + "; or ".join(fits)] if fits else []
-                if known and not fits:
-                    note.append("none that it knows, such as: " + "; ".join(known[:4]))
+                if known and not fits and "error" not in row:
+                    note.append(f"like no known mistake (such as: {'; '.join(known[:3])})")
                 note += [row["error"]] if row.get("error") else []
             largest = f"{row['largest']:9.1e}" if row["verdict"] != "not offered" else " " * 9
             lines.append(f"{name[11:55]:44} {row['verdict']:12} {largest}  {', '.join(note)}")

@@ -35,6 +35,7 @@ HERE = Path(__file__).resolve().parents[1]
 TINY = ("--dataset images.pt --channels 32 --multipliers 1 2 --blocks 1 --attention 4 "
         "--timesteps 20 --batch-size 4 --lr 1e-3 --warmup 3 --log-every 2 --save-every 100 "
         "--sample-every 100 --samples 0 --device cpu --precision fp32").split()
+SMALL = ("--multipliers", 1, "--attention", 8)  # after TINY: where the network does not matter
 SETTINGS = train.settle({"dataset": "shapes"}, torch.zeros(1, 3, 16, 16, dtype=torch.uint8), {}, {})
 CPU = Machine(torch.device("cpu"), torch.float32)
 
@@ -152,7 +153,7 @@ def test_resume_at_any_step_is_exact():
     """N steps, a stop, N more = 2N steps at once: weights, EMA, optimiser, log; dropout on.
 
     Kills: a resume that loses the optimiser, the EMA, the data order or a part of the mean loss."""
-    flags = ("--dropout", 0.3, "--save-every", 1)
+    flags = (*SMALL, "--dropout", 0.3, "--save-every", 1)
     trains("--steps", 5, "--out", "whole", *flags)
     whole = checkpoint("whole")
     for stop in range(1, 5):
@@ -165,14 +166,14 @@ def test_resume_at_any_step_is_exact():
 def test_log_is_cut_back_to_the_checkpoint(capsys):
     """Lines after the checkpoint, and half a line, are gone when the run goes on; so is a line that
     a power cut has filled with zeros. A run that has no more to do says which flag gives it more."""
-    trains("--steps", 4)
+    trains(*SMALL, "--steps", 4)
     before = losses()
     with open("runs/images/log.jsonl", "a") as file:
         file.write('\0\0\0\n{"step": 6, "loss": 9}\n{"step": 8, "lo')
-    trains("--steps", 8)
+    trains(*SMALL, "--steps", 8)
     assert losses()[:2] == before and [e["step"] for e in losses()] == [2, 4, 6, 8]
     assert losses()[2]["loss"] != 9
-    trains("--steps", 8)
+    trains(*SMALL, "--steps", 8)
     assert "--steps" in said(capsys)
 
 
@@ -275,7 +276,7 @@ def test_ema_follows_the_weights_after_each_step():
     assert train.ema_decay(constant, 0) == 0.9999
     want = None
     for step in range(1, 5):
-        trains("--steps", step)
+        trains(*SMALL, "--steps", step)
         state, d = checkpoint(), step / (9 + step)
         if want is None:  # lr is 0 at step 0: the weights are the initial ones, and so is their mean
             want = state["net"]
@@ -292,7 +293,7 @@ def test_warmup_is_linear_from_zero(monkeypatch):
     real = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step",
                         lambda self, *a: rates.append(self.param_groups[0]["lr"]) or real(self, *a))
-    trains("--steps", 5)
+    trains(*SMALL, "--steps", 5)
     assert rates == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
 
 
@@ -309,7 +310,7 @@ def test_flips_and_clipping_happen(monkeypatch):
     monkeypatch.setattr(train, "loss_of", lambda *a: seen.append(a[3]) or real(*a))
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a: norms.append(
         sum(p.grad.square().sum() for p in self.param_groups[0]["params"]).sqrt().item()) or step(self, *a))
-    trains("--steps", 4, "--grad-clip", 0.01)
+    trains(*SMALL, "--steps", 4, "--grad-clip", 0.01)
     flipped = 0
     for k, x0 in enumerate(seen):
         rows = images[train.batch_indices(0, 64, k, 4)].float() / 127.5 - 1
@@ -322,14 +323,13 @@ def test_flips_and_clipping_happen(monkeypatch):
 
 def test_training_learns():
     """The loss falls from 1, what predicting 0 costs, to half of it within sixty steps."""
-    trains("--steps", 60, "--log-every", 5, "--batch-size", 16, "--lr", 3e-3, "--multipliers", 1,
-           "--attention", 8)
+    trains(*SMALL, "--steps", 60, "--log-every", 5, "--batch-size", 16, "--lr", 3e-3)
     assert losses()[0]["loss"] > 0.9 and losses()[-1]["loss"] < 0.5
 
 
 def test_objective_vlb_logs_the_bound(capsys):
     """--objective vlb: the log shows T × mean + L_T; learned variance trains and samples."""
-    trains("--steps", 2, "--objective", "vlb", "--variance", "learned")
+    trains(*SMALL, "--steps", 2, "--objective", "vlb", "--variance", "learned")
     entry, bar = losses()[0], 5.8674e-11   # ᾱ_20 of β from 0.005 to 0.999 in equal steps
     x0 = torch.load("images.pt").double() / 127.5 - 1
     L_T = (bar * x0 ** 2 - bar - math.log(1 - bar)).mean() / 2 / math.log(2)
@@ -345,7 +345,7 @@ def test_the_logged_bound_has_its_L_T():
     """`bound` is T times the mean term and L_T, which is no small number where ᾱ_T is not.
 
     Kills: L_T left out, or taken of other images than the training's."""
-    trains("--steps", 2, "--objective", "vlb", "--timesteps", 60)
+    trains(*SMALL, "--steps", 2, "--objective", "vlb", "--timesteps", 60)
     first, last = 1e-4 * 1000 / 60, 0.02 * 1000 / 60
     bar = math.prod(1 - (first + (last - first) * i / 59) for i in range(60))
     x0 = torch.load("images.pt").double() / 127.5 - 1
@@ -374,7 +374,7 @@ def test_the_objective_L_is_not_clipped():
     ("eps", "fixed_small", "vlb"), ("x0", "fixed_large", "simple")])
 def test_table2_rows_train_sample_and_evaluate(predict, variance, objective):
     """Every combination of Table 2 (and x_0 prediction) goes through all three commands."""
-    trains("--steps", 2, "--predict", predict, "--variance", variance, "--objective", objective)
+    trains(*SMALL, "--steps", 2, "--predict", predict, "--variance", variance, "--objective", objective)
     assert sample.main(["--n", "1"]) == 0
     assert evaluate.main("--n 2 --terms 3".split()) == 0
 
@@ -446,12 +446,12 @@ def test_a_schedule_of_ones_own(monkeypatch, capsys):
             bars = [cosine(t) for t in range(T + 1)]
             return ddpm.schedule_from_betas([min(1 - b / a, 0.999) for a, b in zip(bars, bars[1:])])
         return real(T, kind, *ends)
-    trains("--schedule", "nonsense", "--steps", 2, expect=2)
+    trains(*SMALL, "--schedule", "nonsense", "--steps", 2, expect=2)
     assert "--schedule" in said(capsys) and not Path("runs/images").exists()
     monkeypatch.setattr(ddpm, "make_schedule", make_schedule)
     monkeypatch.setattr(train, "training_step", lambda run, k: seen.append(run.s) or step(run, k))
-    trains("--schedule", "cosine", "--steps", 2)
-    trains("--steps", 4)
+    trains(*SMALL, "--schedule", "cosine", "--steps", 2)
+    trains(*SMALL, "--steps", 4)
     assert sample.main("--n 1 --out x.pt --device cpu".split()) == 0
     for s in (*seen, checkpoints.load(machine=CPU).s):
         assert [bar.item() for bar in s.alpha_bars[:20]] == pytest.approx([cosine(t) for t in range(20)])
@@ -512,7 +512,7 @@ def test_sample_and_evaluate_mistakes_are_one_line(capsys):
     """No run yet, wrong endings, impossible steps, too many images, a dataset of another shape; what
     does not go together. Each line names what is wrong, and nothing is written."""
     assert sample.main([]) == 1 and "runs" in said(capsys)
-    trains("--steps", 1)
+    trains(*SMALL, "--steps", 1)
     torch.save(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), "grey.pt")
     before = sorted(Path().rglob("*"))
     for main, flags, status, parts in (
@@ -541,7 +541,7 @@ def test_a_place_that_cannot_be_written_is_an_error_before_the_work(monkeypatch,
     """The network is not called once: neither for samples nor for figures, nor for files.
 
     Kills: hours of work that end with "no such folder"."""
-    trains("--steps", 1)
+    trains(*SMALL, "--steps", 1)
     Path("file").write_text("")
     Path("folder.png").mkdir()
 
@@ -564,11 +564,11 @@ def test_a_place_that_cannot_be_written_is_an_error_before_the_work(monkeypatch,
 def test_a_step_that_is_not_finite_ends_the_run(capsys, monkeypatch, call, flags, step, saved, lines):
     """The step is named, also if its numbers are read some steps later; the checkpoint before it is
     intact, and neither a checkpoint nor a line of the log is written after it."""
-    trains("--steps", 2)
+    trains(*SMALL, "--steps", 2)
     real, calls = train.loss_of, []
     monkeypatch.setattr(train, "loss_of", lambda *args: calls.append(1) or real(*args) * (
         math.nan if len(calls) == call else 1))
-    trains("--steps", 12, *flags.split(), expect=1)
+    trains(*SMALL, "--steps", 12, *flags.split(), expect=1)
     assert f"step {step}:" in (line := said(capsys)) and "runs/images" in line
     assert checkpoint()["step"] == saved and [entry["step"] for entry in losses()] == lines
     assert all(x.isfinite().all() for x in checkpoint()["net"].values())
@@ -595,12 +595,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path_factory, where, flip, cut):
 def test_a_failed_save_leaves_the_last_checkpoint(capsys, monkeypatch):
     """A full disk, a rename that fails, a file where the folder should be: one line, nothing
     lost."""
-    trains("--steps", 2)
+    trains(*SMALL, "--steps", 2)
     resource = pytest.importorskip("resource", reason="Windows has no limits of this kind")
     good, limit = checkpoint(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
     try:
-        trains("--steps", 4, expect=1)
+        trains(*SMALL, "--steps", 4, expect=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "checkpoint.pt" in said(capsys)
@@ -615,12 +615,12 @@ def test_a_failed_save_leaves_the_last_checkpoint(capsys, monkeypatch):
         real(a, b)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fails)
-        trains("--steps", 4, expect=1)
+        trains(*SMALL, "--steps", 4, expect=1)
     assert "checkpoint.pt: No space left on device" in said(capsys)
     assert_equal(checkpoint(), good)
     assert not list(Path("runs/images").glob(".*.part"))
     Path("file").write_text("")
-    trains("--steps", 1, "--out", "file/run", expect=1)
+    trains(*SMALL, "--steps", 1, "--out", "file/run", expect=1)
     assert "file" in said(capsys)
 
 
@@ -649,7 +649,7 @@ def test_what_takes_its_name_is_on_the_disk(monkeypatch):
         events.append(Path(target).name)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", rename)
-    trains("--steps", 4, "--log-every", 1, "--save-every", 2, "--keep", 2)
+    trains(*SMALL, "--steps", 4, "--log-every", 1, "--save-every", 2, "--keep", 2)
     for name, times in (("checkpoint.pt", 2), ("settings.json", 1), ("log.jsonl", 1), ("ema-0000002.pt", 1)):
         places = [i for i, event in enumerate(events) if event == name]
         assert len(places) == times and all(events[i + 1] == "folder" for i in places), (name, events)
@@ -657,10 +657,10 @@ def test_what_takes_its_name_is_on_the_disk(monkeypatch):
 
 def test_leftovers_are_cleaned_up():
     """What a kill left half-written is gone after the next start; other people's files are not."""
-    trains("--steps", 1)
+    trains(*SMALL, "--steps", 1)
     for name in (".0123456789abcdef.part", "film.part", "my.log.part", "notes.txt"):
         Path("runs/images", name).write_bytes(b"half")
-    trains("--steps", 2)
+    trains(*SMALL, "--steps", 2)
     found = {path.name for path in Path("runs/images").iterdir()}
     assert {"film.part", "my.log.part", "notes.txt"} < found and ".0123456789abcdef.part" not in found
 
@@ -688,7 +688,7 @@ def test_a_signal_loses_no_step(monkeypatch, capsys):
 
     Kills: a stop between two checkpoints that saves none, half a step, a grid that is drawn to its
     end before the command stops, or never."""
-    flags = ("--steps", 7, "--dropout", 0.2, "--save-every", 6, "--keep", 4, "--samples", 1,
+    flags = (*SMALL, "--steps", 7, "--dropout", 0.2, "--save-every", 6, "--keep", 4, "--samples", 1,
              "--sample-steps", 2, "--sample-every", 4)
     trains(*flags, "--out", "whole")
     for place, when, number, last in (("training_step", 3, signal.SIGINT, 3), ("log", 1, signal.SIGTERM, 3),
@@ -722,7 +722,7 @@ def test_a_signal_loses_no_step(monkeypatch, capsys):
 def test_a_process_of_its_own_stops_and_says_how_to_go_on(capsys):
     """SIGTERM: the step is finished, the run saved; another process is refused meanwhile, and leaves
     the run as it is."""
-    process = script("--steps", 100_000, "--save-every", 100_000)
+    process = script(*SMALL, "--steps", 100_000, "--save-every", 100_000)
     wait_for(lambda: Path("runs/images/log.jsonl").exists() and Path("runs/images/log.jsonl").stat().st_size)
     assert train.main([*TINY, "--steps", "3"]) == 1            # two processes on one folder
     assert "runs/images" in said(capsys)
@@ -731,7 +731,7 @@ def test_a_process_of_its_own_stops_and_says_how_to_go_on(capsys):
     assert process.returncode == 143
     step = checkpoint()["step"]
     assert f"step {step};" in err.splitlines()[-1] and "Traceback" not in err
-    trains("--steps", step, "--out", "whole")
+    trains(*SMALL, "--steps", step, "--out", "whole")
     for part in ("net", "ema", "adam", "records"):
         assert_equal(checkpoint()[part], checkpoint("whole")[part])
 
@@ -741,17 +741,17 @@ def test_a_run_that_ends_while_another_begins_is_not_done_again(monkeypatch):
     steps are kept. The second one goes on from there, or says that it cannot.
 
     Kills: a checkpoint that is read before the folder is locked, and then believed."""
-    trains("--steps", 2)
+    trains(*SMALL, "--steps", 2)
     begin, step, steps, nested = train.begin, train.training_step, [], []
     monkeypatch.setattr(train, "training_step", lambda run, k: steps.append(k) or step(run, k))
 
     def other(*arguments):
         if not nested:
             nested.append(1)
-            trains("--steps", 4)
+            trains(*SMALL, "--steps", 4)
         return begin(*arguments)
     monkeypatch.setattr(train, "begin", other)
-    status = train.main([*TINY, "--steps", "6"])
+    status = train.main([*TINY, *map(str, SMALL), "--steps", "6"])
     assert (status, steps) in ((0, [2, 3, 4, 5]), (1, [2, 3])) and checkpoint()["step"] == (4 if status else 6)
 
 
@@ -759,7 +759,7 @@ def test_kill_at_random_instants_loses_nothing(long):
     """kill −9 again and again: the run still ends with the bits of an undisturbed one, and with all
     its files: kept averages and grids, also those of steps that a kill came between."""
     steps, kills = (600, 100) if long else (24, 1)
-    flags = ("--steps", steps, "--save-every", 3, "--dropout", 0.1, "--keep", steps // 8,
+    flags = (*SMALL, "--steps", steps, "--save-every", 3, "--dropout", 0.1, "--keep", steps // 8,
              "--samples", 1, "--sample-steps", 2, "--sample-every", steps // 4)
     trains(*flags, "--out", "whole")
     g, killed, ended = torch.Generator().manual_seed(0), 0, 0
@@ -840,9 +840,9 @@ def test_compile_falls_back(monkeypatch):
         return real(net, backend=backend, **options)
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
-    trains("--steps", 2, "--out", "plain")
+    trains(*SMALL, "--steps", 2, "--out", "plain")
     assert not asked
-    trains("--steps", 2, "--compile", "--out", "compiled")
+    trains(*SMALL, "--steps", 2, "--compile", "--out", "compiled")
     assert asked[:2] == [{"dynamic": False}, "backend"]
     assert_equal(checkpoint("compiled"), checkpoint("plain"))
 

@@ -12,7 +12,7 @@ import test_commands
 import train
 from support import checkpoint as checkpoints
 from support import command
-from test_commands import CPU, TINY, assert_equal, checkpoint, losses, read_png, said, trains
+from test_commands import CPU, SMALL, TINY, assert_equal, checkpoint, losses, read_png, said, trains
 
 in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
 
@@ -116,7 +116,7 @@ def test_kept_weights_have_no_last_weights(capsys):
 
 def test_micro_batches_are_the_same_step():
     """The gradients of the parts, weighted by their sizes, add up to that of the batch."""
-    flags = ("--steps", 3, "--dropout", 0, "--log-every", 3)
+    flags = (*SMALL, "--steps", 3, "--dropout", 0, "--log-every", 3)
     trains(*flags, "--out", "whole")
     for micro in (1, 3, 99):
         trains(*flags, "--out", f"parts{micro}", "--micro-batch", micro)
@@ -129,7 +129,7 @@ def test_micro_batches_are_the_same_step():
 
 def test_micro_batches_resume_exactly():
     """With dropout, too."""
-    flags = ("--micro-batch", 3, "--dropout", 0.3)
+    flags = (*SMALL, "--micro-batch", 3, "--dropout", 0.3)
     trains("--steps", 4, "--out", "whole", *flags)
     trains("--steps", 2, "--out", "two", *flags)
     trains("--steps", 4, "--out", "two", *flags)
@@ -137,7 +137,7 @@ def test_micro_batches_resume_exactly():
     assert losses("two") == losses("whole")
 
 
-HALF = [*TINY[:-1], "fp16"]
+HALF = [*TINY[:-1], "fp16", *map(str, SMALL)]
 
 
 def test_fp16_trains_and_resumes_exactly():
@@ -146,7 +146,7 @@ def test_fp16_trains_and_resumes_exactly():
     assert train.main([*HALF, "--steps", "4", "--out", "whole"]) == 0
     for steps in ("2", "4"):
         assert train.main([*HALF, "--steps", steps, "--out", "two"]) == 0
-    trains("--steps", 4, "--out", "full")
+    trains(*SMALL, "--steps", 4, "--out", "full")
     assert_equal(checkpoint("two"), checkpoint("whole"))
     assert losses("two") == losses("whole")
     for half, full in zip(losses("whole"), losses("full"), strict=True):
@@ -159,7 +159,7 @@ def test_fp16_skips_what_is_not_finite(monkeypatch, capsys):
     names the first such step since the last line of the log."""
     monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__",
                         ("cuda", 2.0 ** 40, 2.0, 2.0 ** -10, 2000, True))
-    small = "--batch-size 1 --multipliers 1 --attention 8".split()
+    small = ["--batch-size", "1"]
     assert train.main([*HALF, *small, "--steps", "36", "--log-every", "36"]) == 0
     entry, = losses()
     assert math.isfinite(entry["loss"]) and entry["grad_norm"] > 0

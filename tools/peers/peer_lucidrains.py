@@ -16,10 +16,10 @@ from denoising_diffusion_pytorch import denoising_diffusion_pytorch as _plain
 from denoising_diffusion_pytorch import learned_gaussian_diffusion as _learned
 
 NOTES = dict.fromkeys(["eq13_each_bin_is_an_integral", "eq13_the_outermost_bins_are_open"], (
-    "choice", "The normal distribution function is a tanh, “approx_standard_normal_cdf”."))
+    "choice", "The normal distribution function is a tanh, “approx_standard_normal_cdf”.")) | {
+        "eq05_the_last_term": ("convention", "σ_1² is β̃_1 = 0, floored at 10⁻²⁰.")}
 _image = lambda x: x[:, :, None, None]
 _flat = lambda mean, variance, *_: (mean[..., 0, 0], variance[:, 0, 0, 0])
-
 
 def _network(s, model, then=lambda eps: eps):
     s.shown, s.model = [], lambda x, u, *_: (

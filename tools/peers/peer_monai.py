@@ -10,7 +10,8 @@ from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, NoiseSchedules
 
 NOTES = dict.fromkeys(["eq13_each_bin_is_an_integral", "eq13_the_outermost_bins_are_open"], (
-    "choice", "The normal distribution function is a tanh, “a fast approximation”."))
+    "choice", "The normal distribution function is a tanh, “a fast approximation”.")) | {
+        "eq05_the_last_term": ("convention", "σ_1² is β̃_1 = 0, floored at 10⁻²⁰.")}
 NoiseSchedules.add_def("given", "β as they are given")(
     lambda num_train_timesteps, betas: torch.tensor(betas, dtype=torch.float64))
 
