@@ -465,6 +465,7 @@ def test_a_schedule_of_ones_own(monkeypatch, capsys):
 def test_the_mathematics_and_the_network_can_be_installed(tmp_path):
     """A wheel of this folder holds ddpm and unet and nothing else; they import outside the clone,
     without the commands."""
+    pytest.importorskip("setuptools", "77", reason="pyproject.toml needs setuptools 77 or newer")
     clone = tmp_path / "clone"
     shutil.copytree(HERE, clone, ignore=lambda folder, names: [
         name for name in names if Path(folder) == HERE and name != "support"

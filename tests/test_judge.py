@@ -1,4 +1,5 @@
 """The judge: a file written from the paper holds, and a typical mistake in it is caught and named."""
+import os
 import subprocess
 import sys
 import types
@@ -143,9 +144,11 @@ def test_the_command_prints_a_table_and_no_traceback(tmp_path):
     (tmp_path / "my_ddpm.py").write_text(STUDENT.replace(*MISTAKES[4][:2]), encoding="utf-8")
     (tmp_path / "broken.py").write_text("x = (")
 
+    alone = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
+
     def run(*words):
         return subprocess.run([sys.executable, "-m", "pytest", "test_ddpm.py", "-p", "no:cacheprovider",
-                               "--implementation", *words], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+                               "--implementation", *words], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env=alone)
     done = run(str(tmp_path / "my_ddpm.py"))
     assert done.returncode == 1 and "Traceback" not in done.stdout and "assert" not in done.stdout
     line = next(line for line in done.stdout.splitlines() if line.startswith("alg2_sampling"))

@@ -27,6 +27,12 @@ class Result:
         self.errors.append(call.excinfo.value)
 
 
+def own(place) -> bool:
+    """Whether this file is the project's, and not of an environment that lies in its folder."""
+    place = Path(place)
+    return ROOT in place.parents and "site-packages" not in place.parts and ".venv" not in place.parts
+
+
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """A copy of the files, and a process into which none of them has been imported."""
@@ -36,9 +42,9 @@ def copy(tmp_path, monkeypatch):
             shutil.copy2(path, tmp_path / path.relative_to(ROOT))
     before = dict(sys.modules)
     for name, module in before.items():
-        if str(getattr(module, "__file__", None) or "").startswith(f"{ROOT}/"):
+        if own(getattr(module, "__file__", None) or ""):
             del sys.modules[name]
-    monkeypatch.setattr(sys, "path", [place for place in sys.path if ROOT not in Path(place, "x").parents])
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not own(Path(place, "x"))])
     settings.register_profile("unshrunk", settings.get_profile("ddpm"), phases=(Phase.explicit, Phase.generate))
     yield tmp_path
     settings.load_profile("ddpm")

@@ -210,6 +210,34 @@ def test_what_may_change_when_a_run_is_resumed(monkeypatch, capsys):
         assert train.main(flags) == 1 and asked.pop() == load_of and begun.pop()[2] == Path(folder)
 
 
+def test_a_checkpoint_that_changes_while_a_run_starts_is_noticed(monkeypatch, capsys):
+    """Written by another process after it was read, there before or not: one line names it, it stays
+    as it is, and no step is taken. So is a state that is not that of the run's network."""
+    path, calls = Path("runs/r/checkpoint.pt"), []
+    real, flags = data.load, ["--out", "runs/r", "--device", "cpu", "--precision", "fp32", *words(
+        {"dataset": "images.pt", "channels": 32, "multipliers": [1], "attention": [8], "samples": 0})]
+    run = run_of(folder="other", dataset="images.pt", attention=[8])
+    monkeypatch.setattr(train, "train", lambda run, step, records: calls.append(step) or step)
+
+    def saves(*place):
+        train.save(run._replace(folder=path.parent), 5, [])
+        return real(*place)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "load", saves)
+            assert train.main(flags) == 1
+        assert str(path) in (err := capsys.readouterr().err) and err.count("\n") == 1
+        assert load_checkpoint(path)["step"] == 5 and not calls
+        train.save(run._replace(folder=path.parent, images=torch.load("images.pt")), 4, [])
+    assert train.main(flags[:6]) == 0 and calls.pop() == 4
+    state = load_checkpoint(path)
+    del state["net"]["conv_in.bias"]
+    save_checkpoint(path, {key: value for key, value in state.items() if key != "format"})
+    capsys.readouterr()
+    assert train.main(flags[:6]) == 1 and not calls
+    assert str(path) in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("given, init, shape, parts", [
     ({"attention": [16, 4]}, {}, 16, ["--attention", "4"]), ({"attention": [2, 4, 8]}, {}, 8, ["--attention", "2"]),
     ({"channels": 32}, {"channels": 96}, 16, ["--init", "channels", "96", "32"]),
@@ -389,7 +417,7 @@ def test_a_run_that_cannot_begin(changes, world, part):
     assert isinstance(refusal.value, UsageError) or part == "40"
 
 
-def test_init_starts_from_the_averages_of_another_run():
+def test_init_starts_from_the_averages_of_another_run(monkeypatch):
     """Network and average are those averages; flags that say otherwise are refused. The settings of
     the network are the other run's, those of the training are not; a checkpoint goes before it."""
     other = run_of(folder="other", multipliers=[1, 2], attention=[4], predict="x0", lr=0.5)
@@ -406,6 +434,12 @@ def test_init_starts_from_the_averages_of_another_run():
         train.begin({**given, "predict": "eps"}, data.shapes(4, 8), {}, CPU, Path("new"))
     resumed = train.begin({**given, "init": "nowhere"}, data.shapes(4, 8), new.settings, CPU, Path("new"))
     assert resumed.settings == new.settings
+    asked = []
+    monkeypatch.setattr(train, "load", lambda name, folder, machine: asked.append((name, folder, machine)) or load(
+        "other", machine=machine))
+    for more, folder in (({}, "data"), ({"data_dir": "there"}, "there")):
+        train.begin({**given, "init": "a/b", **more}, data.shapes(4, 8), {}, CPU, Path("new"))
+        assert asked.pop() == ("a/b", folder, CPU)
 
 
 def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
@@ -487,12 +521,9 @@ def stub(monkeypatch, seconds: float = 0.0, bad: int = 10 ** 9, signal: int = 0)
 
     def record(name):
         def happens(run, *rest):
-            if name != "plot":
-                events.append((name, rest[0]))
-                now[0] += 100 * (name == "grid")
-                assert stop.later == (name != "grid")
-            else:
-                events.append((name, None))
+            assert stop.later == (name != "grid") and (name == "plot" or isinstance(run, train.Run))
+            events.append((name, rest[0] if rest else None))
+            now[0] += 100 * (name == "grid")
         return happens
     monkeypatch.setattr(train, "training_step", step)
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
@@ -502,16 +533,20 @@ def stub(monkeypatch, seconds: float = 0.0, bad: int = 10 ** 9, signal: int = 0)
     return events
 
 
-@pytest.mark.parametrize("first, steps, want", [
-    (0, 13, "1 2 3 save keep 4 save plot 5 log 6 save keep grid 7 8 save plot 9 save keep 10 log 11 "
+@pytest.mark.parametrize("first, steps, every, want", [
+    (0, 2, (1, 1, 1, 1), "1 log save keep plot grid 2 log save keep plot grid"),
+    (0, 13, (5, 4, 3, 6), "1 2 3 save keep 4 save plot 5 log 6 save keep grid 7 8 save plot 9 save keep 10 log 11 "
             "12 save keep plot grid 13 save plot grid"),
-    (6, 9, "keep grid 7 8 save plot 9 save keep plot grid"), (8, 10, "plot 9 save keep 10 log save plot grid"),
-    (0, 1, "1 save plot grid"), (5, 5, "plot grid"), (12, 12, "keep plot grid")])
-def test_which_steps_log_save_keep_and_draw(monkeypatch, first, steps, want):
+    (6, 9, (5, 4, 3, 6), "keep grid 7 8 save plot 9 save keep plot grid"),
+    (8, 10, (5, 4, 3, 6), "plot 9 save keep 10 log save plot grid"),
+    (0, 1, (9, 9, None, 9), "1 save plot grid"), (5, 5, (5, 4, 3, 6), "plot grid"),
+    (12, 12, (5, 4, 3, 6), "keep plot grid")])
+def test_which_steps_log_save_keep_and_draw(monkeypatch, first, steps, every, want):
     """Every N-th one, counted from the first of the run; before what belongs to a step is made, it
     is saved, and the last one is. What belongs to the step that is resumed is made first. Each step
     has the dropout of (seed, step). A signal waits for a step and its files, and not for a grid."""
-    events, run = stub(monkeypatch), run_of(steps=steps, log_every=5, save_every=4, keep=3, sample_every=6)
+    names = ("log_every", "save_every", "keep", "sample_every")
+    events, run = stub(monkeypatch), run_of(steps=steps, **dict(zip(names, every)))
     assert train.train(run, first, []) == steps
     made, step = [], first
     for name, number, *seed in events:
@@ -562,12 +597,13 @@ def test_the_progress_tells_of_the_steps_of_this_command(monkeypatch, due, updat
 
 def test_the_speed_is_that_of_the_steps_since_the_last_line(monkeypatch):
     """Three steps of 7/64 s with 2 images each are 6/(21/64) = 18.286 images/s, in every line; grids
-    take no time of it."""
+    take no time of it, and steps of before a resume, whose time is not known, as long as others."""
     real = train.log
     stub(monkeypatch, 7 / 64)
     monkeypatch.setattr(train, "log", real)
     train.train(run_of(steps=8, log_every=3, sample_every=1), 0, [])
-    assert [entry["images_per_s"] for entry in log()] == [18.286] * 2
+    train.train(run_of(steps=4, log_every=3), 2, records_of(*2 * [([1.0, 1.0], [1, 2], 3.0)]))
+    assert [entry["images_per_s"] for entry in log()] == [18.286] * 3
 
 
 # ------------------------------------------------------------------------ records, and what is saved
@@ -758,7 +794,7 @@ def test_kept_weights_are_the_averages_of_their_step():
 @pytest.mark.parametrize("T, variance, flag, calls", [
     (20, "fixed_small", 7, 7), (20, "fixed_small", 20, 20), (20, "fixed_large", 50, 20),
     (20, "learned", 7, 20), (2, "fixed_small", 50, 2)])
-def test_the_network_calls_of_a_grid(monkeypatch, T, variance, flag, calls):
+def test_the_network_calls_of_a_grid(monkeypatch, capsys, T, variance, flag, calls):
     """As many as the setting says, T at most, and T where the variance is learned; of the averages,
     32 images at a time."""
     seen, real = [], sample.inference_model
@@ -772,7 +808,7 @@ def test_the_network_calls_of_a_grid(monkeypatch, T, variance, flag, calls):
     train.draw_grid(run, 3)
     assert [x[0] is run.ema for x in seen] == [True] * 2 * calls
     assert [x[1] for x in seen] == [32] * calls + [1] * calls
-    assert (seen[0][2], seen[calls - 1][2]) == (T, 1)
+    assert (seen[0][2], seen[calls - 1][2]) == (T, 1) and "33/33" in capsys.readouterr().err
 
 
 def test_grids_of_equal_weights_are_equal(monkeypatch):
