@@ -40,6 +40,7 @@ def copy(tmp_path, monkeypatch):
         for path in ROOT.glob(pattern):
             (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, tmp_path / path.relative_to(ROOT))
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # options of the run around it
     before = dict(sys.modules)
     for name, module in before.items():
         if own(getattr(module, "__file__", None) or ""):
