@@ -1,5 +1,6 @@
 """train.py, sample.py and evaluate.py as people call them, on a network of a few thousand
 weights."""
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -456,8 +457,9 @@ def test_a_schedule_of_ones_own(monkeypatch, capsys):
     for s in (*seen, checkpoints.load(machine=CPU).s):
         assert [bar.item() for bar in s.alpha_bars[:20]] == pytest.approx([cosine(t) for t in range(20)])
     assert len(seen) == 4 and checkpoint()["settings"]["schedule"] == "cosine"
-    assert sample.main("--export folder".split()) == 1
-    assert "cosine" in said(capsys) and not Path("folder").exists()
+    if importlib.util.find_spec("safetensors"):
+        assert sample.main("--export folder".split()) == 1
+        assert "cosine" in said(capsys) and not Path("folder").exists()
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("setuptools") or not importlib.util.find_spec("pip"),
@@ -465,15 +467,16 @@ def test_a_schedule_of_ones_own(monkeypatch, capsys):
 def test_the_mathematics_and_the_network_can_be_installed(tmp_path):
     """A wheel of this folder holds ddpm and unet and nothing else; they import outside the clone,
     without the commands."""
-    pytest.importorskip("setuptools", "77", reason="pyproject.toml needs setuptools 77 or newer")
+    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
+        pytest.skip("pyproject.toml needs setuptools 77 or newer")
     clone = tmp_path / "clone"
     shutil.copytree(HERE, clone, ignore=lambda folder, names: [
         name for name in names if Path(folder) == HERE and name != "support"
         and name not in ("pyproject.toml", "README.md", "LICENSE") and not name.endswith(".py")])
-    built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index",
-         "--disable-pip-version-check", "--wheel-dir", tmp_path / "wheels", clone],
-        capture_output=True, text=True, timeout=120)
+    (tmp_path / "wheels").mkdir()
+    build = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+    built = subprocess.run([sys.executable, "-c", build, tmp_path / "wheels"], cwd=clone, capture_output=True,
+                           text=True, timeout=120)
     assert built.returncode == 0, built.stdout + built.stderr
     wheel, = (tmp_path / "wheels").glob("ddpm-*.whl")
     with zipfile.ZipFile(wheel) as archive:
