@@ -25,7 +25,7 @@ from typing import Callable, NamedTuple
 
 from support import data
 from support.checkpoint import Trained, build_schedule, load, load_checkpoint, save_checkpoint
-from support.command import (Parser, Progress, UsageError, command, count, first_line, locked,
+from support.command import (Parser, Progress, UsageError, command, count, one_line, locked,
                              reading, real, say, seed, stop, whole, word, written)
 from support.machine import Machine, seed_of, start_machine
 
@@ -444,7 +444,7 @@ def compiled(network: nn.Module, machine: Machine, batch: int, images: Tensor) -
         network.zero_grad()
         return fast
     except Exception as error:  # the compilers raise many kinds of error
-        say(f"training without torch.compile: {first_line(error)}")
+        say(f"training without torch.compile: {one_line(error)}")
         return network
 
 def describe(run: Run, step: int) -> None:

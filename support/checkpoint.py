@@ -5,7 +5,6 @@ import copy
 import hashlib
 import io
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,18 +69,16 @@ def load(name: str | Path | None = None, data_dir: str | Path = "data", ema: boo
          machine: Machine | None = None) -> Trained:
     """A trained network on the machine's device (by default the best one here).
 
-    name: a checkpoint of train.py or its folder, a folder in the layout of diffusers (or the file
-    of weights in it), or ORGANISATION/MODEL on the hub, which is downloaded once to data_dir/hub;
-    by default the run in runs/ that saved last. ema: take the averaged weights of a checkpoint.
-    ValueError or OSError if it cannot be used.
+    name: a checkpoint of train.py or its folder, a folder in the layout of diffusers, or
+    ORGANISATION/MODEL on the hub, which is downloaded once to data_dir/hub; by default the run in
+    runs/ that saved last. ema: take the averaged weights of a checkpoint. ValueError or OSError if
+    it cannot be used.
     """
     machine = machine or start_machine()
     path = newest_checkpoint() if name is None else Path(name)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.pt)", str(name)) and not path.parent.is_dir():
-        with machine.chief_first():
-            path = weights.download(str(name), Path(data_dir) / "hub")
     if weights.is_diffusers(path):
-        net, settings = weights.from_diffusers(path)
+        with machine.chief_first():
+            net, settings = weights.from_diffusers(path, Path(data_dir) / "hub")
         source = str(path)
     else:
         path = path / "checkpoint.pt" if path.is_dir() else path

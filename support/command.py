@@ -98,7 +98,7 @@ def command(main: Callable) -> Callable:
         except Exception as error:
             if os.environ.get("DDPM_TRACEBACK"):
                 raise
-            text = first_line(error)
+            text = one_line(error)
             if isinstance(error, ImportError):
                 needed = {"PIL": "pillow"}.get(error.name, error.name)
                 text = f"this needs a package that is not installed: pip install {needed}"
@@ -138,9 +138,9 @@ def say(text: str, end: str = "\n") -> None:
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr, flush=True)
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, printable and short, or the name of its class."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line, printable and short, or the name of its class."""
+    line = " ".join(str(error).split()) or type(error).__name__
     return "".join(c if c.isprintable() else "?" for c in line)[:280]
 
 class Progress:
@@ -185,7 +185,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as {what}: {first_line(error)}") from error
+        raise ValueError(f"{path} cannot be read as {what}: {one_line(error)}") from error
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:

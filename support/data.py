@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support.command import first_line, reading, say, written
+from support.command import one_line, reading, say, written
 
 FILES = {  # name → folder of the address; name and SHA-256 of the training and the test images
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", 2 * [("cifar-10-binary.tar.gz",
@@ -91,7 +91,7 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> Path:
         try:
             torch.hub.download_url_to_file(address, str(path), sha256)
         except Exception as error:  # of the network, or RuntimeError for another SHA-256
-            raise OSError(f"cannot download {address} ({first_line(error)}); get the file by other "
+            raise OSError(f"cannot download {address} ({one_line(error)}); get the file by other "
                           f"means and put it at {path}") from error
     return path
 
@@ -218,7 +218,7 @@ def plot(path: Path, draw: Callable) -> bool:
     except ImportError:
         return False
     except Exception as error:
-        say(f"{path} is not drawn: {first_line(error)}")
+        say(f"{path} is not drawn: {one_line(error)}")
         return False
 
 def shapes(n: int, size: int = 16, split: str = "train") -> Tensor:

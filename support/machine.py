@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.command import UsageError, first_line
+from support.command import UsageError, one_line
 
 class Machine(NamedTuple):
     """The device and precision of this process, and its place among the processes of torchrun."""
@@ -70,7 +70,7 @@ def start_machine(device: str | None = None, precision: str | None = None) -> Ma
         found = torch.device(device)
         torch.zeros(1, device=found)
     except Exception as error:  # each kind of device has its own
-        raise UsageError(f"--device {device}: there is none here ({first_line(error)})") from error
+        raise UsageError(f"--device {device}: there is none here ({one_line(error)})") from error
     if cuda := found.type == "cuda":
         torch.cuda.set_device(found)
         has_bf16 = torch.cuda.get_device_capability(found) >= (8, 0)

@@ -102,10 +102,10 @@ def ends(with_error) -> int:
 
 @pytest.mark.parametrize("error, status, said", [
     (None, 0, []), (3, 3, []), (SystemExit(4), 4, []), (SystemExit(None), 0, []),
-    (UsageError("flag 5"), 2, ["flag 5"]), (ValueError("value 5\nmore"), 1, ["value 5"]),
+    (UsageError("flag 5"), 2, ["flag 5"]), (ValueError("value 5\nmore"), 1, ["value 5 more"]),
     (OSError("file 5"), 1, ["file 5"]), (KeyError("key 5"), 1, ["KeyError", "key 5"]),
     (ModuleNotFoundError("No module named 'PIL'", name="PIL"), 1, ["pip install pillow"]),
-    (ModuleNotFoundError("No module named 'safetensors'", name="safetensors"), 1, ["pip install safetensors"]),
+    (ModuleNotFoundError("No module named 'diffusers'", name="diffusers"), 1, ["pip install diffusers"]),
     (RuntimeError("CUDA out of memory. 5"), 1, ["--batch-size"]),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, ["--batch-size"]),
     (KeyboardInterrupt(), 128 + signal.SIGINT, [])])
@@ -116,7 +116,7 @@ def test_the_status_tells_how_a_command_ended(error, status, said, capsys, monke
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == isinstance(error, (Exception, KeyboardInterrupt))
     assert all(line.startswith("test_support.py: ") for line in lines)
-    assert all(text in lines[0] for text in said) and "more" not in "".join(lines)
+    assert all(text in lines[0] for text in said)
     monkeypatch.setenv("DDPM_TRACEBACK", "1")
     if isinstance(error, Exception):
         with pytest.raises(type(error)):
@@ -639,7 +639,7 @@ def test_whatever_goes_wrong_in_reading_is_one_line_with_the_path(tmp_path):
             raise error
         text = str(seen.value)
         assert str(path) in text and "a thing" in text and "\n" not in text
-        assert text.endswith((str(error).splitlines() or [type(error).__name__])[0])
+        assert text.endswith(" ".join(str(error).split()) or type(error).__name__)
         assert seen.value.__cause__ is error
     for passes in (ModuleNotFoundError("x", name="PIL"), KeyboardInterrupt(), SystemExit(3)):
         with pytest.raises(type(passes)) as seen, command.reading(path, "a thing"):

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / ".github" / "images" / "mistakes"
 sys.path.insert(0, str(ROOT))
-from support.command import Parser, Progress, UsageError, command, count, first_line, say, written
+from support.command import Parser, Progress, UsageError, command, count, one_line, say, written
 
 import torch
 
@@ -36,7 +36,7 @@ from support import data
 # name: (file, test, [(right, wrong), …], names of CONTROLS); PAPER.md tells what was seen. None: no
 # command shows the mistake, for example because only tests call the function.
 D, C, E, R = "test_ddpm.", "test_commands.", "test_evaluate.", "test_compress."
-U, W = "test_unet.", "test_weights."
+U = "test_unet."
 MISTAKES = {
     # --- the schedule and the forward process
     "ᾱ_0 ≠ 1": ("ddpm.py", D + "test_sec2_alpha_bar_is_the_running_product", [
@@ -178,7 +178,7 @@ MISTAKES = {
     # --- the network
     "attention's softmax over the queries": ("unet.py", U + "test_softmax_is_over_the_keys", [
         ("scores.softmax(dim=2)", "scores.softmax(dim=1)")], "training"),
-    "no SiLU before the time projections": ("unet.py", W + "test_golden_outputs_of_diffusers", [
+    "no SiLU before the time projections": ("unet.py", U + "test_golden_outputs_of_diffusers", [
         ("emb = F.silu(", "emb = (")], "training sampling"),
     "a normalisation left out": ("unet.py", U + "test_every_parameter_matters", [
         ("self.conv1(F.silu(self.norm1(x)))", "self.conv1(F.silu(x))")], "training"),
@@ -309,7 +309,7 @@ def prepare(out: Path, folder: str) -> None:
             images = data.load("fashion_mnist", folder, split).images.float()
             images = torch.nn.functional.avg_pool2d(images, 2).round().to(torch.uint8)
         except (OSError, ValueError) as error:
-            say(f"shapes in place of Fashion-MNIST: {first_line(error)}")
+            say(f"shapes in place of Fashion-MNIST: {one_line(error)}")
             images = data.load("shapes", folder, split).images
         with written(out / f"{split}.pt") as file:
             torch.save(images.contiguous(), file)
