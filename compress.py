@@ -284,9 +284,9 @@ def main(argv=None) -> int:
                 content = source.read_bytes()[:args.bytes]
                 picture, t = decode(trained, content)
             file.write(data.png(picture))
-            said = f"shows what {len(content)} of " + (
-                f"{HEADER + int.from_bytes(content[10:HEADER], 'big')} bytes tell: an estimate, "
-                f"x̂_0 at step {t} of {STEPS}" if t else "as many bytes tell: the picture, exactly")
+            total = HEADER + int.from_bytes(content[10:HEADER], "big")
+            said = f"shows what {len(content)} of {total} bytes tell: " + (
+                f"an estimate, x̂_0 at step {t} of {STEPS}" if t else "the picture, exactly")
     say(f"{target} {said}")
     return 0
 

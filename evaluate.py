@@ -15,7 +15,6 @@ import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 from support import data
 from support.checkpoint import Trained, inference_model, load
@@ -45,18 +44,12 @@ def strata(T: int, K: int) -> list[tuple[int, int]]:
         ends.append(max(ends[-1], round(2 * ((T + 1) / 2) ** (k / K))))
     return [(first, end - 1) for first, end in zip(ends, ends[1:]) if end > first]
 
-class Bound(NamedTuple):
-    """The three parts of Eq. 5 in nats, (B,) each."""
-    L_T: Tensor
-    L_middle: Tensor  # Σ_{t=2}^{T} L_{t−1}
-    L_0: Tensor
-
 def estimate(s: ddpm.Schedule, model: ddpm.Model, x0: Tensor, index: range, seed: int, K: int,
-             noise: Noise, **choices) -> Bound:
+             noise: Noise, **choices) -> Tensor:
     """L_T + Σ_k length_k · L_{t_k−1} + L_0, t_k uniform in the k-th of K strata.   [DDPM Eq. 5]
 
     It is unbiased for Eq. 5, whatever the strata are. x0: 8-bit images (B, …); index: their numbers
-    in the data set; noise: theirs → (B,) nats each.
+    in the data set; noise: theirs → (B, 3) nats: L_T, L_1 + … + L_{T−1}, L_0.
     """
     terms = []
     for k, (first, last) in enumerate([(1, 1), *strata(s.T, K)]):
@@ -66,7 +59,8 @@ def estimate(s: ddpm.Schedule, model: ddpm.Model, x0: Tensor, index: range, seed
         x_t = ddpm.q_sample(s, x0, t, noise(t))
         p = ddpm.p_mean_variance(s, model, x_t, t, **choices)
         terms.append(length * ddpm.vlb_term(s, x0, x_t, t, p))
-    return Bound(ddpm.prior_kl(s, x0), sum(terms[1:], torch.zeros_like(terms[0])), terms[0])
+    middle = sum(terms[1:], torch.zeros_like(terms[0]))
+    return torch.stack([ddpm.prior_kl(s, x0), middle, terms[0]], 1)
 
 def spread(values: Tensor) -> str:
     """Mean ± standard error of the mean."""
@@ -96,9 +90,9 @@ def likelihood(trained: Trained, images: Tensor, machine: Machine, args, table) 
                 if t:
                     curve.append(torch.stack([rate.cpu(), ddpm.distortion(x0, x0_hat).cpu()], 1))
                 progress.update(min(n - 1, (i + len(index) * (1 - t / s.T)) * machine.world))
-            bound = Bound(rates[s.T], rates[1] - rates[s.T], rates[0] - rates[1])
+            bound = torch.stack([rates[s.T], rates[1] - rates[s.T], rates[0] - rates[1]], 1)
             curves.append(torch.stack(curve, 1))                            # (B, T, 2)
-        parts.append(torch.stack(bound, 1).cpu())                           # (B, 3)
+        parts.append(bound.cpu())
         progress.update(min((i + len(index)) * machine.world, n))
     bits = ddpm.bits_per_dim(machine.gather(torch.cat(parts), n), images)
     curve = None if args.terms else machine.gather(torch.cat(curves), n)

@@ -135,8 +135,8 @@ def interpolation(trained: Trained, sampler: Sampler, model: ddpm.Model, args, m
     if not name:
         raise UsageError("--interpolate needs --dataset: the checkpoint names none")
     with machine.chief_first():
-        images = data.load(name, args.data_dir or trained.settings.get("data_dir", "data"), "test",
-                           trained.settings["image_size"]).images
+        images, _ = data.load(name, args.data_dir or trained.settings.get("data_dir", "data"),
+                              "test", trained.settings["image_size"])
     if tuple(images.shape[1:]) != trained.shape:
         raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, the network's "
                          f"{trained.shape}")

@@ -150,12 +150,9 @@ def training_step(run: Run, k: int) -> tuple[Tensor, Tensor, Tensor]:
                              1 - ema_decay(settings, k))
     return torch.cat(losses), t, norm
 
-def train(run: Run, step: int, records: list[tuple]) -> int:
-    """Algorithm 1 from `step` to the last step, or to a signal → the steps that are done then.
-
-    records: what `training_step` returned since the last line of the log.
-    """
-    settings, machine, seconds, timed = run.settings, run.machine, 0.0, 0
+def train(run: Run, step: int) -> int:
+    """Algorithm 1 from `step` to the last step, or to a signal → the steps that are done then."""
+    settings, machine, records, seconds = run.settings, run.machine, [], 0.0
     progress = Progress(settings["steps"], "steps", step, quiet=not machine.chief)
     run.network.train()
 
@@ -181,17 +178,16 @@ def train(run: Run, step: int, records: list[tuple]) -> int:
         started = time.monotonic()
         torch.manual_seed(seed_of(settings["seed"], "dropout", step, machine.rank))
         records.append(training_step(run, step))  # 2 to 5
-        step += 1
-        seconds, timed = seconds + time.monotonic() - started, timed + 1
+        step, seconds = step + 1, seconds + time.monotonic() - started
         ended = stopped(machine)
         saves = ended or step == settings["steps"] or due("save_every", "sample_every", "keep")
         if saves or progress.due() or due("log_every"):
             progress.update(step, f"loss {check(run, step, records):.4f}")
-        if due("log_every"):
-            log(run, step, records, seconds / timed * len(records))  # some are of before a resume
-            records, seconds, timed = [], 0.0, 0
+        if saves or due("log_every"):
+            log(run, step, records, seconds)
+            records, seconds = [], 0.0
         if saves:
-            save(run, step, records)
+            save(run, step)
         if ended:
             return step
 
@@ -248,32 +244,25 @@ def stopped(machine: Machine) -> bool:
 def check(run: Run, step: int, records: list[tuple]) -> float:
     """The mean loss of the last steps. ValueError if it, or the gradient, is not finite.
 
-    With fp16 a step that is not finite leaves the weights as they are and halves the scale of the
-    gradients; a scale near 0 comes from a long row of such steps. Reading the numbers waits for the
-    device.
+    records: what `training_step` returned since the last line of the log. With fp16 a step that is
+    not finite leaves the weights as they are and halves the scale of the gradients; a scale near 0
+    comes from a long row of such steps. Reading the numbers waits for the device.
     """
-    recent = torch.cat([loss for loss, *_ in records[-100:]]).nanmean()
     fp16, (loss, _, norm) = run.scaler.is_enabled(), records[-1]
     if run.scaler.get_scale() < 1e-4 if fp16 else not (loss.mean() + norm).isfinite():
         finite = torch.stack([(loss.mean() + norm).isfinite() for loss, _, norm in records])
         first = step - len(records) + 1 + finite.tolist().index(False)
         raise ValueError(f"step {first}: the loss or its gradient is not finite. The checkpoint in "
                          f"{run.folder}, if any, is older; try a lower --lr with another --out")
-    return recent.item()
-
-def gathered(run: Run, records: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
-    """The records of all processes: losses and t (images, steps), norm (steps,)."""
-    n = run.settings["batch_size"]
-    losses, t, norm = (torch.stack(x, -1) for x in zip(*records))
-    return run.machine.gather(losses, n), run.machine.gather(t, n), norm.cpu()
+    return torch.cat([loss for loss, *_ in records[-100:]]).nanmean().item()
 
 PARTS = ("net", "ema", "adam", "scaler")  # of the state, each with a state_dict
 
-def save(run: Run, step: int, records: list[tuple]) -> None:
+def save(run: Run, step: int) -> None:
     """Writes the checkpoint of this step."""
     state = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"settings": run.settings, "step": step, "dtype": str(run.machine.dtype),
-              "records": records and gathered(run, records), "data": data.fingerprint(run.images)}
+              "data": data.fingerprint(run.images)}
     if run.machine.chief:
         save_checkpoint(run.folder / "checkpoint.pt", state)
 
@@ -284,8 +273,8 @@ def keep(run: Run, step: int) -> None:
         save_checkpoint(path, {"settings": run.settings, "step": step,
                                "ema": run.ema.state_dict()})
 
-def restore(run: Run, state: dict) -> tuple[int, list[tuple]]:
-    """Continues from a checkpoint → its step and records. ValueError if the images are others."""
+def restore(run: Run, state: dict) -> int:
+    """Continues from a checkpoint → its step. ValueError if the images are others."""
     if state["data"] != data.fingerprint(run.images):
         raise ValueError(f"the images of {run.settings['dataset']} are not those with which the "
                          f"run in {run.folder} began")
@@ -294,22 +283,20 @@ def restore(run: Run, state: dict) -> tuple[int, list[tuple]]:
     for name in PARTS:
         if state[name]:  # the scaler's is empty unless it is fp16's
             getattr(run, name).load_state_dict(state[name])
-    records, share = [x.to(run.machine.device) for x in state["records"]], run.machine.share
-    if records:
-        losses, t, norm = records
-        records = list(zip(losses[share].unbind(1), t[share].unbind(1), norm))
-    return state["step"], records
+    return state["step"]
 
 def log(run: Run, step: int, records: list[tuple], seconds: float) -> None:
-    """Appends the means of the records to log.jsonl."""
-    settings, s, (losses, t, norm) = run.settings, run.s, gathered(run, records)
+    """Appends the means of the records, over the images of all processes, to log.jsonl."""
+    settings, s, n = run.settings, run.s, run.settings["batch_size"]
+    losses, t, norm = (torch.stack(x, -1) for x in zip(*records))
+    losses, t, norm = run.machine.gather(losses, n), run.machine.gather(t, n), norm.cpu()
     losses, t, norm = (x[..., norm.isfinite()] for x in (losses, t, norm))  # fp16 skips the others
     thirds = [losses[(t - 1) * 3 // s.T == i] for i in range(3)]
     mean, *means, norms = (x.mean().item() if x.numel() else None for x in (losses, *thirds, norm))
     entry = {"step": step, "loss": mean, "loss_thirds": means,
              "lr": learning_rate(settings, step - 1), "grad_norm": norms,
              "grad_norm_max": norm.max().item() if len(norm) else None,
-             "images_per_s": round(len(records) * settings["batch_size"] / max(seconds, 1e-9), 3)}
+             "images_per_s": round(len(records) * n / max(seconds, 1e-9), 3)}
     if settings["objective"] == "vlb" and len(norm):  # an estimate of L, in bits/dim
         some = data.to_model(run.images[:64])
         L_T = ddpm.bits_per_dim(ddpm.prior_kl(s, some.to(s.betas.device)), some).mean().item()
@@ -366,11 +353,9 @@ def parse(argv) -> dict:
     parser = Parser(__doc__, "--device", "--precision", epilog="\n".join(
         textwrap.fill(text, 98) for text in recipes))
     for name, (default, kind, meaning) in SETTINGS.items():
-        options = dict(nargs="+", type=kind[0]) if isinstance(kind, list) else dict(type=kind)
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(kind, tuple):
-            options = {"choices": kind}
+        options = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+                   {"choices": kind} if isinstance(kind, tuple) else
+                   {"nargs": "+", "type": kind[0]} if isinstance(kind, list) else {"type": kind})
         text = meaning if default is None else f"{meaning} (default: {default})"
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
                             **options)
@@ -496,13 +481,13 @@ def main(argv=None) -> int:
     with locked(folder) if machine.chief else contextlib.nullcontext():
         if saved() != before:
             raise ValueError(f"{path} has changed meanwhile: give the same command again")
-        step, records = 0, []
+        step = 0
         if state:
             with reading(path, "the state of this run"):
-                step, records = restore(run, state)
+                step = restore(run, state)
         if machine.chief:
             describe(run, step)
-        step = train(run, step, records)
+        step = train(run, step)
     if stop.number and machine.chief:
         say(f"stopped at step {step}; the same command resumes")
     return stop.number and 128 + stop.number

@@ -14,7 +14,7 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +38,6 @@ FILES = {  # name → folder of the address; name and SHA-256 of the training an
 NAMES = (*FILES, "shapes")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
 
-class Data(NamedTuple):
-    """A data set, in memory or mapped from disk: uint8 N×C×H×W, C = 1 or 3; and what it is."""
-    images: Tensor
-    about: str
-
 def to_model(images: Tensor) -> Tensor:
     """{0 … 255} → [−1, 1], linearly: uint8 in, float32 out.   [DDPM §3.3]"""
     return images.float() / 127.5 - 1
@@ -52,16 +47,17 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 def load(name: str, data_dir: str | Path = "data", split: str = "train",
-         image_size: int | None = None) -> Data:
+         image_size: int | None = None) -> tuple[Tensor, str]:
     """The images of `name`: one of NAMES, a .pt file with a uint8 tensor, or a folder of pictures.
 
+    In memory or mapped from disk, uint8 N×C×H×W, C = 1 or 3; and what they are, in words.
     split: "train" or "test". A .pt file has no such parts, and a folder only if it has subfolders
     with these names. image_size: side of the images of a folder (256 unless given) and of shapes
     (16). ValueError if the data are not what they should be, OSError if they cannot be had.
     """
     about = f"{split} split"
     if name == "shapes":
-        return Data(shapes(8192 if split == "train" else 1024, image_size or 16, split), about)
+        return shapes(8192 if split == "train" else 1024, image_size or 16, split), about
     if name in FILES:
         address, files = FILES[name]
         file, sha256 = files[split == "test"]
@@ -72,16 +68,16 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
         if own.exists() or other or not path.exists():
             path = fetch(address + file, own, sha256)
         if name == "cifar10":
-            return Data(read_cifar10(path, split), about)
-        return Data(F.pad(read_idx(path), (2, 2, 2, 2)), f"{about}, padded from 28×28 to 32×32")
+            return read_cifar10(path, split), about
+        return F.pad(read_idx(path), (2, 2, 2, 2)), f"{about}, padded from 28×28 to 32×32"
     if name.endswith(".pt"):
-        return Data(read_tensor(Path(name)), "which has no splits")
+        return read_tensor(Path(name)), "which has no splits"
     if not Path(name).is_dir():
         raise ValueError(f"no data set is called {name!r}: choose {', '.join(NAMES)}, a .pt file "
                          "or a folder of pictures")
     parts = any(Path(name, part).is_dir() for part in ("train", "test"))
     folder, about = (Path(name, split), about) if parts else (Path(name), "all pictures")
-    return Data(read_folder(folder, Path(data_dir), image_size or 256), about)
+    return read_folder(folder, Path(data_dir), image_size or 256), about
 
 def fetch(address: str, path: Path, sha256: str | None = None) -> Path:
     """Downloads `address` to `path`, unless it is there. OSError says where to put it by hand."""

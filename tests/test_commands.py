@@ -63,6 +63,18 @@ def losses(folder="runs/images") -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
 
 
+def assert_same_log(folder, whole="whole") -> None:
+    """The same means of the same steps: where a run was stopped, a line is there in two parts."""
+    def sums(entries) -> dict:
+        total, before, found = 0.0, 0, {}
+        for entry in entries:
+            total, before = total + (entry["step"] - before) * entry["loss"], entry["step"]
+            found[before] = pytest.approx(total)
+        return found
+    mine, all_of = sums(losses(folder)), sums(losses(whole))
+    assert {step: mine[step] for step in all_of} == all_of and len(mine) >= len(all_of)
+
+
 def assert_equal(a, b) -> None:
     """Nested dictionaries and lists of tensors, to the bit."""
     assert type(a) is type(b)
@@ -134,7 +146,9 @@ def test_train_resume_sample(capsys):
     for changed in ("steps", "samples", "sample_steps"):
         a["settings"].pop(changed), b["settings"].pop(changed)
     assert_equal(a, b)
-    assert losses("a") == losses("b") and [e["step"] for e in losses("a")] == [2, 4, 6]
+    assert_same_log("b", "a")
+    assert [e["step"] for e in losses("a")] == [2, 4, 6, 7]
+    assert [e["step"] for e in losses("b")] == [2, 3, 4, 6, 7]
     assert read_png("b/samples-0000007.png")[0] == (480, 480)
 
     Path("runs").mkdir()
@@ -415,9 +429,10 @@ def test_a_network_of_ones_own(monkeypatch, capsys, precision):
     trains("--steps", 6, "--samples", 1, "--sample-steps", 3, *flags)
     names = [name for name in checkpoint()["net"] if "weight" in name]
     assert names == ["time.weight", "norm.weight", "last.weight", "across.weight", "along.weight"]
-    for part in ("net", "ema", "adam", "records"):
+    for part in ("net", "ema", "adam"):
         assert_equal(checkpoint()[part], checkpoint("whole")[part])
-    assert losses() == losses("whole") and losses()[2]["loss"] < losses()[0]["loss"]
+    assert_same_log("runs/images")
+    assert losses()[-1]["loss"] < losses()[0]["loss"]
     assert read_png("runs/images/samples-0000006.png")[0] == (480, 480)
     assert sample.main(f"--n 2 --steps 4 --out x.pt --device cpu --precision {precision}".split()) == 0
     x = torch.load("x.pt")
@@ -564,7 +579,7 @@ def test_a_place_that_cannot_be_written_is_an_error_before_the_work(monkeypatch,
 
 
 @pytest.mark.parametrize("call, flags, step, saved, lines", [
-    (4, "--log-every 5 --save-every 3", 6, 3, [2, 5]), (2, "--log-every 5 --save-every 9", 4, 2, [2])])
+    (4, "--log-every 5 --save-every 3", 6, 3, [2, 3, 5]), (2, "--log-every 5 --save-every 9", 4, 2, [2])])
 def test_a_step_that_is_not_finite_ends_the_run(capsys, monkeypatch, call, flags, step, saved, lines):
     """The step is named, also if its numbers are read some steps later; the checkpoint before it is
     intact, and neither a checkpoint nor a line of the log is written after it."""
@@ -719,7 +734,7 @@ def test_a_signal_loses_no_step(monkeypatch, capsys):
         trains(*flags, "--out", place)
         assert train.training_step is step
         assert_equal(checkpoint(place), checkpoint("whole"))
-        assert losses(place) == losses("whole")
+        assert_same_log(place)
         assert {path.name for path in Path(place).iterdir()} == {path.name for path in Path("whole").iterdir()}
 
 
@@ -736,7 +751,7 @@ def test_a_process_of_its_own_stops_and_says_how_to_go_on(capsys):
     step = checkpoint()["step"]
     assert f"step {step};" in err.splitlines()[-1] and "Traceback" not in err
     trains(*SMALL, "--steps", step, "--out", "whole")
-    for part in ("net", "ema", "adam", "records"):
+    for part in ("net", "ema", "adam"):
         assert_equal(checkpoint()[part], checkpoint("whole")[part])
 
 

@@ -239,7 +239,7 @@ def test_a_file_in_the_folder_of_its_data_set_is_taken_first(tmp_path, monkeypat
     for place, n in (("data", 2), ("data/mnist", 3)):
         with open(f"{place}/{TRAIN}", "wb") as file:
             file.write(gzip.compress(idx(n)))
-        assert len(data.load("mnist").images) == n
+        assert len(data.load("mnist")[0]) == n
 
 
 def half(handler) -> None:
@@ -282,8 +282,8 @@ def test_tensor_file(tmp_path):
     for channels in (1, 3):
         images = picture(4, channels, 8, 6)
         torch.save(images, path)
-        assert torch.equal(data.load(str(path)).images, images)
-        assert torch.equal(data.load(str(path), split="test").images, images)
+        assert torch.equal(data.load(str(path))[0], images)
+        assert torch.equal(data.load(str(path), split="test")[0], images)
     for bad in (images.float(), images.bool(), images[0], images[:, :2], images[:0], {"a": images},
                 [images], "text", images[:, [0, 1, 2, 0]], images[None], images[..., :0]):
         torch.save(bad, path)
@@ -364,7 +364,7 @@ def test_pictures_of_a_folder_are_as_one_sees_them(tmp_path):
     Image.frombytes("I;16", (16, 16), b"".join(struct.pack("<H", 257 * v) for v in grey.flatten().tolist())
                     ).save(folder / "h.png")
     pil(grey, "L").save(folder / "i.png")
-    images = data.load(str(folder), tmp_path / "data", image_size=16).images
+    images = data.load(str(folder), tmp_path / "data", image_size=16)[0]
     for name, got in zip("abcdef", images):
         assert torch.equal(got, rgb), name
     assert (images[6] == 255).all()
@@ -477,14 +477,14 @@ def test_a_folder_is_all_its_pictures_in_order(decoded):
     fill("p/b", c_JPG=3, a_png=2, b_Jpeg=9)
     fill("p/c.png", d_tiff=4, e_pt=5, f_txt=6)
     fill("p/a", z_webp=1)
-    images = data.load("p", "cache", image_size=2).images
+    images = data.load("p", "cache", image_size=2)[0]
     assert images.shape == (5, 3, 2, 2) and images.dtype == torch.uint8
     assert images[:, 0, 0, 0].tolist() == [1, 2, 9, 3, 4]
     assert all((image == image[0, 0, 0]).all() for image in images)
-    assert data.load("p", "cache").images.shape == (5, 3, 256, 256)
+    assert data.load("p", "cache")[0].shape == (5, 3, 256, 256)
     for suffix in ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "pgm", "gif", "tif", "tiff"):
         fill(suffix, **{f"x_{suffix}": 7})
-        assert data.load(suffix, "cache", image_size=1).images.flatten().tolist() == [7] * 3
+        assert data.load(suffix, "cache", image_size=1)[0].flatten().tolist() == [7] * 3
 
 
 def test_a_folder_has_splits_if_its_folders_are_called_so(decoded):
@@ -504,7 +504,7 @@ def test_a_folder_has_splits_if_its_folders_are_called_so(decoded):
             with pytest.raises(ValueError, match=re.escape(os.path.join(name, split))):
                 data.load(name, "cache", split, 1)
     fill("p/test", a_png=4)
-    assert data.load("p", "cache", "test", 1).images.flatten().tolist() == [4] * 3
+    assert data.load("p", "cache", "test", 1)[0].flatten().tolist() == [4] * 3
 
 
 def test_a_folder_is_decoded_anew_if_and_only_if_something_changed(decoded):
@@ -512,7 +512,7 @@ def test_a_folder_is_decoded_anew_if_and_only_if_something_changed(decoded):
     makes no difference. A picture that cannot be decoded leaves no file, not even a part."""
     def load(size: int = 2, name="p"):
         before = len(decoded)
-        images = data.load(name, "cache", image_size=size).images
+        images = data.load(name, "cache", image_size=size)[0]
         return len(decoded) - before, images[:, 0, 0, 0].tolist()
     fill("p", a_png=1, b_png=2)
     for name in "ab":
@@ -643,9 +643,9 @@ def test_shapes_have_8192_images_of_16_pixels_to_train_and_1024_to_test(monkeypa
     images, about = data.load("shapes", split="test")
     assert torch.equal(images, data.shapes(1024, 16, "test")) and "test" in about
     monkeypatch.setattr(data, "shapes", lambda *given: given)
-    assert data.load("shapes").images == (8192, 16, "train")
-    assert data.load("shapes", image_size=8).images == (8192, 8, "train")
-    assert data.load("shapes", split="test", image_size=512).images == (1024, 512, "test")
+    assert data.load("shapes")[0] == (8192, 16, "train")
+    assert data.load("shapes", image_size=8)[0] == (8192, 8, "train")
+    assert data.load("shapes", split="test", image_size=512)[0] == (1024, 512, "test")
 
 
 @pytest.mark.parametrize("split, colours", [

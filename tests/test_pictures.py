@@ -316,7 +316,7 @@ def test_the_images_that_are_mixed(run, monkeypatch, capsys):
     images, file = real, Path("runs/images/checkpoint.pt")
     state = checkpoint.load_checkpoint(file)
     save_checkpoint(file, {**state, "settings": {**state["settings"], "data_dir": "kept"}})
-    monkeypatch.setattr(data, "load", lambda *x: asked.append(x) or data.Data(images, "test"))
+    monkeypatch.setattr(data, "load", lambda *x: asked.append(x) or (images, "test"))
     flags = [*FLAGS, "--interpolate", "--n", "1", "--steps", "2", "--time", "1"]
     for more, place in (([], ("images.pt", "kept")), (["--dataset", "a"], ("a", "kept")),
                         (["--dataset", "b", "--data-dir", "there"], ("b", "there"))):

@@ -217,10 +217,10 @@ def test_a_checkpoint_that_changes_while_a_run_starts_is_noticed(monkeypatch, ca
     real, flags = data.load, ["--out", "runs/r", "--device", "cpu", "--precision", "fp32", *words(
         {"dataset": "images.pt", "channels": 32, "multipliers": [1], "attention": [8], "samples": 0})]
     run = run_of(folder="other", dataset="images.pt", attention=[8])
-    monkeypatch.setattr(train, "train", lambda run, step, records: calls.append(step) or step)
+    monkeypatch.setattr(train, "train", lambda run, step: calls.append(step) or step)
 
     def saves(*place):
-        train.save(run._replace(folder=path.parent), 5, [])
+        train.save(run._replace(folder=path.parent), 5)
         return real(*place)
     for _ in range(2):
         with monkeypatch.context() as patch:
@@ -228,7 +228,7 @@ def test_a_checkpoint_that_changes_while_a_run_starts_is_noticed(monkeypatch, ca
             assert train.main(flags) == 1
         assert str(path) in (err := capsys.readouterr().err) and err.count("\n") == 1
         assert load_checkpoint(path)["step"] == 5 and not calls
-        train.save(run._replace(folder=path.parent, images=torch.load("images.pt")), 4, [])
+        train.save(run._replace(folder=path.parent, images=torch.load("images.pt")), 4)
     assert train.main(flags[:6]) == 0 and calls.pop() == 4
     state = load_checkpoint(path)
     del state["net"]["conv_in.bias"]
@@ -423,7 +423,7 @@ def test_init_starts_from_the_averages_of_another_run(monkeypatch):
     other = run_of(folder="other", multipliers=[1, 2], attention=[4], predict="x0", lr=0.5)
     for average in other.ema.parameters():
         average += 0.5
-    train.save(other, 0, [])
+    train.save(other, 0)
     given = {"init": "other", "compile": None, "dataset": "shapes"}
     new = train.begin(given, data.shapes(4, 8), {}, CPU, Path("new"))
     for net in (new.net, new.ema):
@@ -535,19 +535,19 @@ def stub(monkeypatch, seconds: float = 0.0, bad: int = 10 ** 9, signal: int = 0)
 
 @pytest.mark.parametrize("first, steps, every, want", [
     (0, 2, (1, 1, 1, 1), "1 log save keep plot grid 2 log save keep plot grid"),
-    (0, 13, (5, 4, 3, 6), "1 2 3 save keep 4 save plot 5 log 6 save keep grid 7 8 save plot 9 save keep 10 log 11 "
-            "12 save keep plot grid 13 save plot grid"),
-    (6, 9, (5, 4, 3, 6), "keep grid 7 8 save plot 9 save keep plot grid"),
-    (8, 10, (5, 4, 3, 6), "plot 9 save keep 10 log save plot grid"),
-    (0, 1, (9, 9, None, 9), "1 save plot grid"), (5, 5, (5, 4, 3, 6), "plot grid"),
+    (0, 13, (5, 4, 3, 6), "1 2 3 log save keep 4 log save plot 5 log 6 log save keep grid 7 8 log save plot "
+            "9 log save keep 10 log 11 12 log save keep plot grid 13 log save plot grid"),
+    (6, 9, (5, 4, 3, 6), "keep grid 7 8 log save plot 9 log save keep plot grid"),
+    (8, 10, (5, 4, 3, 6), "plot 9 log save keep 10 log save plot grid"),
+    (0, 1, (9, 9, None, 9), "1 log save plot grid"), (5, 5, (5, 4, 3, 6), "plot grid"),
     (12, 12, (5, 4, 3, 6), "keep plot grid")])
 def test_which_steps_log_save_keep_and_draw(monkeypatch, first, steps, every, want):
     """Every N-th one, counted from the first of the run; before what belongs to a step is made, it
-    is saved, and the last one is. What belongs to the step that is resumed is made first. Each step
+    is saved, and the last one is; before it is saved, it has its line in the log. What belongs to the step that is resumed is made first. Each step
     has the dropout of (seed, step). A signal waits for a step and its files, and not for a grid."""
     names = ("log_every", "save_every", "keep", "sample_every")
     events, run = stub(monkeypatch), run_of(steps=steps, **dict(zip(names, every)))
-    assert train.train(run, first, []) == steps
+    assert train.train(run, first) == steps
     made, step = [], first
     for name, number, *seed in events:
         if seed:
@@ -563,7 +563,7 @@ def test_which_steps_log_save_keep_and_draw(monkeypatch, first, steps, every, wa
 def test_a_signal_ends_the_run_after_its_step_and_saves_it(monkeypatch):
     """That step's line of the log, too; what else belongs to it is made when the run goes on."""
     events, run = stub(monkeypatch, signal=2), run_of(steps=9, log_every=2, save_every=2, keep=2, sample_every=2)
-    assert train.train(run, 0, []) == 2
+    assert train.train(run, 0) == 2
     assert [event[0] for event in events] == ["step", "step", "log", "save"]
 
 
@@ -579,7 +579,7 @@ def test_a_number_that_is_not_finite_is_noticed_before_it_is_written(monkeypatch
         with pytest.MonkeyPatch.context() as patch:
             events = stub(patch, bad=bad)
             with pytest.raises(ValueError, match=f"step {bad}:"):
-                train.train(run._replace(settings=settings), 0, [])
+                train.train(run._replace(settings=settings), 0)
         assert all(number < bad for name, number, *_ in events if name in ("log", "save", "keep", "grid"))
 
 
@@ -591,19 +591,19 @@ def test_the_progress_tells_of_the_steps_of_this_command(monkeypatch, due, updat
     monkeypatch.setattr(Progress, "update", lambda self, done, *_, **__: shown.append(
         (done, self.first, self.total, self.quiet)))
     stub(monkeypatch)
-    train.train(run_of(steps=4), 1, [])
+    train.train(run_of(steps=4), 1)
     assert shown == [(done, 1, 4, False) for done in updates]
 
 
 def test_the_speed_is_that_of_the_steps_since_the_last_line(monkeypatch):
-    """Three steps of 7/64 s with 2 images each are 6/(21/64) = 18.286 images/s, in every line; grids
-    take no time of it, and steps of before a resume, whose time is not known, as long as others."""
+    """Steps of 7/64 s with 2 images each are 2/(7/64) = 18.286 images/s, in every line; grids take no
+    time of it."""
     real = train.log
     stub(monkeypatch, 7 / 64)
     monkeypatch.setattr(train, "log", real)
-    train.train(run_of(steps=8, log_every=3, sample_every=1), 0, [])
-    train.train(run_of(steps=4, log_every=3), 2, records_of(*2 * [([1.0, 1.0], [1, 2], 3.0)]))
-    assert [entry["images_per_s"] for entry in log()] == [18.286] * 3
+    train.train(run_of(steps=8, log_every=3, sample_every=1), 0)
+    train.train(run_of(steps=10, log_every=3), 8)
+    assert [entry["images_per_s"] for entry in log()] == [18.286] * 10
 
 
 # ------------------------------------------------------------------------ records, and what is saved
@@ -684,7 +684,7 @@ def test_fp16_leaves_the_weights_where_a_step_is_not_finite(monkeypatch):
     monkeypatch.setattr(Progress, "due", lambda self: True)
     monkeypatch.setattr(train, "loss_of", lambda *given: real(*given) * math.nan)
     with pytest.raises(ValueError, match="step 2:"):
-        train.train(run, 1, [])
+        train.train(run, 1)
     assert [run.net.a.item(), run.net.b.item()] == before and run.scaler.get_scale() == 2.0 ** (16 - 30)
 
 
@@ -692,28 +692,28 @@ def test_fp16_leaves_the_weights_where_a_step_is_not_finite(monkeypatch):
     (torch.float32, 1), (torch.float32, 3), (torch.float32, 4), (torch.float16, 3)])
 def test_a_run_goes_on_to_the_bit(dtype, first):
     """A run that is stopped and continued by another process, whose weights are others until then,
-    is the run that was not: weights, averages, Adam, scale, the lines of the log and the records of
-    steps that have no line yet. Dropout, micro-batches and flips on.
+    is the run that was not: weights, averages, Adam, scale. Dropout, micro-batches and flips on.
+    The log has a line more, where it was stopped.
 
-    Kills: a state, or a record in the middle of an interval, that is not in the checkpoint."""
+    Kills: a state that is not in the checkpoint, steps that no line counts or two do."""
     flags = dict(log_every=4, dropout=0.3, micro_batch=2, batch_size=3, save_every=100, lr=0.1)
-    train.train(run_of(dtype, folder="whole", steps=6, **flags), 0, [])
-    one = run_of(dtype, folder="two", steps=first, **flags)
-    train.train(one, 0, records := [])
+    train.train(run_of(dtype, folder="whole", steps=6, **flags), 0)
+    train.train(run_of(dtype, folder="two", steps=first, **flags), 0)
     state = load_checkpoint(Path("two/checkpoint.pt"))
     two = run_of(dtype, folder="two", steps=6, **flags)
     with torch.no_grad():
         for p in [*two.net.parameters(), *two.ema.parameters()]:
             p += 1
-    step, restored = train.restore(two, state)
-    assert step == first
-    assert_equal([tuple(x) for x in restored], [tuple(x) for x in records] if first < 4 else [])
-    train.train(two, step, restored)
+    assert train.restore(two, state) == first
+    train.train(two, first)
     a, b = (load_checkpoint(Path(folder, "checkpoint.pt")) for folder in ("whole", "two"))
-    assert len(a["records"][0][0]) == 2 and a["records"][0].shape == (3, 2)
     assert_equal(a, b)
-    speedless = [[{**line, "images_per_s": 0} for line in log(folder)] for folder in ("whole", "two")]
-    assert speedless[0] == speedless[1] and [line["step"] for line in speedless[0]] == [4]
+    lines, more = log("whole"), log("two")
+    assert [line["step"] for line in lines] == [4, 6]
+    assert [line["step"] for line in more] == sorted({first, 4, 6})
+    share = [(line["step"] - before) * line["loss"] for line, before in zip(more, [0, first, 4])]
+    if dtype == torch.float32 and first < 4:
+        assert sum(share[:2]) == pytest.approx(4 * lines[0]["loss"])
 
 
 def test_what_a_checkpoint_is_restored_to(capsys):
@@ -722,9 +722,9 @@ def test_what_a_checkpoint_is_restored_to(capsys):
     half, full = run_of(torch.float16), run_of()
     half.scaler.load_state_dict({**half.scaler.state_dict(), "scale": 8.0})
     for run, scale in ((half, 8.0), (full, 2.0 ** 16)):
-        train.save(run, 3, [])
+        train.save(run, 3)
         again = run_of(torch.float16)
-        assert train.restore(again, load_checkpoint(Path("checkpoint.pt"))) == (3, [])
+        assert train.restore(again, load_checkpoint(Path("checkpoint.pt"))) == 3
         assert again.scaler.get_scale() == scale
         err = capsys.readouterr().err
         assert "float32" in err and "float16" in err if run is full else err == ""
@@ -735,44 +735,38 @@ def test_what_a_checkpoint_is_restored_to(capsys):
 
 
 def test_two_processes_by_hand(monkeypatch, capsys):
-    """Each has the losses of every second image: the log and the checkpoint have those of all, in
-    their order, each process gets its own back, and only the first one writes and says anything. A
-    signal to one of them stops both."""
+    """Each has the losses of every second image: the log has those of all, in their order, and only
+    the first one writes and says anything. A signal to one of them stops both."""
     all_of = records_of(([1.0, 2.0, 3.0, 4.0], [1, 8, 15, 20], 5.0), ([5.0, 6.0, 7.0, 8.0], [2, 9, 16, 3], 7.0))
     run, files = run_of(batch_size=4, steps=5), {}
 
     def job(machine):
         mine = run._replace(machine=machine, folder=Path(f"{machine.rank}"))
         mine.folder.mkdir()
-        records = [(loss[machine.share], t[machine.share], norm) for loss, t, norm in all_of]
-        train.log(mine, 2, records, 1.0)
-        train.save(mine, 2, records)
+        train.log(mine, 2, [(loss[machine.share], t[machine.share], norm) for loss, t, norm in all_of], 1.0)
+        train.save(mine, 2)
         files[machine.rank] = sorted(path.name for path in mine.folder.iterdir())
-        return records
-    records = test_pictures.both(monkeypatch, job)
+    test_pictures.both(monkeypatch, job)
     assert files == {0: ["checkpoint.pt", "log.jsonl"], 1: []}
     Path("one").mkdir()
     train.log(run._replace(folder=Path("one")), 2, all_of, 1.0)
     assert log("0") == log("one")
     state = load_checkpoint(Path("0/checkpoint.pt"))
-    assert_equal([x.tolist() for x in state["records"]], [torch.stack(x, -1).tolist() for x in zip(*all_of)])
     for rank in (0, 1):
         machine = CPU._replace(rank=rank, world=2, dtype=(torch.float32, torch.bfloat16)[rank])
         capsys.readouterr()
-        step, got = train.restore(run._replace(machine=machine), state)
+        assert train.restore(run._replace(machine=machine), state) == 2
         assert capsys.readouterr().err == ""
-        assert_equal([tuple(x) for x in got], [(a[rank::2], b[rank::2], c) for a, b, c in all_of])
-    assert len(records) == 2
 
     events, op = stub(monkeypatch), train.dist.ReduceOp
     monkeypatch.setattr(train.dist, "all_reduce", lambda x, kind: x.fill_(15 if len(
         [1 for name, *_ in events if name == "step"]) == 3 else max(0, int(x))) if kind == op.MAX else None)
     other = run._replace(machine=CPU._replace(rank=1, world=2),
                          settings={**run.settings, "log_every": 2, "keep": 2, "sample_every": 2, "save_every": 2})
-    assert train.train(other, 0, []) == 3 and stop.number == 15
+    assert train.train(other, 0) == 3 and stop.number == 15
     assert [(event[0], *event[2:]) for event in events] == [
         ("step", seed_of(0, "dropout", 0, 1)), ("step", seed_of(0, "dropout", 1, 1)), ("log",), ("save",),
-        ("grid",), ("step", seed_of(0, "dropout", 2, 1)), ("save",)]
+        ("grid",), ("step", seed_of(0, "dropout", 2, 1)), ("log",), ("save",)]
 
 
 def test_kept_weights_are_the_averages_of_their_step():
