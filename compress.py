@@ -196,6 +196,8 @@ def decode(trained: Trained, content: bytes) -> tuple[Tensor, int]:
     body, length = content[HEADER:], int.from_bytes(content[10:HEADER], "big")
     if content[:HEADER] != header(trained, content[5], length):
         raise ValueError("it was made with another network: give its --checkpoint")
+    if len(body) > min(length, 4 * STEPS * math.prod(trained.shape)):  # no code is longer
+        raise ValueError("it is damaged")
     code, state = Code(body), None
     with contextlib.suppress(EOFError):
         for state in transmit(trained, code, content[5]):

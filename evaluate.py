@@ -18,8 +18,8 @@ from pathlib import Path
 
 from support import data
 from support.checkpoint import Trained, inference_model, load
-from support.command import (Parser, Progress, UsageError, command, count, reading, say, word,
-                             written)
+from support.command import (Parser, Progress, UsageError, command, count, plain, reading, say,
+                             word, written)
 from support.machine import Machine, Noise, seed_of, start_machine
 
 import torch
@@ -253,7 +253,7 @@ def main(argv=None) -> int:
         raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, those of "
                          f"{args.samples or trained.source} {shape}")
     if machine.chief:
-        print(f"{args.samples or trained.source}; {name}, {about}")
+        print(plain(f"{args.samples or trained.source}; {name}, {about}"))
     if args.fid:
         net = load_inception(args.inception, args.data_dir, machine)
         if made is None:

@@ -27,8 +27,8 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 
 from support import data, weights
 from support.checkpoint import Trained, inference_model, load, weights_hash
-from support.command import (Parser, Progress, UsageError, command, count, reading, real, say, word,
-                             written)
+from support.command import (Parser, Progress, UsageError, command, count, locked, reading, real,
+                             say, word, written)
 from support.machine import Machine, Noise, seed_of, start_machine
 
 import torch
@@ -210,7 +210,8 @@ def main(argv=None) -> int:
     if machine.chief:
         say(f"{trained.source}, T = {trained.s.T}: {sampler.about}")
     if not args.out.suffix:
-        draw_folder(trained, sampler, how, args, machine)
+        with locked(args.out) if machine.chief else nullcontext():
+            draw_folder(trained, sampler, how, args, machine)
     else:  # the file is opened before the work, and only the chief writes it
         with written(args.out) if machine.chief else nullcontext(io.BytesIO()) as file:
             if args.figure:

@@ -89,7 +89,7 @@ RECIPES = {  # what differs for other data sets
     LARGE: dict(multipliers=[1, 1, 2, 2, 4, 4], dropout=0.0, steps=500_000, batch_size=64, lr=2e-5,
                 variance="fixed_small", samples=16),
 }
-MAY_CHANGE = {"data_dir", "steps", "log_every", "save_every", "sample_every", "samples",
+MAY_CHANGE = {"dataset", "data_dir", "steps", "log_every", "save_every", "sample_every", "samples",
               "sample_steps", "keep"}  # when a run is resumed
 
 # === Algorithm 1 ==================================================================================
@@ -280,6 +280,11 @@ def restore(run: Run, state: dict) -> int:
                          f"run in {run.folder} began")
     if state["dtype"] != str(run.machine.dtype) and run.machine.chief:
         say(f"warning: this run was in {state['dtype']}, and goes on in {run.machine.dtype}")
+    parameters, groups = list(run.net.parameters()), run.adam.state_dict()["param_groups"]
+    for i, averages in state["adam"]["state"].items():
+        if any(x.shape != parameters[i].shape for key, x in averages.items() if key != "step"):
+            raise ValueError("Adam's averages are not those of this network")
+    state["adam"]["param_groups"] = groups  # those of the code
     for name in PARTS:
         if state[name]:  # the scaler's is empty unless it is fp16's
             getattr(run, name).load_state_dict(state[name])
@@ -308,11 +313,11 @@ def log(run: Run, step: int, records: list[tuple], seconds: float) -> None:
             os.fsync(file.fileno())  # before the checkpoint that counts on it
 
 def log_entries(folder: Path) -> list[dict]:
-    """The lines of log.jsonl; what a kill left half-written is passed over."""
+    """The lines of log.jsonl; what a kill left half-written, or another wrote, is passed over."""
     path, entries = folder / "log.jsonl", []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # what is no line of ours
+            entries += [entry] if (entry := json.loads(line))["step"] > 0 else []
     return entries
 
 def plot_losses(folder: Path) -> None:
@@ -432,7 +437,7 @@ def compiled(network: nn.Module, machine: Machine, batch: int, images: Tensor) -
         say(f"training without torch.compile: {one_line(error)}")
         return network
 
-def describe(run: Run, step: int) -> None:
+def describe(run: Run, step: int, about: str) -> None:
     """Shows the settings, on stderr and in settings.json; takes out of the folder what a kill left
     there, and out of the log what comes after `step`."""
     settings, machine, folder = run.settings, run.machine, run.folder
@@ -443,7 +448,7 @@ def describe(run: Run, step: int) -> None:
     with written(folder / "log.jsonl") as file:
         file.writelines(f"{json.dumps(entry)}\n".encode() for entry in log_entries(folder)
                         if entry["step"] <= step)
-    say(f"{settings['dataset']}: {len(run.images):,} images of "
+    say(f"{settings['dataset']}, {about}: {len(run.images):,} images of "
         f"{'×'.join(map(str, run.images.shape[1:]))}; network of "
         f"{sum(p.numel() for p in run.net.parameters()):,} parameters; {machine.device} in "
         f"{str(machine.dtype)[6:]}; processes: {machine.world}")
@@ -460,7 +465,7 @@ def main(argv=None) -> int:
     """Trains, or resumes training: see the text at the head of this file."""
     given = parse(argv)
     name = given.get("dataset", SETTINGS["dataset"][0])
-    folder = given["out"] or Path("runs", Path(name).stem)
+    folder = given["out"] or Path("runs", Path(name).resolve().stem)
     machine = start_machine(given["device"], given["precision"])
     if given["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -476,7 +481,7 @@ def main(argv=None) -> int:
                              f"{given[key]}: give a new run another --out")
     known = {"dataset": name, "data_dir": "data", "image_size": None, **stored, **given}
     with machine.chief_first():
-        images, _ = data.load(known["dataset"], known["data_dir"], "train", known["image_size"])
+        images, about = data.load(known["dataset"], known["data_dir"], "train", known["image_size"])
     run = begin(given, images, stored, machine, folder)
     with locked(folder) if machine.chief else contextlib.nullcontext():
         if saved() != before:
@@ -486,7 +491,9 @@ def main(argv=None) -> int:
             with reading(path, "the state of this run"):
                 step = restore(run, state)
         if machine.chief:
-            describe(run, step)
+            describe(run, step, about)
+        machine.agree(step, {**run.settings, "data_dir": ""}, data.fingerprint(images),
+                      torch.__version__)
         step = train(run, step)
     if stop.number and machine.chief:
         say(f"stopped at step {step}; the same command resumes")

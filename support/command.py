@@ -67,6 +67,12 @@ class Parser(argparse.ArgumentParser):
         for flag in flags:
             self.add_argument(flag, **FLAGS[flag])
 
+    def parse_known_args(self, args=None, namespace=None):
+        for given in sys.argv[1:] if args is None else args:
+            if given.endswith("=--"):  # which argparse takes for an empty list
+                self.error(f"{given}: its value is missing")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
         wrong = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
         near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
@@ -133,15 +139,18 @@ class Stop:
 
 stop = Stop()
 
-def say(text: str, end: str = "\n") -> None:
+def plain(text: str) -> str:
+    """text without control characters, which would move a terminal's cursor, or worse."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+def say(text: str, start: str = "", end: str = "\n") -> None:
     """Prints on stderr. If nobody can read that any more, the work goes on."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, end=end, file=sys.stderr, flush=True)
+        print(start + plain(text), end=end, file=sys.stderr, flush=True)
 
 def one_line(error: BaseException) -> str:
     """The text of an error on one line, printable and short, or the name of its class."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in line)[:280]
+    return plain(" ".join(str(error).split()) or type(error).__name__)[:280]
 
 class Progress:
     """A line on stderr with what is done, the rate and the time left.
@@ -168,8 +177,8 @@ class Progress:
             rate = (done - self.first) / max(self.shown - self.started, 1e-9)
             speed = f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{1 / rate:.0f} s each"
             line += f" {speed}, {timedelta(seconds=round((self.total - done) / rate))} left"
-        end = "" if self.terminal and done < self.total else "\n"
-        say(("\r\x1b[K" if self.terminal else "") + " ".join(line.split()), end=end)
+        say(" ".join(line.split()), start="\r\x1b[K" if self.terminal else "",
+            end="" if self.terminal and done < self.total else "\n")
 
 @contextlib.contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:

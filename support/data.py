@@ -36,6 +36,7 @@ FILES = {  # name → folder of the address; name and SHA-256 of the training an
          "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073")]),
 }
 NAMES = (*FILES, "shapes")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
 
 def to_model(images: Tensor) -> Tensor:
@@ -77,7 +78,8 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
                          "or a folder of pictures")
     parts = any(Path(name, part).is_dir() for part in ("train", "test"))
     folder, about = (Path(name, split), about) if parts else (Path(name), "all pictures")
-    return read_folder(folder, Path(data_dir), image_size or 256), about
+    return (read_folder(folder, Path(data_dir), image_size or 256),
+            f"{about}, the middle square of each in RGB")
 
 def fetch(address: str, path: Path, sha256: str | None = None) -> Path:
     """Downloads `address` to `path`, unless it is there. OSError says where to put it by hand."""
@@ -130,6 +132,8 @@ def read_tensor(path: Path) -> Tensor:
         x = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] not in (1, 3) or not x.numel():
             raise ValueError(f"it holds {x.dtype} {tuple(x.shape)}")
+        if 0 in x.stride():
+            raise ValueError("its images are one and the same")
         raw_bytes(x[:1])  # an error if no pixels are stored, as in a sparse tensor
     return x
 
@@ -163,7 +167,7 @@ def decode(file: Path, size: int) -> Tensor:
     becomes white.
     """
     from PIL import Image, ImageOps
-    with reading(file, "a picture"), Image.open(file) as opened:
+    with reading(file, "a picture"), Image.open(file, formats=FORMATS) as opened:
         picture = ImageOps.exif_transpose(opened)
         if picture.mode.startswith("I;16") or (picture.mode, opened.format) == ("I", "PNG"):
             picture = picture.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
@@ -227,8 +231,12 @@ def shapes(n: int, size: int = 16, split: str = "train") -> Tensor:
     k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[:, None]) % 6          # hue → red, green, blue
     colour = 1 - 0.8 * torch.minimum(k, 4 - k).clamp(0, 1)              # (n, 3), saturation 0.8
     kind = torch.randint(4, (n,), generator=g)
-    cover = covers(0.4 * x - 0.2, 0.4 * y - 0.2, torch.full((n,), 0.65), size)
-    return to_uint8(2 * colour[..., None, None] * cover[kind, torch.arange(n), None] - 1)
+    parts = []
+    for i in torch.arange(n).split(256):  # all of them at once would take gigabytes
+        cover = covers(0.4 * x[i] - 0.2, 0.4 * y[i] - 0.2, torch.full_like(x[i], 0.65), size)
+        cover = cover[kind[i], torch.arange(len(i)), None]
+        parts.append(to_uint8(2 * colour[i, :, None, None] * cover - 1))
+    return torch.cat(parts)
 
 def covers(x: Tensor, y: Tensor, radius: Tensor, size: int) -> Tensor:
     """How much of each pixel a disc, a square, a triangle, a ring covers: (4, n, size, size).

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
 from datetime import timedelta
 from typing import Callable, Iterator, NamedTuple
 
@@ -42,11 +43,23 @@ class Machine(NamedTuple):
     @contextlib.contextmanager
     def chief_first(self) -> Iterator[None]:
         """The chief runs the block before the others: it downloads a file, and they find it."""
+        patient = None if self.world == 1 else dist.new_group(
+            backend="gloo", timeout=timedelta(days=1))
         if not self.chief:
-            dist.barrier()
+            dist.barrier(patient)
         yield
         if self.chief and self.world > 1:
-            dist.barrier()
+            dist.barrier(patient)
+
+    def agree(self, *what) -> None:
+        """ValueError in every process unless all of them call it with the same."""
+        if self.world > 1:
+            low, high = torch.tensor(seed_of(*what)), torch.tensor(seed_of(*what))
+            dist.all_reduce(low, dist.ReduceOp.MIN)
+            dist.all_reduce(high, dist.ReduceOp.MAX)
+            if low != high:
+                raise ValueError("the processes do not agree on the step, the settings, the data "
+                                 "or torch: each machine needs the same folder of the run")
 
     def model(self, net: Callable) -> Callable[[Tensor, Tensor], Tensor]:
         """ε_θ(x_t, t): `net` computed in this machine's precision, with a float32 result."""
@@ -84,8 +97,16 @@ def start_machine(device: str | None = None, precision: str | None = None) -> Ma
         raise UsageError("--precision tf32 is a format of NVIDIA GPUs: use bf16 or fp32 here")
     precision = precision or ("bf16" if has_bf16 else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    if world > 1 and not dist.is_initialized():  # the others wait for a long download
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    if world > 1 and not dist.is_initialized():
+        # Waiting for the others happens in C++, where a handler of Python is not heard.
+        handlers = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                    timeout=timedelta(minutes=10))
+        except RuntimeError as error:
+            raise OSError(f"{world} processes do not find each other: {one_line(error)}") from error
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
     return Machine(found, dtype, rank, world)
 
 def seed_of(*keys) -> int:

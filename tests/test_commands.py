@@ -1,5 +1,6 @@
 """train.py, sample.py and evaluate.py as people call them, on a network of a few thousand
 weights."""
+import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -7,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -29,7 +31,7 @@ import evaluate
 import sample
 import train
 from support import checkpoint as checkpoints
-from support import data
+from support import command, data
 from support.machine import Machine
 
 HERE = Path(__file__).resolve().parents[1]
@@ -212,9 +214,8 @@ def test_settings_that_would_change_the_run_are_refused(capsys):
         trains("--steps", 4, *flags, expect=2)
         line = said(capsys)
         assert all(name in line for name in names.split()), line
-    assert train.main("--dataset shapes --out runs/images".split()) == 2
-    line = said(capsys)
-    assert "--dataset" in line and "images.pt" in line and "shapes" in line
+    assert train.main("--dataset shapes --out runs/images".split()) == 1
+    assert "shapes" in said(capsys)
     assert train.main("--dataset images.pt --steps 3 --device cpu --precision fp32".split()) == 0
     assert checkpoint()["settings"]["lr"] == 1e-3 and checkpoint()["step"] == 3
     torch.save(data.shapes(64, 8).flip(0), "images.pt")
@@ -842,6 +843,94 @@ def test_two_ranks_are_one_run():
     a, b = torch.load("a.pt"), torch.load("b.pt")
     assert a.shape == b.shape and (a.int() - b.int()).abs().max() <= 1
     assert len(b.flatten(1).unique(dim=0)) == 5
+
+
+def ranks(*folders) -> list[subprocess.Popen]:
+    """train.py as so many processes of one run, each in a folder of its own, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    found = []
+    for rank, folder in enumerate(folders):
+        os.makedirs(folder, exist_ok=True)
+        shutil.copy("images.pt", folder)
+        environment = dict(os.environ, OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE="2",
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        found.append(subprocess.Popen([sys.executable, HERE / "train.py", *TINY,
+                                       *map(str, SMALL), "--steps", "4"], cwd=folder,
+                                      stderr=subprocess.PIPE, text=True, env=environment))
+    return found
+
+
+def test_machines_without_a_shared_folder(monkeypatch):
+    """The process of a machine that lacks the folder of the run would begin at step 0 beside one that
+    goes on: both end, in one line, and nothing is trained.
+
+    Kills: gradients of different steps that are averaged without a word."""
+    os.makedirs("a"), shutil.copy("images.pt", "a")
+    monkeypatch.chdir("a")
+    trains(*SMALL, "--steps", 2)
+    before = Path("runs/images/checkpoint.pt").read_bytes()
+    monkeypatch.chdir("..")
+    for process in ranks("a", "b"):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 1 and "agree" in err.splitlines()[-1] and "Traceback" not in err
+    assert Path("a/runs/images/checkpoint.pt").read_bytes() == before
+
+
+def test_a_process_that_waits_for_another_hears_a_signal():
+    """Also before they have met, where the waiting is not Python's."""
+    process, = ranks("a")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=6)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode != 0
+
+
+def test_two_commands_do_not_write_one_folder(capsys):
+    """While one draws, the other is refused in one line."""
+    trains(*SMALL, "--steps", 1)
+    flags = "--n 2 --steps 2 --out drawn --device cpu --precision fp32".split()
+    assert sample.main(flags) == 0
+    kept = {path.name: path.read_bytes() for path in Path("drawn").iterdir()}
+    with command.locked(Path("drawn")):
+        assert sample.main([*flags[:1], "4", *flags[2:]]) == 1
+    assert "drawn" in said(capsys)
+    assert {path.name: path.read_bytes() for path in Path("drawn").iterdir()} == kept
+
+
+def test_a_state_is_that_of_this_network(capsys):
+    """A sealed checkpoint whose averages of Adam have another shape is refused before fused Adam
+    trusts them; what Adam is set to comes from the code, not from the file."""
+    trains(*SMALL, "--steps", 2)
+    path, good = Path("runs/images/checkpoint.pt"), checkpoint()
+    for wrong in (torch.ones(3), torch.ones(1), torch.ones(100_000)):
+        bad = copy.deepcopy(good)
+        bad["adam"]["state"][0]["exp_avg"] = wrong
+        checkpoints.save_checkpoint(path, {key: value for key, value in bad.items() if key != "format"})
+        trains(*SMALL, "--steps", 4, expect=1)
+        assert "Adam" in said(capsys)
+    bad = copy.deepcopy(good)
+    bad["adam"]["param_groups"][0] |= {"betas": (0.5, 0.5), "eps": 1.0, "weight_decay": 9.0}
+    checkpoints.save_checkpoint(path, {key: value for key, value in bad.items() if key != "format"})
+    trains(*SMALL, "--steps", 4)
+    trains(*SMALL, "--steps", 4, "--out", "whole")
+    assert_equal(checkpoint()["net"], checkpoint("whole")["net"])
+    assert checkpoint()["adam"]["param_groups"][0]["betas"] == (0.9, 0.999)
+
+
+def test_the_same_images_by_another_path(capsys):
+    """A run knows its images by their content: another path to them goes on, other images do not.
+    A folder named by a point gives the run its name."""
+    trains(*SMALL, "--steps", 1)
+    trains(*SMALL, "--steps", 2, "--dataset", Path("images.pt").resolve())
+    assert checkpoint()["step"] == 2
+    torch.save(torch.load("images.pt").flip(0), "others.pt")
+    trains(*SMALL, "--steps", 3, "--dataset", "others.pt", "--out", "runs/images", expect=1)
+    assert "others.pt" in said(capsys) and checkpoint()["step"] == 2
+    train.main([*TINY, "--dataset", ".", "--steps", "1"])
+    assert not Path("runs/checkpoint.pt").exists()
 
 
 def test_compile_falls_back(monkeypatch):

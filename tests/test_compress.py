@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,19 @@ def test_every_beginning_shows_what_the_sender_had(file):
         steps.append(step)
     assert steps == sorted(steps, reverse=True) and len(set(steps)) > 5
     assert len(steps) == len(range(13, len(file), 6)) - 1
+
+
+def test_bytes_behind_a_file_are_damage(file):
+    """One or sixteen million of them, at once; and a length that no code has."""
+    trained, content = network(), file
+    for more in (b"\0", content, bytes(2 ** 24)):
+        started = time.process_time()
+        with pytest.raises(ValueError, match="damaged"):
+            compress.decode(trained, content + more)
+        assert time.process_time() - started < 5
+    long = compress.header(trained, content[5], 2 ** 24 - 1) + bytes(2 ** 24 - 1)
+    with pytest.raises(ValueError, match="damaged"):
+        compress.decode(trained, long)
 
 
 def test_every_damaged_byte_is_noticed(file, long, monkeypatch):

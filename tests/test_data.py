@@ -7,6 +7,7 @@ import math
 import os
 import re
 import struct
+import subprocess
 import sys
 import tarfile
 
@@ -304,6 +305,17 @@ def test_a_tensor_without_pixels_is_no_data_set(tmp_path):
             data.load(str(path))
 
 
+def test_a_tensor_that_is_one_image_many_times_is_no_data_set(tmp_path):
+    """A file of a few bytes that claims a million million images would be walked through for days.
+    Another order of the bytes, as NHWC has, is no harm."""
+    path, images = tmp_path / "images.pt", picture(4, 3, 8, 8)
+    torch.save(images[:1].expand(2 ** 40, 3, 8, 8), path)
+    with pytest.raises(ValueError, match="one and the same"):
+        data.load(str(path))
+    torch.save(images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), path)
+    assert torch.equal(data.load(str(path))[0], images)
+
+
 class Deed:
     """What a pickle can do when it is read: here it makes a folder."""
 
@@ -372,6 +384,16 @@ def test_pictures_of_a_folder_are_as_one_sees_them(tmp_path):
         assert torch.equal(got, grey.expand(3, -1, -1))
 
 
+def test_a_picture_of_a_kind_that_runs_a_program_is_none(tmp_path, monkeypatch):
+    """Pillow opens PostScript with Ghostscript, whatever the file is called."""
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program is started"))
+    with pytest.raises(ValueError, match="a.png cannot be read as a picture: cannot identify"):
+        data.load(str(tmp_path / "p"), tmp_path / "data", image_size=8)
+
+
 def test_what_is_no_picture_is_named_and_nothing_is_kept(tmp_path):
     """Neither with a broken picture nor without Pillow is there a file of decoded pictures."""
     fill(tmp_path / "p", a_png=1)
@@ -419,7 +441,7 @@ def test_grey_of_16_bits_is_divided_by_257(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="a.tif"):
             data.decode(tmp_path / "a.tif", 256)
         wide.format = "PNG"
-        monkeypatch.setattr(Image, "open", lambda file, wide=wide: wide)
+        monkeypatch.setattr(Image, "open", lambda file, formats, wide=wide: wide)
         if mode == "I":
             assert torch.equal(data.decode(tmp_path / "a.png", 256).int(), want.int())
         monkeypatch.undo()
@@ -499,7 +521,7 @@ def test_a_folder_has_splits_if_its_folders_are_called_so(decoded):
         if found:
             images, about = data.load(name, "cache", split, 1)
             assert images[:, 0, 0, 0].tolist() == found
-            assert (split in about) == (name != "p/other")
+            assert (split in about) == (name != "p/other") and "middle square" in about and "RGB" in about
         else:
             with pytest.raises(ValueError, match=re.escape(os.path.join(name, split))):
                 data.load(name, "cache", split, 1)
@@ -636,6 +658,16 @@ def test_shapes_are_the_same_always():
     assert torch.equal(a, b) and a.shape == (16, 3, 16, 16) and a.dtype == torch.uint8
     assert not torch.equal(a, data.shapes(16, split="test"))
     assert a.float().std() > 20 and len(a.flatten(1).unique(dim=0)) == 16
+
+
+def test_shapes_are_drawn_in_parts(monkeypatch):
+    """Eight thousand of 128 pixels at once would take seven gigabytes; the parts are in their order."""
+    parts, real = [], data.covers
+    monkeypatch.setattr(data, "covers", lambda x, *rest: parts.append(len(x)) or real(x, *rest))
+    many = data.shapes(600)
+    assert sum(parts) == 600 and max(parts) <= 256
+    monkeypatch.setattr(torch.Tensor, "split", lambda x, n: [x])
+    assert torch.equal(data.shapes(600), many)
 
 
 def test_shapes_have_8192_images_of_16_pixels_to_train_and_1024_to_test(monkeypatch):

@@ -150,6 +150,24 @@ def test_a_signal_stops_a_command_or_waits_until_it_is_asked_for(number, capsys,
         assert bool(capsys.readouterr().err) == (rank != "1")
 
 
+def test_what_is_printed_moves_no_cursor(capsys):
+    """Texts from a file, as a checkpoint's: control characters are question marks, line breaks of
+    our own stay."""
+    command.say("a\x1b[31mb\x07\rc\nd é", start="\r")
+    assert capsys.readouterr().err == "\ra?[31mb??c\nd é\n"
+    assert command.plain("x\u202ey\0") == "x?y?"
+
+
+def test_two_hyphens_are_no_value():
+    """argparse takes --flag=-- for an empty list: it is refused, wherever it stands."""
+    parser = command.Parser("", "--steps", "--data-dir")
+    for words in (["--steps=--"], ["--data-dir=--"], ["--steps", "3", "--data-dir=--"]):
+        for parse in (parser.parse_args, parser.parse_intermixed_args):
+            with pytest.raises(UsageError, match="--"):
+                parse(words)
+    assert parser.parse_args(["--data-dir=-"]).data_dir == "-"
+
+
 # -------------------------------------------------------------------------------------- the machine
 
 @pytest.fixture
@@ -169,7 +187,9 @@ def pretend(monkeypatch):
                 (torch.cuda, "get_device_capability", lambda x: asked.append(x) or capability),
                 (torch, "zeros", lambda n, device: asked.append(device)),
                 (torch.cpu, "get_capabilities", lambda: cpu or {}),
-                (machine.dist, "init_process_group", lambda *a, **b: asked.append((a, b))),
+                (machine.dist, "init_process_group", lambda *a, **b: asked.append((a, b)) or [
+                    signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == [signal.SIG_DFL] * 2
+                    or pytest.fail("a handler of Python is not heard there")),
                 (backends, "cudnn", types.SimpleNamespace()),
                 (backends.cuda, "matmul", types.SimpleNamespace())):
             monkeypatch.setattr(owner, name, value, raising=False)
@@ -215,16 +235,16 @@ def test_the_first_device_that_is_there(pretend):
 
 
 def test_processes_of_torchrun(pretend, monkeypatch):
-    """Each takes the GPU of its LOCAL_RANK, unless one was named; they meet once, for a day. What is
-    on a CPU goes through gloo, also beside GPUs."""
-    day = {"timeout": timedelta(days=1)}
+    """Each takes the GPU of its LOCAL_RANK, unless one was named; they meet once, in ten minutes,
+    in which a signal ends the process. What is on a CPU goes through gloo, also beside GPUs."""
+    soon = {"timeout": timedelta(minutes=10)}
     for device, local, found, backend in (
             (None, {"LOCAL_RANK": "1"}, "cuda:1", "cpu:gloo,cuda:nccl"), ("cuda", {}, "cuda:3", "cpu:gloo,cuda:nccl"),
             ("cuda:0", {"LOCAL_RANK": "1"}, "cuda:0", "cpu:gloo,cuda:nccl"), ("cpu", {}, "cpu", "gloo")):
         asked = pretend(cuda=True, RANK="3", WORLD_SIZE="5", **local)
         found_machine = machine.start_machine(device, "fp32")
         assert found_machine == (torch.device(found), torch.float32, 3, 5) and not found_machine.chief
-        assert asked[-1] == ((backend,), day)
+        assert asked[-1] == ((backend,), soon)
     asked = pretend(cuda=True, LOCAL_RANK="1")
     assert machine.start_machine("cuda").device == torch.device("cuda") and len(asked) == 3
     monkeypatch.setattr(machine.dist, "is_initialized", lambda: True)
@@ -258,10 +278,31 @@ def test_the_chief_goes_first(monkeypatch):
     for rank, world, order in ((0, 1, ["block"]), (0, 2, ["block", "wait"]),
                                (1, 2, ["wait", "block"])):
         events = []
-        monkeypatch.setattr(machine.dist, "barrier", lambda: events.append("wait"))
+        monkeypatch.setattr(machine.dist, "new_group", lambda backend, timeout: (backend, timeout.days))
+        monkeypatch.setattr(machine.dist, "barrier", lambda group: events.append("wait")
+                            if group == ("gloo", 1) else pytest.fail("the block may take hours"))
         with Machine(CPU, torch.float32, rank, world).chief_first():
             events.append("block")
         assert events == order
+
+
+def test_processes_agree_or_all_of_them_end(monkeypatch):
+    """With the same words nothing happens; with others every process raises."""
+    asked = []
+    monkeypatch.setattr(machine.dist, "all_reduce", lambda x, kind: asked.append((x.item(), kind)))
+    alone, two = Machine(CPU, torch.float32), Machine(CPU, torch.float32, 0, 2)
+    alone.agree(1)
+    assert not asked
+    two.agree(1, {"a": 2})
+    two.agree(1, {"a": 3})
+    op = machine.dist.ReduceOp
+    assert [kind for _, kind in asked] == 2 * [op.MIN, op.MAX]
+    assert asked[0][0] == asked[1][0] != asked[2][0] == asked[3][0]
+    other = min(x for x, _ in asked)
+    monkeypatch.setattr(machine.dist, "all_reduce",
+                        lambda x, kind: x.fill_(other) if kind == op.MIN else None)
+    with pytest.raises(ValueError, match="agree"):
+        two.agree(1, {"a": 2 if asked[0][0] != other else 3})
 
 
 def test_a_network_is_computed_in_the_precision_of_the_machine():

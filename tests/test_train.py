@@ -161,9 +161,9 @@ class Begun(ValueError):
     """What ends a command where the run would begin."""
 
 
-FREE = {"data_dir": "there", "steps": 70, "log_every": 71, "save_every": 72, "sample_every": 73,
+FREE = {"dataset": "other.pt", "data_dir": "there", "steps": 70, "log_every": 71, "save_every": 72, "sample_every": 73,
         "samples": 74, "sample_steps": 75, "keep": 76}
-FIXED = {"dataset": "other.pt", "image_size": 16, "flip": False, "batch_size": 6, "micro_batch": 3,
+FIXED = {"image_size": 16, "flip": False, "batch_size": 6, "micro_batch": 3,
          "lr": 0.5, "warmup": 9, "grad_clip": 3.0, "ema": 0.5, "ema_ramp": False, "dropout": 0.25,
          "channels": 96, "multipliers": [2], "blocks": 7, "attention": [16], "timesteps": 300,
          "schedule": "quadratic", "beta_start": 0.01, "beta_end": 0.5, "predict": "x0",
@@ -180,8 +180,8 @@ def words(settings: dict) -> list[str]:
 
 
 def test_what_may_change_when_a_run_is_resumed(monkeypatch, capsys):
-    """How long it trains, how it is watched, and where the data lie; each other setting is named in
-    the refusal, with both values. What is not said is that of the run; so are the data."""
+    """How long it trains, how it is watched, and where the data lie, which are known by their content;
+    each other setting is named in the refusal, with both values. What is not said is the run's."""
     stored = {**settled(), "dataset": "images.pt", "image_size": 8, "micro_batch": 1}
     save_checkpoint(Path("runs/r/checkpoint.pt"), {"settings": stored, "step": 4})
     assert {*FREE, *FIXED} == set(train.SETTINGS) == stored.keys() - {"in_channels"}
@@ -203,7 +203,7 @@ def test_what_may_change_when_a_run_is_resumed(monkeypatch, capsys):
         given, known, folder = begun.pop()
         assert known == stored and folder == Path("runs/r")
         assert {key: value for key, value in given.items() if key in stored} == flags
-        assert asked.pop() == ("images.pt", place, "train", 8)
+        assert asked.pop() == (flags.get("dataset", "images.pt"), place, "train", 8)
         assert train.settle(given, torch.zeros(1, 3, 8, 8), known, {}) == {**stored, **flags}
     for flags, folder, load_of in ((["--dataset", "a/b.pt"], "runs/b", ("a/b.pt", "data", "train", None)),
                                    ([], "runs/cifar10", ("cifar10", "data", "train", None))):
@@ -485,15 +485,17 @@ def test_what_a_run_says_at_its_start(capsys, steps, done, flag):
     other people's files are not."""
     run = run_of(steps=steps)
     lines = [{"step": 3, "loss": 0.5}, {"step": 4, "loss": 1}]
-    Path("log.jsonl").write_text(f'{json.dumps(lines[0])}\n{{"st\n{json.dumps(lines[1])}\n{{"step": 2')
+    Path("log.jsonl").write_text(f'{json.dumps(lines[0])}\n{{"st\n3\n[]\n{{}}\nnull\n{{"step": "x"}}\n'
+                                 f'{json.dumps(lines[1])}\n{{"step": 2')
     for name in (".0123.part", "film.part", ".part.txt"):
         Path(name).touch()
-    train.describe(run, done)
+    train.describe(run, done, "all pictures")
     err = capsys.readouterr().err
     assert {f for f in ("--warmup", "--steps") if f in err} == ({flag} if flag else set())
     for name, value in run.settings.items():
         assert f"{name} {value}" in " ".join(err.split())
     assert f"{sum(p.numel() for p in run.net.parameters()):,}" in err and "float32" in err
+    assert "all pictures" in err
     assert json.loads(Path("settings.json").read_text()) == run.settings
     assert log() == [line for line in lines if line["step"] <= done]
     assert {path.name for path in Path().iterdir()} == {

@@ -219,7 +219,7 @@ MISTAKES = {
     "resuming without the averages": ("train.py", C + "test_resume_at_any_step_is_exact", [
         ("for name in PARTS:", 'for name in ("net", "adam", "scaler"):')], "resumed"),
     "resuming at the first batch": ("train.py", C + "test_resume_at_any_step_is_exact", [
-        ('return state["step"], ', "return 0, ")], "resumed"),
+        ('return state["step"]', "return 0")], "resumed"),
     "a checkpoint after a NaN": ("train.py", C + "test_a_step_that_is_not_finite_ends_the_run", [
         (" if fp16 else not (loss.mean() + norm).isfinite():", ":")], "diverged"),
     "the same images in every process": ("train.py", C + "test_two_ranks_are_one_run", [
