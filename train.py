@@ -161,7 +161,7 @@ def train(run: Run, step: int) -> int:
 
     stop.later = True  # a signal waits until a step is complete and saved
     while True:  # 1: repeat
-        last = step == settings["steps"]
+        last = step >= settings["steps"]
         # The files of a step come after its checkpoint; a resumed run first writes what is missing.
         if machine.chief and due("keep"):
             keep(run, step)

@@ -516,13 +516,13 @@ def test_a_folder_of_samples_goes_on(run, monkeypatch):
     assert drawn(monkeypatch, "--n", 4, "--out", "whole.pt", "--batch-size", 4) == (0, [0, 1, 2, 3])
     assert drawn(monkeypatch, "--n", 3, "--out", "f", stop_after=2) == (1, [0, 1])
     before = contents()
-    assert sorted(before) == ["000000.png", "000001.png", "samples.json"]
+    assert sorted(before) == [".lock", "000000.png", "000001.png", "samples.json"]
     assert json.loads(before["samples.json"]).keys() == {"weights", "seed", "sampler", "precision"}
     assert drawn(monkeypatch, "--n", 3, "--out", "f/") == (0, [2])
     Path("f/000001.png").unlink()
     assert drawn(monkeypatch, "--n", 4, "--out", "f") == (0, [1, 3])
     assert drawn(monkeypatch, "--n", 2, "--out", "f") == (0, [])
-    assert len(contents()) == 5 and contents()["000000.png"] == before["000000.png"]
+    assert len(contents()) == 6 and contents()["000000.png"] == before["000000.png"]
     for i, image in enumerate(torch.load("whole.pt").int()):
         assert (read_png(f"f/{i:06d}.png") - image).abs().max() <= 1
 
