@@ -1,4 +1,5 @@
 """Algorithms 3 and 4 with real bits: the arithmetic code, the chosen candidate, whole files."""
+import base64
 import math
 import os
 import subprocess
@@ -212,26 +213,60 @@ def test_the_header_by_hand(file):
             compress.encode(trained, wrong)
 
 
-FILE = bytes.fromhex(  # of version 2
-    "4444504d0206fea3efad0000d40797a83d079696800e0a58c397b95fd6415fdf55bcbd52281348f2140cd76ba241"
-    "2bd312dda41e3fdad015fc1b57264c14cd6a2e590c5e79696015c4bb7becb6177a2c894f79dd6b4c301300f57106"
-    "6be3674a23079e95a1683e4046310399f4cca01ab1fd763345f0b0344dea133ba38fed80cff7dec90e202fc8e02f"
-    "ed163e5295e0c07d8ae21239292ee259c3f50e546212439e270b7b61555c3453604c88c92bbbec54397f125e1d4b"
-    "0362bb77e0a8d1f29f8390fa547f188774ad5d61ff4d5e54687114b609e29e12636b22f8fb31d8a1b4")
+FILES = [  # of version 2, in base 85: channels, b, settings and bytes
+    (1, 6, {"timesteps": 200},
+     "L_|<c0tWu0@2vm;)CZTSJqMPSfDQ^+!<V^V)<Iw2RlL1YC=*EX6b#pEqCqRu65XU8Kibe0{2Ny$Occ#(E?Ep-"
+     "d1+u3#JhX!wikLViBEamYfLZ`0QGSOYvX51BL|+9p=drpMll1K^vs|dvHf;4MewjRP3jXnqmS)?&-"
+     "dQR4j?bc;4keKK2nw7z<rA15;-X@;#tG>4pd?iL!KuKdtp^vG*e(qh{-Fv>{K~_5?&ok17f>(;Hc5^pM#M4RDT$Ubgf-"
+     "s|4m+0XmJ#_3F4j-V{0P#`!U#|v;"),
+    (3, 11, {"timesteps": 50, "predict": "x0"},
+     "L_|<c0t>ONZ)5-"
+     "k*#@*HB2wfo!|No;Nd(M0{1J~x`8;cXoUtl#6VQ2z`Csf_MV}K?(b(f0f@G`r=b2`z@4mbnWf|2?3oE@<sAN}|2{Qpbas@"
+     "L;W7f&0O8Ww4@w-|l7o-"
+     "2?Pf&*cAz0Y5a!sd(&^41GiExc~Z9e%J0gds=48~&PTIvLjyHC+oN9(%)n2#r{nX<}<l|#T}W&@pAnj#I%XHPfiU8)|1u^"
+     "TEXkQFgG9VBX&0~*2Jt|T)DaAxRa+D@8FmP`40xGSt$WlJf>@C0+45!wIy)Eh~nLOux6Q}ImdTa4Z`xY{l9c4QyB#W=(`Z"
+     "sibg7Z~nK@Nu41-ltO+cN-"
+     "4iiHiwRv64lSqjcJ0SIQo79u)B}nY=#v2r*@?T&mgjt=Z=58R()93$@O&{<E=>md~N3^jBwwTe7#yrGB9Nx#+>{rdL`M7-"
+     "Kg8c*|xeri@Xz7;bkV1SZ8<=G?}Of|>g4eX){`3dT)ir|5S<spa-ub>9qB($d27QHpN3h~kh{3)Y+ReW&7!CYA$kiTg`0)"
+     "U3GZ1YO`fbf}d;K?iQO+{UzW(G3FPWfHk9eE(lLqt7hPG!<3fxaI_|z<BXHqPVvRP8ZW5X`wA1yNG1Qgl85Asf21v5&*4*"
+     "G3JL9PrN=*MY<hpc*W?Y#{t_*DpiCFmV8q00|z6whUa5kl!K33k}|x6B)0n-)LXX81UGNvcdo&q<T6gz&A!}zmHQ-"
+     "rE0}ZD(+dq7P=00ct1j#VU(LyQB2qm-"
+     "EEbeB5J67bvR0p3;1w|aJxNLo+a#8ChnoOnhQ7m%Sb-1Nq+Djw$#hxZxNI0IZ?zd(hiXARSsgc`K7jqTSDG-QYC?ya3iI1"
+     "iC{sMyDq0eh)ED|s@(0r891c8wwnP;Lcrvr#c}RW}PIS+O0R+xA3?EgGH4e|6?iRWio91QJ72+6<^4G)U!oyHG4lR~q!X0"
+     "5kWf1xUuj0ebb@e<$@uD0Hk4?O`$x*aI42&DQ>EIwPX&5v{DLX5kPL;t~8;>!)6VgMH=^pS<j^j#bO*(FcQ}bueU_ecnnG"
+     "!P`OPEV@?ER$ToMJ{*EML+n0)k-"
+     "$Msf37{^}R!LGVZdl^2lkl|Yc2DT~9fQYn0aLzM}%B!&@?Sm3ptKNRZV)J+a(qfmtmK(`~P50Q{$&>BXRf8z|+-"
+     "#r&h6}90$WIE4AoY)cT6kbKkzGN)!dQGt5V5l&IJcXvpZvXu(hV<S}L1(??Q!d|?J%zLX)`EW}E2}St-Vm<SK47bq4STgH"
+     "Cdze&s^di%k+d)iKMD|+jksv6=0g6C#s8U3%{x5NeJY4eC{NxN>Xy1JlBi8UVJSEkNI9fQNypIenU2pL2kJ?xL7VeOYQKr"
+     "*2)Yjg0C$JhYoK_#rY^5y@f!=$!t}j)+{!51z$uH9bZ_FF#W=IQeTJleVNb!5ipOwnVeAqao_;2K2C<qB1HD``(WBx%Exd"
+     "Wk`1ad4<Db<czEq~k&tOVv3a>?+0CAi^F=r8HQ={k2O(78cPGwy?1mPnpoi{cM==t>Y&}OSfcJ<=&*#3G+qg5Gz-"
+     ">;aW#BV5feSM_lA%ZR%n99rrEBSJ_qPwHTO71+FYmgRfTg8dunGVrwTt~^i3hUfU3}gZ1&7|ZSJw-"
+     "Wf034jd?#m@^xD@L0T@)}%>5EIHF2@oGWC8WJsrY629KB>E(QG#~!GIYE-"
+     "kwbH>o1D)ipBS}?^#$KmfI(ln7yn_sW<G|g|Ia&w0Or!PKKyFu}l9QFMvu+G9Al=09RrW=n1_3k`6pR2y^1Q@3SO-Zy2gI"
+     "qZ=Uy9P6JhNPcFB$o`b6z5x7U7k!9FB!M3_Y#)9J^k>pn&i_zBUK(9Pnk=d~6r6dw8>IcvqL6QHkf{=JH%<!IoCTjmd^C<"
+     "%s*=-AhWHQL03sjYyEbSN0>7k{w$&T;`}>yzvb@Yb;~ZbFV;m2XRPV(Uj)n"),
+    (1, 3, {"timesteps": 1000},
+     "L_|<c0t3_BR^<Qy@(h=`<|9u%$4%r{W{MWU9yC4eW!WUeJ&_zl$BM4wOToggE6t#Wmk<em6f%O1=x4mEPO>ns5q*McZ^sr"
+     "-ooMo(<%u9UP)<4!#6{{ls(ipNRamB+$)v7V$(mHdY@SEl+omCaT+fnqKR3bjSAp=10mnQPdDHOtV0M=#xNx74mBi20*C;"
+     "r!oWo*!Vw)}$HZ|F}Qy?>_6=^5bp-I!0o9-"
+     "1~_w#k@c69$Sl{MA6_<bmMf*l~TeM3}T(w+I=y^k?NX{y3PljnN+D|<_b*j1ZZzh<DoS^{1H7zGc8fV_=uMC}H`S6Yj26M"
+     "zx")]
 
 
-def test_files_of_this_version_stay_readable():
-    """A file that lies here as bytes gives its picture, with a network whose weights are given by a
-    formula. Whatever changes what the bytes mean needs another version.
+@pytest.mark.parametrize("channels, b, settings, content", FILES)
+def test_files_of_this_version_stay_readable(channels, b, settings, content):
+    """A file that lies here as bytes gives its picture, and the picture this file, with a network
+    whose weights are given by a formula. Whatever changes what the bytes mean needs another version.
 
     Kills: other candidates, times, chunks, classes, orders or variances on both sides."""
-    trained = network(timesteps=200)
+    trained, content = network(channels, **settings), base64.b85decode(content)
     with torch.no_grad():
         for i, weight in enumerate(trained.net.state_dict().values()):
             n = torch.arange(weight.numel())
             weight.copy_((((n * 37 + i) % 101 - 50) / 512 + (weight.dim() == 1)).view_as(weight))
-    picture, step = compress.decode(trained, FILE)
-    assert step == 0 and picture.flatten().tolist() == [50 + 5 * i % 97 for i in range(64)]
+    picture, step = compress.decode(trained, content)
+    assert step == 0 and picture.flatten().tolist() == [50 + 5 * i % 97 for i in range(64 * channels)]
+    assert compress.encode(trained, picture, b) == content
 
 # --- the command
 
