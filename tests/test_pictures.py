@@ -9,6 +9,7 @@ import json
 import os
 import types
 import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -615,3 +616,60 @@ def test_flags_and_their_defaults():
                   "--shared --progressive", "--interpolate --export f"):
         with pytest.raises(UsageError):
             sample.parse(flags.split())
+
+
+# ------------------------------------------------------------------- every choice, every picture
+
+CHOICES = {"--seed": "--seed 4", "--steps": "--steps 5", "--sampler": "--sampler ddim",
+           "--eta": "--eta 0.5", "--variance": "--variance fixed_small", "--no-clip": "--no-clip",
+           "--no-ema": "--no-ema", "--n": "--n 3", "--time": "--time 5", "--dataset": "--dataset other.pt"}
+NEUTRAL = {"--batch-size": "--batch-size 1", "--data-dir": "--data-dir elsewhere", "--device": "--device cpu",
+           "--precision": "--precision fp32", "--checkpoint": "--checkpoint runs/images/checkpoint.pt"}
+PICTURES = {"grid": "--out x.png", "tensor": "--out x.pt", "folder": "--out x", "--progressive": "--progressive --out x.png",
+            "--shared": "--shared --out x.png", "--interpolate": "--interpolate --out x.png"}
+
+
+def made(kind: str, *more: str) -> list:
+    """What sample.py makes: the pixels of a picture, of a tensor, or of each file of a folder."""
+    for leftover in Path().glob("x*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    assert sample.main([*FLAGS, "--n", "2", *PICTURES[kind].split(), *" ".join(more).split()]) == 0
+    path, = Path().glob("x*")
+    if path.is_dir():
+        return [read_png(file) for file in sorted(path.glob("*.png"))]
+    return [torch.load(path).int() if path.suffix == ".pt" else read_png(path)]
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_every_choice_reaches_every_picture(run, monkeypatch, kind):
+    """Each flag of sample.py changes what it must and nothing else; the flags are read off its own
+    parser, so that a new one without a line above fails.
+
+    Kills: a choice that a figure does not follow, or that is lost on the way to one."""
+    known, parse_args = set(), sample.Parser.parse_args
+    monkeypatch.setattr(sample.Parser, "parse_args", lambda self, *x: known.update(
+        word for word in self._option_string_actions if word.startswith("--")) or parse_args(self, *x))
+    torch.save(torch.load("images.pt").flip(0), "other.pt")
+    base = made(kind)
+    assert known == {*CHOICES, *NEUTRAL, *PICTURES, "--out", "--export", "--help"} - {"grid", "tensor", "folder"}
+    for flag, words in NEUTRAL.items() if kind in ("grid", "--interpolate") else ():
+        assert all((a - b).abs().max() <= 1 for a, b in zip(base, made(kind, words), strict=True)), flag
+    for flag, words in CHOICES.items():
+        if flag in ("--time", "--dataset") and kind != "--interpolate":
+            assert sample.main([*FLAGS, *PICTURES[kind].split(), *words.split()]) == 2, flag
+            continue
+        other = made(kind, words)
+        assert len(other) != len(base) or any(
+            a.shape != b.shape or (a - b).abs().max() > 3 for a, b in zip(base, other)), flag
+
+
+def test_every_choice_reaches_an_export(run, monkeypatch, tmp_path):
+    """Which weights are exported is a choice; how samples are drawn is none of its."""
+    seen = []
+    monkeypatch.setattr(sample.weights, "export", lambda net, settings, folder: seen.append(
+        (next(net.parameters()).sum().item(), settings, folder)))
+    for words in ("", "--no-ema", "--steps 3", "--seed 9", "--no-clip"):
+        assert sample.main([*FLAGS, "--export", "there", *words.split()]) == 0
+    first, last, *rest = seen
+    assert first[0] != last[0] and first[1:] == last[1:] == (SMALL, Path("there"))
+    assert all(other == first for other in rest)
