@@ -75,6 +75,12 @@ def server():
         httpd.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def long(request):
     return request.config.getoption("--long")

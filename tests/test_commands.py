@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -389,11 +390,19 @@ def test_the_objective_L_is_not_clipped():
 @pytest.mark.parametrize("predict, variance, objective", [
     ("mean", "learned", "vlb"), ("mean", "fixed_large", "vlb"), ("mean", "fixed_small", "simple"),
     ("eps", "fixed_small", "vlb"), ("x0", "fixed_large", "simple")])
-def test_table2_rows_train_sample_and_evaluate(predict, variance, objective):
-    """Every combination of Table 2 (and x_0 prediction) goes through all three commands."""
+def test_table2_rows_train_sample_and_evaluate(predict, variance, objective, capsys):
+    """Every combination of Table 2 (and x_0 prediction) goes through all three commands: a learned
+    variance has twice the channels, the loss of the bound is in bits/dim, and so is the result."""
     trains(*SMALL, "--steps", 2, "--predict", predict, "--variance", variance, "--objective", objective)
+    assert checkpoint()["net"]["conv_out.bias"].numel() == (6 if variance == "learned" else 3)
+    entry, = losses()
+    assert ("bound" in entry) == (objective == "vlb") and entry["loss"] > 0
     assert sample.main(["--n", "1"]) == 0
+    assert read_png("samples.png")[0] == (480, 480)
+    capsys.readouterr()
     assert evaluate.main("--n 2 --terms 3".split()) == 0
+    bits = float(re.search(r"bits/dim ≤ ([\d.]+)", capsys.readouterr().out)[1])
+    assert 1 < bits < 1000 and (objective == "simple" or bits == pytest.approx(entry["bound"], rel=3))
 
 
 # ------------------------------------------------------------- a network and a schedule of one's own

@@ -585,9 +585,10 @@ def test_the_network_of_settings(monkeypatch):
 
 
 def test_the_schedule_of_settings():
-    settings = {"timesteps": 7, "schedule": "quadratic", "beta_start": 0.1, "beta_end": 0.3}
-    want = ddpm.make_schedule(7, "quadratic", 0.1, 0.3)
-    assert torch.equal(checkpoint.build_schedule(settings).alpha_bars, want.alpha_bars)
+    """All four of them: √β in equal steps between the ends, which are multiplied by 1000/T."""
+    settings = {"timesteps": 500, "schedule": "quadratic", "beta_start": 0.001, "beta_end": 0.02}
+    want = [(0.002 ** 0.5 + (0.04 ** 0.5 - 0.002 ** 0.5) * i / 499) ** 2 for i in range(500)]
+    assert checkpoint.build_schedule(settings).betas.tolist() == pytest.approx([0, *want])
 
 
 def test_the_hash_of_a_network_changes_with_all_that_its_numbers_depend_on():
