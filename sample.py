@@ -92,7 +92,7 @@ def draw_batches(trained: Trained, indices: Sequence[int], seed: int = 0,
     for i in range(0, len(indices), size):
         batch = indices[i:i + size]
         noise = Noise(seed, batch[machine.share], trained.shape, machine.device)
-        for t, x_t, _ in loop(s, model, noise(), noise):
+        for t, x_t, _ in loop(s, model, noise(0), noise):  # line 1: noise(0) is x_T
             if progress:
                 progress.update(i + len(batch) * (1 - t / s.T))
         yield batch, machine.gather(data.to_uint8(x_t), len(batch))

@@ -3,7 +3,7 @@
     python train.py --dataset cifar10                  the paper's settings, into runs/cifar10/
     python train.py --dataset cifar10                  the same command again resumes it
     python train.py --dataset shapes                   minutes on a CPU, no download
-    torchrun --nproc-per-node 8 train.py               the same batches, spread over 8 GPUs
+    torchrun --nproc-per-node 8 -- train.py            the same batches, spread over 8 GPUs
 
 With the same data and batch size, the images, t and ε of step k depend only on the seed, on k and
 on the kind of device; the dropout masks depend on the process, too. So a resumed run is the same as
@@ -40,8 +40,8 @@ from unet import build_network
 # === Settings =====================================================================================
 # One line each: name, default, type and range, meaning. The defaults are the paper's CIFAR-10 run
 # (§4, Appendix B); the warm-up and the gradient clipping are those of the released code; ema_ramp
-# is in neither. A line here is all that a new setting needs: flag, help and checkpoint follow. (If
-# it shapes the network, --init and compress.py look for it in `Trained.model_settings`.)
+# is in neither. A line here is all that a new setting needs: flag, help and checkpoint follow; the
+# name of one that shapes the network goes into `Trained.model_settings`, too.
 
 SETTINGS = {
     "dataset": ("cifar10", word, f"{', '.join(data.NAMES)}, a .pt file or a folder of pictures"),
@@ -120,6 +120,7 @@ def training_step(run: Run, k: int) -> tuple[Tensor, Tensor, Tensor]:
     # 2: x_0 ~ q(x_0)
     index = batch_indices(settings["seed"], len(images), k, n, images.device)[share]
     x0 = data.to_model(images[index].to(device))
+    #    (Appendix B: mirrored with probability 1/2)
     flip = torch.rand(n, generator=generator, device=device)[share] < 0.5
     if settings["flip"]:
         x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
@@ -130,6 +131,7 @@ def training_step(run: Run, k: int) -> tuple[Tensor, Tensor, Tensor]:
     # 5: take a gradient descent step on ∇_θ ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖²
     run.adam.zero_grad()
     model, losses = run.machine.model(run.network), []
+    #    (in parts, if --micro-batch says so, whose gradients add up)
     parts = range(0, len(t), settings["micro_batch"] or len(t))
     for i in parts:
         part = slice(i, i + parts.step)
@@ -148,6 +150,8 @@ def training_step(run: Run, k: int) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         torch._foreach_lerp_(list(run.ema.parameters()), list(run.net.parameters()),
                              1 - ema_decay(settings, k))
+        for average, now in zip(run.ema.buffers(), run.net.buffers()):  # those are not learned
+            average.copy_(now)
     return torch.cat(losses), t, norm
 
 def train(run: Run, step: int) -> int:
@@ -171,18 +175,22 @@ def train(run: Run, step: int) -> int:
             if stopped(machine):
                 return step
             stop.later = False  # the step is saved, and drawing takes long
-            draw_grid(run, step)
+            try:
+                draw_grid(run, step)
+            except KeyboardInterrupt:
+                return step
             stop.later = True
         if last:  # 6: until converged
             return step
         started = time.monotonic()
         torch.manual_seed(seed_of(settings["seed"], "dropout", step, machine.rank))
         records.append(training_step(run, step))  # 2 to 5
-        step, seconds = step + 1, seconds + time.monotonic() - started
+        step += 1
         ended = stopped(machine)
         saves = ended or step == settings["steps"] or due("save_every", "sample_every", "keep")
         if saves or progress.due() or due("log_every"):
             progress.update(step, f"loss {check(run, step, records):.4f}")
+        seconds += time.monotonic() - started
         if saves or due("log_every"):
             log(run, step, records, seconds)
             records, seconds = [], 0.0
@@ -233,11 +241,11 @@ def batch_indices(seed: int, n: int, k: int, batch: int, device="cpu") -> Tensor
 
 def stopped(machine: Machine) -> bool:
     """Whether a signal has come to one of the processes: all learn it in the same step."""
+    agreed = torch.tensor(stop.number)
     if machine.world > 1:
-        number = torch.tensor(stop.number)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        stop.number = int(number)
-    return stop.number > 0
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    stop.number = max(stop.number, int(agreed))  # one that came meanwhile is for the next step
+    return int(agreed) > 0
 
 # === Checkpoint, log and grid =====================================================================
 
@@ -248,10 +256,9 @@ def check(run: Run, step: int, records: list[tuple]) -> float:
     not finite leaves the weights as they are and halves the scale of the gradients; a scale near 0
     comes from a long row of such steps. Reading the numbers waits for the device.
     """
-    fp16, (loss, _, norm) = run.scaler.is_enabled(), records[-1]
-    if run.scaler.get_scale() < 1e-4 if fp16 else not (loss.mean() + norm).isfinite():
-        finite = torch.stack([(loss.mean() + norm).isfinite() for loss, _, norm in records])
-        first = step - len(records) + 1 + finite.tolist().index(False)
+    bad = lambda record: not (record[0].mean() + record[2]).isfinite()
+    if run.scaler.get_scale() < 1e-4 if run.scaler.is_enabled() else bad(records[-1]):
+        first = step - len(records) + 1 + [bad(record) for record in records].index(True)
         raise ValueError(f"step {first}: the loss or its gradient is not finite. The checkpoint in "
                          f"{run.folder}, if any, is older; try a lower --lr with another --out")
     return torch.cat([loss for loss, *_ in records[-100:]]).nanmean().item()
@@ -422,8 +429,8 @@ def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: P
         images = images.to(machine.device)
     adam = torch.optim.Adam(net.parameters(), fused=machine.device.type != "mps")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    return Run(settings, s, images, net, network, copy.deepcopy(net).requires_grad_(False), adam,
-               scaler, machine, folder)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    return Run(settings, s, images, net, network, ema, adam, scaler, machine, folder)
 
 def compiled(network: nn.Module, machine: Machine, batch: int, images: Tensor) -> nn.Module:
     """network through torch.compile; itself, with a line, if that fails, as without a compiler."""
@@ -490,10 +497,10 @@ def main(argv=None) -> int:
         if state:
             with reading(path, "the state of this run"):
                 step = restore(run, state)
-        if machine.chief:
-            describe(run, step, about)
         machine.agree(step, {**run.settings, "data_dir": ""}, data.fingerprint(images),
                       torch.__version__)
+        if machine.chief:
+            describe(run, step, about)
         step = train(run, step)
     if stop.number and machine.chief:
         say(f"stopped at step {step}; the same command resumes")

@@ -18,7 +18,7 @@ def build_network(settings: dict) -> nn.Module:
     """The network of a run's settings: put another one here, and every command uses it.
 
     x_t (B, C, H, W), t (B,) int64 in 1 … T → (B, C, H, W); (B, 2C, H, W) for a learned variance.
-    Sampling casts its convolutions and linear layers, and averages leave buffers as they are.
+    In sampling its convolutions and linear layers are cast to the precision of the machine.
     """
     c = settings["in_channels"]
     return UNet(c, 2 * c if settings["variance"] == "learned" else c, settings["channels"],

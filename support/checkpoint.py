@@ -63,7 +63,8 @@ class Trained(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """C, H, W of one image."""
-        return (self.settings["in_channels"], *2 * [self.settings["image_size"]])
+        side = self.settings["image_size"]
+        return self.settings["in_channels"], side, side
 
 def load(name: str | Path | None = None, data_dir: str | Path = "data", ema: bool = True,
          machine: Machine | None = None) -> Trained:

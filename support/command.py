@@ -105,7 +105,7 @@ def command(main: Callable) -> Callable:
             if os.environ.get("DDPM_TRACEBACK"):
                 raise
             text = one_line(error)
-            if isinstance(error, ImportError):
+            if isinstance(error, ModuleNotFoundError):
                 needed = {"PIL": "pillow"}.get(error.name, error.name)
                 text = f"this needs a package that is not installed: pip install {needed}"
             elif "out of memory" in text or "can't allocate memory" in text:

@@ -53,13 +53,9 @@ class Machine(NamedTuple):
 
     def agree(self, *what) -> None:
         """ValueError in every process unless all of them call it with the same."""
-        if self.world > 1:
-            low, high = torch.tensor(seed_of(*what)), torch.tensor(seed_of(*what))
-            dist.all_reduce(low, dist.ReduceOp.MIN)
-            dist.all_reduce(high, dist.ReduceOp.MAX)
-            if low != high:
-                raise ValueError("the processes do not agree on the step, the settings, the data "
-                                 "or torch: each machine needs the same folder of the run")
+        if len(self.gather(torch.tensor([seed_of(*what)]), self.world).unique()) > 1:
+            raise ValueError("the processes do not agree on the step, the settings, the data or "
+                             "torch: each machine needs the same folder of the run")
 
     def model(self, net: Callable) -> Callable[[Tensor, Tensor], Tensor]:
         """ε_θ(x_t, t): `net` computed in this machine's precision, with a float32 result."""

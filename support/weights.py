@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ddpm
-from support.command import reading
+from support.command import one_line, reading
 from unet import Attention, Block, UNet, build_network
 
 # Their words for choices here, and their schedulers of chains that were trained as the paper's.
@@ -72,7 +72,10 @@ def from_diffusers(path: Path, cache: Path) -> tuple[UNet, dict]:
     import diffusers
     diffusers.logging.set_verbosity(50)  # what matters is raised here
     if not path.exists():
-        path = Path(diffusers.DDPMPipeline.download(path.as_posix(), cache_dir=cache))
+        try:
+            path = Path(diffusers.DDPMPipeline.download(path.as_posix(), cache_dir=cache))
+        except Exception as error:
+            raise OSError(f"{path} is not here; as a model's name: {one_line(error)}") from error
     unet, chain = (path / part if (path / part).is_dir() else path
                    for part in ("unet", "scheduler"))
     with reading(chain / "scheduler_config.json", "a scheduler of DDPM"):
@@ -137,13 +140,13 @@ def export(net: nn.Module, settings: dict, folder: Path) -> None:
     import diffusers
     if folder.exists():
         raise ValueError(f"{folder} is there already: export to a new folder")
+    if not isinstance(net, UNet) or settings["multipliers"][0] != 1:
+        raise ValueError("diffusers has the network of unet.py alone, with a first multiplier of 1")
     try:
-        if not isinstance(net, UNet) or settings["multipliers"][0] != 1:
-            raise KeyError("U-Net like this")
         theirs = diffusers.UNet2DModel(**unet_config(settings))
         scheduler = diffusers.DDPMScheduler(**scheduler_config(settings))
     except KeyError as error:
-        raise ValueError(f"the export does not know {error}, or diffusers has none") from error
+        raise ValueError(f"diffusers has no {error}, or none that is known here") from error
     own, shapes = net.state_dict(), theirs.state_dict()
     theirs.load_state_dict({there: own[here].reshape(shapes[there].shape)
                             for here, there in names(net).items()})

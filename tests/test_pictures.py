@@ -443,7 +443,7 @@ def test_the_batches_of_images(small, monkeypatch):
     """16 at a time on a CPU, and so many for each process, which draws every second one."""
     asked = []
     monkeypatch.setattr(sample, "Noise", lambda seed, mine, *_: asked.append((seed, *mine)) or (
-        lambda: torch.zeros(len(mine), *small.shape)))
+        lambda t: torch.zeros(len(mine), *small.shape)))
     monkeypatch.setattr(sample.ddpm, "p_sample_loop", lambda s, model, x, *_, **__: [(0, x, x)])
     for indices, size, want in ((range(40), None, [range(16), range(16, 32), range(32, 40)]),
                                 ([3, 9, 4], None, [(3, 9, 4)]), (range(1, 6), 2, [(1, 2), (3, 4), (5,)])):

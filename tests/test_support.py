@@ -106,6 +106,7 @@ def ends(with_error) -> int:
     (OSError("file 5"), 1, ["file 5"]), (KeyError("key 5"), 1, ["KeyError", "key 5"]),
     (ModuleNotFoundError("No module named 'PIL'", name="PIL"), 1, ["pip install pillow"]),
     (ModuleNotFoundError("No module named 'diffusers'", name="diffusers"), 1, ["pip install diffusers"]),
+    (ImportError("cannot import name 'Nett' from 'mynet'", name="mynet"), 1, ["ImportError", "Nett"]),
     (RuntimeError("CUDA out of memory. 5"), 1, ["--batch-size"]),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, ["--batch-size"]),
     (KeyboardInterrupt(), 128 + signal.SIGINT, [])])
@@ -288,21 +289,17 @@ def test_the_chief_goes_first(monkeypatch):
 
 def test_processes_agree_or_all_of_them_end(monkeypatch):
     """With the same words nothing happens; with others every process raises."""
-    asked = []
-    monkeypatch.setattr(machine.dist, "all_reduce", lambda x, kind: asked.append((x.item(), kind)))
-    alone, two = Machine(CPU, torch.float32), Machine(CPU, torch.float32, 0, 2)
-    alone.agree(1)
-    assert not asked
-    two.agree(1, {"a": 2})
-    two.agree(1, {"a": 3})
-    op = machine.dist.ReduceOp
-    assert [kind for _, kind in asked] == 2 * [op.MIN, op.MAX]
-    assert asked[0][0] == asked[1][0] != asked[2][0] == asked[3][0]
-    other = min(x for x, _ in asked)
-    monkeypatch.setattr(machine.dist, "all_reduce",
-                        lambda x, kind: x.fill_(other) if kind == op.MIN else None)
-    with pytest.raises(ValueError, match="agree"):
-        two.agree(1, {"a": 2 if asked[0][0] != other else 3})
+    Machine(CPU, torch.float32).agree(1)
+    for rank, (mine, other) in enumerate(((1, 1), (1, 2), (2, 1))):
+        rank %= 2
+        monkeypatch.setattr(machine.dist, "all_reduce", lambda x: x[1 - rank].fill_(
+            machine.seed_of(other, {"a": "b"})))
+        process = Machine(CPU, torch.float32, rank, 2)
+        if mine == other:
+            process.agree(mine, {"a": "b"})
+        else:
+            with pytest.raises(ValueError, match="agree"):
+                process.agree(mine, {"a": "b"})
 
 
 def test_a_network_is_computed_in_the_precision_of_the_machine():

@@ -771,6 +771,35 @@ def test_two_processes_by_hand(monkeypatch, capsys):
         ("grid",), ("step", seed_of(0, "dropout", 2, 1)), ("log",), ("save",)]
 
 
+def test_a_signal_that_comes_while_the_processes_ask_is_not_lost(monkeypatch):
+    """Between what this process has said and what all have answered: it counts in the next step, and
+    all of them stop together.
+
+    Kills: an answer that overwrites what came meanwhile."""
+    machine, op = CPU._replace(world=2), train.dist.ReduceOp
+    monkeypatch.setattr(stop, "number", 0)
+
+    def answer(x, kind):
+        assert kind == op.MAX
+        stop.number = 15                    # it comes now
+    monkeypatch.setattr(train.dist, "all_reduce", answer)
+    assert train.stopped(machine) is False and stop.number == 15
+    assert train.stopped(machine) is True
+    assert train.stopped(CPU) is True
+
+
+def test_averages_have_the_buffers_of_their_network(monkeypatch):
+    """What a layer such as BatchNorm has counted is no weight, and no average is sampled without it.
+
+    Kills: averaged weights beside statistics of the first step."""
+    run = run_of(steps=9)
+    for net in (run.net, run.ema):
+        net.register_buffer("counted", torch.zeros(2))
+    run.net.counted += 3
+    train.training_step(run, 0)
+    assert run.ema.counted.tolist() == [3, 3] and not run.ema.training
+
+
 def test_kept_weights_are_the_averages_of_their_step():
     """In the format of a checkpoint, with nothing but them; what is there is left as it is."""
     run = run_of()

@@ -221,7 +221,7 @@ MISTAKES = {
     "resuming at the first batch": ("train.py", C + "test_resume_at_any_step_is_exact", [
         ('return state["step"]', "return 0")], "resumed"),
     "a checkpoint after a NaN": ("train.py", C + "test_a_step_that_is_not_finite_ends_the_run", [
-        (" if fp16 else not (loss.mean() + norm).isfinite():", ":")], "diverged"),
+        (" if run.scaler.is_enabled() else bad(records[-1]):", ":")], "diverged"),
     "the same images in every process": ("train.py", C + "test_two_ranks_are_one_run", [
         ("run.images, run.machine.share", "run.images, slice(0, None, run.machine.world)")], "two"),
     "checkpoints without verification": (
