@@ -315,6 +315,20 @@ def test_a_png_becomes_a_file(run):
         assert not Path("b.ddpm").exists()
 
 
+def test_measure_takes_the_test_images_of_the_run(run, monkeypatch):
+    """From the run's folder of data, or from the one of the flag."""
+    asked = []
+    monkeypatch.setattr(compress.data, "load", lambda *given: asked.append(given) or (torch.zeros(1), ""))
+    monkeypatch.setattr(compress, "measure", lambda *_: torch.zeros(3, 8, 8, dtype=torch.uint8))
+    path = Path("runs/images/checkpoint.pt")
+    state = checkpoint.load_checkpoint(path)
+    state["settings"] |= {"data_dir": "there"}
+    checkpoint.save_checkpoint(path, {key: value for key, value in state.items() if key != "format"})
+    for flags, folder in (([], "there"), (["--data-dir", "here"], "here")):
+        assert compress.main(["measure", *flags]) == 0
+        assert asked.pop() == ("images.pt", folder, "test", 8)
+
+
 def test_measure_prints_every_format(run, capsys):
     """The whole files are exact, as PNG is; their beginnings err less and less. A row of the picture
     is what 16, 32, 64, 128, 256 and all bytes of a file show."""

@@ -292,6 +292,7 @@ def test_fig7_samples_that_share_x_t(run, flags, options, times):
 @pytest.mark.parametrize("flags, options, start", [
     ([], {}, 10), (["--time", "15", "--no-clip"], {"clip": False}, 15),
     (["--time", "12", "--steps", "3"], {"times": FEW, "eta": 0}, 2),   # the nearest of 1, 10 and 20
+    (["--steps", "3"], {"times": FEW, "eta": 0}, 2),                   # half of T, not of the steps
     (["--time", "20", "--steps", "3", "--sampler", "ddpm"], {"times": FEW}, 3)])
 def test_fig8_interpolation(run, flags, options, start):
     """A row: x_0, then (1 − λ) x_t + λ x'_t decoded for λ = 0, ⅛ … 1, and x'_0; t = T/2 by default.
