@@ -53,7 +53,6 @@ HATS = {"^": "ˆ", "~": "˜"}  # characters that are accents, and not as wide as
 
 def tex(source: str, display: bool = False) -> str:
     """MathML of a formula in TeX."""
-    source = source.replace(r"\operatorname{arg\,min}", r"\arg\min")
     source = re.sub(r"\\[bB]ig\\lVert", r"\\left\\Vert", source)
     source = re.sub(r"\\[bB]ig\\rVert", r"\\right\\Vert", source)
     source = re.sub(r"\\[bB]ig([\[(])", r"\\left\1", source)

@@ -1,0 +1,52 @@
+"""Algorithm 2 as a film: x_t of 16 samples on their way from noise to the data.
+
+    pip install pillow
+    python tools/film.py runs/shapes --out film.gif
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import data
+from support.checkpoint import inference_model, load
+from support.command import Parser, Progress, command, count, say, written
+from support.machine import Noise, start_machine
+
+import torch
+
+from sample import choose_sampler
+
+@command
+def main(argv=None) -> int:
+    """Draws the samples with all T steps, and writes every so many of them as a GIF."""
+    from PIL import Image
+    parser = Parser(__doc__, "--seed", "--device", "--precision")
+    parser.add_argument("checkpoint", help="the run")
+    parser.add_argument("--n", type=count, default=16, help="samples (default: 16)")
+    parser.add_argument("--frames", type=count, default=40, help="frames of x_t (default: 40)")
+    parser.add_argument("--out", type=Path, default=Path("film.gif"), help="(default: film.gif)")
+    args = parser.parse_args(argv)
+    machine = start_machine(args.device, args.precision)
+    trained = load(args.checkpoint, machine=machine)
+    s, loop, about = choose_sampler(trained)
+    say(about)
+    noise = Noise(args.seed, range(args.n), trained.shape, machine.device)
+    shown = {round(t) for t in torch.linspace(s.T, 0, args.frames).tolist()}
+    progress, frames = Progress(s.T, "steps"), []
+    with written(args.out) as file, torch.no_grad():
+        for t, x_t, _ in loop(s.to(machine.device), inference_model(trained.net, machine),
+                              noise(0), noise):
+            progress.update(s.T - t)
+            if t in shown:
+                picture = data.tiled(data.to_uint8(x_t).cpu())[:, ::2, ::2]
+                frame = picture.expand(3, -1, -1).permute(1, 2, 0)
+                frames.append(Image.frombytes("RGB", frame.shape[1::-1], data.raw_bytes(frame)))
+        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[70] * (len(frames) - 1) + [2500])
+    say(f"{args.out} has {len(frames)} frames")
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
