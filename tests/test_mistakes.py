@@ -55,12 +55,7 @@ def copy(tmp_path, monkeypatch):
     sys.modules.update(before)
 
 
-SLOW = ("the same images in every process", "resuming without the averages",
-        "resuming at the first batch", "resuming without Adam's state")  # two to eight seconds each
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name in SLOW else name
-                                  for name in MISTAKES])
+@pytest.mark.parametrize("name", MISTAKES)
 def test_the_mistake_is_noticed(name, copy):
     """With the wrong line in place the named test fails, and for no other reason."""
     file, test, replacements, _ = MISTAKES[name]

@@ -36,7 +36,7 @@ from support import data
 # name: (file, test, [(right, wrong), …], names of CONTROLS); PAPER.md tells what was seen. None: no
 # command shows the mistake, for example because only tests call the function.
 D, C, E, R = "test_ddpm.", "test_commands.", "test_evaluate.", "test_compress."
-U = "test_unet."
+U, T = "test_unet.", "test_train."
 MISTAKES = {
     # --- the schedule and the forward process
     "ᾱ_0 ≠ 1": ("ddpm.py", D + "test_sec2_alpha_bar_is_the_running_product", [
@@ -214,15 +214,15 @@ MISTAKES = {
     "decay and 1 − decay exchanged": (
         "train.py", C + "test_ema_follows_the_weights_after_each_step", [
             ("1 - ema_decay(settings, k))", "ema_decay(settings, k))")], "training"),
-    "resuming without Adam's state": ("train.py", C + "test_resume_at_any_step_is_exact", [
+    "resuming without Adam's state": ("train.py", T + "test_a_run_goes_on_to_the_bit", [
         ("for name in PARTS:", 'for name in ("net", "ema", "scaler"):')], "resumed"),
-    "resuming without the averages": ("train.py", C + "test_resume_at_any_step_is_exact", [
+    "resuming without the averages": ("train.py", T + "test_a_run_goes_on_to_the_bit", [
         ("for name in PARTS:", 'for name in ("net", "adam", "scaler"):')], "resumed"),
-    "resuming at the first batch": ("train.py", C + "test_resume_at_any_step_is_exact", [
+    "resuming at the first batch": ("train.py", T + "test_a_run_goes_on_to_the_bit", [
         ('return state["step"]', "return 0")], "resumed"),
-    "a checkpoint after a NaN": ("train.py", C + "test_a_step_that_is_not_finite_ends_the_run", [
+    "a checkpoint after a NaN": ("train.py", T + "test_a_number_that_is_not_finite_is_noticed_before_it_is_written", [
         (" if run.scaler.is_enabled() else bad(records[-1]):", ":")], "diverged"),
-    "the same images in every process": ("train.py", C + "test_two_ranks_are_one_run", [
+    "the same images in every process": ("train.py", T + "test_alg1_three_steps_by_hand", [
         ("run.images, run.machine.share", "run.images, slice(0, None, run.machine.world)")], "two"),
     "checkpoints without verification": (
         "support/checkpoint.py", C + "test_a_damaged_checkpoint_is_refused", [
