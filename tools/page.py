@@ -786,6 +786,16 @@ class Page:
                          "SHARED the network of the right lines, TRAIN and TEST the images"
                          f"</summary><dl>{rows}</dl></details></div>")
 
+    def seen_first(self) -> None:
+        """The symptoms, with links to the mistakes that look so."""
+        self.heading(2, "Symptoms", "symptoms")
+        rows = "".join(f"<tr><td>{prose(what)}</td><td>" + "; ".join(
+            f'<a href="#mistake-{slug(name)}">{prose(name)}</a>' for name in names.split("; "))
+            + "</td></tr>" for what, names in table("Symptoms"))
+        said = markdown(chapter("Symptoms").split("\n| ")[0])
+        self.body.append(f"<div class=prose>{said}<table><thead><tr><th>what you see</th><th>"
+                         f"what it may be</th></tr></thead><tbody>{rows}</tbody></table></div>")
+
     def judged(self) -> None:
         """Your own implementation and four libraries, judged."""
         self.heading(2, "Check your own", "judge")
@@ -841,6 +851,7 @@ def build(repository: str = "") -> str:
     page.file("train.py", "training", only="Algorithm 1")
     page.file("support/data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
     page.file("unet.py", "the network")
+    page.seen_first()
     page.judged()
     page.runs()
     page.others()
