@@ -220,8 +220,9 @@ MISTAKES = {
         ("for name in PARTS:", 'for name in ("net", "adam", "scaler"):')], "resumed"),
     "resuming at the first batch": ("train.py", T + "test_a_run_goes_on_to_the_bit", [
         ('return state["step"]', "return 0")], "resumed"),
-    "a checkpoint after a NaN": ("train.py", T + "test_a_number_that_is_not_finite_is_noticed_before_it_is_written", [
-        (" if run.scaler.is_enabled() else bad(records[-1]):", ":")], "diverged"),
+    "a checkpoint after a NaN": (
+        "train.py", T + "test_a_number_that_is_not_finite_is_noticed_before_it_is_written", [
+            (" if run.scaler.is_enabled() else bad(records[-1]):", ":")], "diverged"),
     "the same images in every process": ("train.py", T + "test_alg1_three_steps_by_hand", [
         ("run.images, run.machine.share", "run.images, slice(0, None, run.machine.world)")], "two"),
     "checkpoints without verification": (
