@@ -1,7 +1,7 @@
 """Algorithm 2 as a film: x_t of 16 samples on their way from noise to the data.
 
     pip install pillow
-    python tools/film.py runs/shapes --out film.gif
+    python tools/film.py runs/shapes --out film.png
 """
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sample import choose_sampler
 
 @command
 def main(argv=None) -> int:
-    """Draws the samples with all T steps, and writes every so many of them as a GIF."""
+    """Draws the samples with all T steps, and writes every so many of them as an animated PNG."""
     from PIL import Image
     parser = Parser(__doc__, "--seed", "--device", "--precision")
     parser.add_argument("checkpoint", help="the run")
     parser.add_argument("--n", type=count, default=16, help="samples (default: 16)")
-    parser.add_argument("--frames", type=count, default=40, help="frames of x_t (default: 40)")
-    parser.add_argument("--out", type=Path, default=Path("film.gif"), help="(default: film.gif)")
+    parser.add_argument("--frames", type=count, default=28, help="frames of x_t (default: 28)")
+    parser.add_argument("--out", type=Path, default=Path("film.png"), help="(default: film.png)")
     args = parser.parse_args(argv)
     machine = start_machine(args.device, args.precision)
     trained = load(args.checkpoint, machine=machine)
@@ -40,10 +40,11 @@ def main(argv=None) -> int:
                               noise(0), noise):
             progress.update(s.T - t)
             if t in shown:
-                picture = data.tiled(data.to_uint8(x_t).cpu())[:, ::2, ::2]
+                picture = data.tiled(data.to_uint8(x_t).cpu() & 0xF8)  # 5 bits are enough
+                picture = picture[:, ::2, ::2]
                 frame = picture.expand(3, -1, -1).permute(1, 2, 0)
                 frames.append(Image.frombytes("RGB", frame.shape[1::-1], data.raw_bytes(frame)))
-        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+        frames[0].save(file, format="PNG", optimize=True, save_all=True, append_images=frames[1:], loop=0,
                        duration=[70] * (len(frames) - 1) + [2500])
     say(f"{args.out} has {len(frames)} frames")
     return 0
