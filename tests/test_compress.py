@@ -143,6 +143,49 @@ def test_a_file_is_as_long_as_algorithm_3_says(file):
     assert 0.7 * bits < 8 * len(file) < 1.4 * bits + 8 * 13
 
 
+class Spy:
+    """Takes the place of the arithmetic code: what each symbol costs, in bits, and the symbols. A
+    symbol of `forced`'s alphabet is always that one."""
+
+    def __init__(self, alphabet: int = 0, forced: int = 0):
+        self.bits, self.symbols, self.alphabet, self.forced = [], [], alphabet, forced
+
+    def __call__(self, frequencies, symbol=0):
+        symbol = self.forced if len(frequencies) == self.alphabet else symbol
+        assert sum(frequencies) == 2 ** 16
+        self.bits.append(16 - math.log2(frequencies[symbol]))
+        self.symbols.append(symbol)
+        return symbol
+
+
+def test_x_T_is_sent_with_the_mean_of_eq_4():
+    """Its KL, ᾱ_T Σ x_0² / (2 ln 2) bits, is the first symbol, in half octaves: for a chain in which
+    it is no small number.
+
+    Kills: ᾱ_T in place of its root, nats in place of bits."""
+    trained = network()
+    for beta in (0.01, 0.03):
+        s = ddpm.schedule_from_betas(torch.full((30,), beta, dtype=torch.float64))
+        code = Spy()
+        next(compress.transmit(trained._replace(s=s), code, 6, picture()))
+        x0 = picture().double() / 127.5 - 1
+        kl = (1 - beta) ** 30 * x0.square().sum().item() / (2 * math.log(2))
+        assert code.symbols[0] == round(2 * math.log2(1 + kl)) > 5
+
+
+def test_each_class_of_pixels_has_its_best_variance():
+    """The last message is shorter than with any one variance for all eight classes, and the classes
+    of this picture differ."""
+    trained, bits = network(), {}
+    for forced in (None, *range(4, 14)):
+        code = Spy(16 if forced is not None else 0, forced or 0)
+        *_, last = compress.transmit(trained, code, 6, picture())
+        assert torch.equal(data.to_uint8(last.x0_hat)[0], picture())
+        bits[forced] = sum(code.bits)
+    chosen = bits.pop(None)
+    assert chosen < min(bits.values()) - 4
+
+
 def test_every_beginning_shows_what_the_sender_had(file):
     """The first n bytes give x̂_0 of a state of the sender, a later one for a larger n; the first of
     them tell nothing yet."""

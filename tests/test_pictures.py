@@ -237,6 +237,21 @@ def test_a_network_trained_without_clipping_is_sampled_without():
         assert state.x0_hat.item() == pytest.approx(value)
 
 
+def test_the_command_does_not_clip_what_was_trained_without(run):
+    """No flag means as trained: then the samples are those of --no-clip, and with a network that was
+    trained with clipping they are others."""
+    flags = "--n 2 --sampler ddpm --out".split()
+    path, found = Path("runs/images/checkpoint.pt"), {}
+    for clip in (True, False):
+        save_checkpoint(path, {"settings": {**SMALL, "clip": clip}, "step": 1, "ema": run["ema"].state_dict()})
+        for more in ([], ["--no-clip"]):
+            assert sample.main([*FLAGS, *flags, "x.pt", *more]) == 0
+            found[clip, bool(more)] = torch.load("x.pt").int()
+    assert torch.equal(found[False, False], found[False, True])
+    assert torch.equal(found[True, True], found[False, True])
+    assert (found[True, False] - found[True, True]).abs().max() > 3
+
+
 def test_grids_during_training(run, monkeypatch):
     """A run's grids are samples of its averaged weights, from the noise of its seed; all T steps
     where --sample-steps is T or more, and then Algorithm 2's."""

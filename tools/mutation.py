@@ -48,6 +48,8 @@ TESTS = {
 }
 # Statements that begin so are left alone: the wording of messages, progress, the looks of a plot.
 MESSAGES = [r"raise \w+\(", r"\bsay\(", r"parser\.add", r"progress\b", r"figure", r"ax\w*\."]
+LEFT_OUT = ("not (kill_at or two_ranks or signal or bench or process_of_its_own or "
+            "machines_without)")  # what starts processes of its own
 SETTINGS = """
 
 [tool.mutmut]
@@ -55,7 +57,7 @@ source_paths = ["{target}"]
 also_copy = {others}
 do_not_mutate_patterns = {messages}
 pytest_add_cli_args_test_selection = {tests}
-pytest_add_cli_args = ["-x", "-q", "-k", "not (kill_at or two_ranks or signal or bench)"]
+pytest_add_cli_args = ["-x", "-q", "-k", "{left_out}"]
 use_git_change_detection = false
 """
 
@@ -121,7 +123,8 @@ def main(argv=None) -> int:
         files = copied(work, work / "mutants")  # mutmut makes no folders
         with open(work / "pyproject.toml", "a", encoding="utf-8") as file:
             file.write(SETTINGS.format(
-                target=target, tests=json.dumps(TESTS[args.name]), messages=json.dumps(MESSAGES),
+                target=target, left_out=LEFT_OUT, tests=json.dumps(TESTS[args.name]),
+                messages=json.dumps(MESSAGES),
                 others=json.dumps([file for file in files if file != target])))
     mutmut = [sys.executable, "-m", "mutmut"]
     results = work / "mutants" / f"{target}.meta"
