@@ -107,6 +107,26 @@ def test_a_typical_mistake_is_caught_and_named(right, wrong, theorem, name):
     assert not name or name in list(map(short, row["fits"]))[:2]
 
 
+FEWER = STUDENT.replace("torch.cumprod(1 - b, 0)", "torch.cumprod(1 - b, 0), torch.arange(1, len(b) + 1)").replace(
+    "model(x_t, t)) / (1 - b)", "model(x_t, s[2][t - 1])) / (1 - b)") + '''
+def respaced(s, times):
+    bar = s[1][torch.tensor(times) - 1]
+    return 1 - bar / torch.cat([torch.ones(1), bar[:-1]]), bar, torch.tensor(times)
+'''
+
+
+@pytest.mark.parametrize("right, wrong, name", [
+    ("", "", None),
+    ("return 1 - bar / torch.cat([torch.ones(1), bar[:-1]])", "return s[0][torch.tensor(times) - 1]",
+     "a step to τ_i − 1"),
+    ("model(x_t, s[2][t - 1])", "model(x_t, t)", "shown i in place of τ_i")])
+def test_fewer_steps_are_judged(right, wrong, name):
+    """A file with `respaced` holds; the two usual mistakes of skipped steps are caught and named."""
+    row = judged(FEWER.replace(right, wrong) if right else FEWER, "fewer_steps_of_alg2")["fewer_steps_of_alg2"]
+    assert row["verdict"] == ("fails" if name else "holds")
+    assert not name or name in short(row["fits"][0])
+
+
 def test_two_mistakes_are_both_named():
     source = STUDENT
     for right, wrong, *_ in (MISTAKES[1], MISTAKES[4]):
