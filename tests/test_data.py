@@ -601,9 +601,13 @@ def test_a_png_holds_every_pixel(tmp_path_factory, c, height, width, seed):
 
 
 def test_pillow_reads_a_png(tmp_path):
-    """The same pixels, in the mode for grey and in that for colours."""
+    """The same pixels, in the mode for grey and in that for colours, of noise and of smooth pictures
+    of up to 64 pixels and more."""
     Image = pillow()
-    for mode, image in (("L", picture(1, 30, 17)), ("RGB", picture(3, 7, 300))):
+    slope = torch.arange(64)[:, None] * 3 + torch.arange(64)
+    for mode, image in (("L", picture(1, 30, 17)), ("RGB", picture(3, 7, 300)),
+                        ("RGB", data.shapes(1, 48)[0]), ("L", slope.to(torch.uint8)[None]),
+                        ("RGB", torch.stack([slope, slope.T, 255 - slope]).to(torch.uint8))):
         with Image.open(io.BytesIO(data.png(image))) as found:
             assert (found.format, found.mode, found.size) == ("PNG", mode, tuple(image.shape[:0:-1]))
             assert found.tobytes() == pil(image, mode).tobytes()

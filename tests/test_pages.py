@@ -99,7 +99,8 @@ def test_two_lines_load_and_draw(tmp_path, monkeypatch):
     assert not space["trained"].net.training
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "compress", "bench", "judge", "steps", "mistakes"])
+@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "compress", "bench", "judge", "steps", "mistakes", "film",
+                                    "mutation"])
 def test_flags_exist(script, capsys):
     """Every flag that README and PAPER give to a script is one of its flags."""
     assert importlib.import_module(script).main(["--help"]) == 0

@@ -21,13 +21,13 @@ from sample import choose_sampler
 @command
 def main(argv=None) -> int:
     """Draws the samples with all T steps, and writes every so many of them as an animated PNG."""
-    from PIL import Image
     parser = Parser(__doc__, "--seed", "--device", "--precision")
     parser.add_argument("checkpoint", help="the run")
     parser.add_argument("--n", type=count, default=16, help="samples (default: 16)")
     parser.add_argument("--frames", type=count, default=28, help="frames of x_t (default: 28)")
     parser.add_argument("--out", type=Path, default=Path("film.png"), help="(default: film.png)")
     args = parser.parse_args(argv)
+    from PIL import Image
     machine = start_machine(args.device, args.precision)
     trained = load(args.checkpoint, machine=machine)
     s, loop, about = choose_sampler(trained)
