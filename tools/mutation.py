@@ -41,7 +41,7 @@ TESTS = {
     "compress": ["tests/test_compress.py"],
     "support/command": ["tests/test_support.py", "tests/test_commands.py", "tests/test_hostile.py"],
     "support/machine": ["tests/test_support.py", "tests/test_pictures.py"],
-    "support/checkpoint": ["tests/test_support.py", "tests/test_commands.py",
+    "support/checkpoint": ["tests/test_support.py", "tests/test_pictures.py",
                            "tests/test_weights.py"],
     "support/data": ["tests/test_data.py", "tests/test_hostile.py"],
     "support/weights": ["tests/test_weights.py"],
