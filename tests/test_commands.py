@@ -174,7 +174,7 @@ def test_resume_at_any_step_is_exact():
     flags = (*SMALL, "--dropout", 0.3, "--save-every", 1)
     trains("--steps", 5, "--out", "whole", *flags)
     whole = checkpoint("whole")
-    for stop in range(1, 5):
+    for stop in (1, 4):
         trains("--steps", stop, "--out", f"at{stop}", *flags)
         trains("--steps", 5, "--out", f"at{stop}", *flags)
         assert_equal(checkpoint(f"at{stop}"), whole)
@@ -892,7 +892,7 @@ def test_a_process_that_waits_for_another_hears_a_signal():
     """Also before they have met, where the waiting is not Python's."""
     process, = ranks("a")
     with pytest.raises(subprocess.TimeoutExpired):
-        process.communicate(timeout=5)
+        process.communicate(timeout=4)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode != 0

@@ -649,7 +649,7 @@ def made(kind: str, *more: str) -> list:
     """What sample.py makes: the pixels of a picture, of a tensor, or of each file of a folder."""
     for leftover in Path().glob("x*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    assert sample.main([*FLAGS, "--n", "2", *PICTURES[kind].split(), *" ".join(more).split()]) == 0
+    assert sample.main([*FLAGS, "--n", "1", *PICTURES[kind].split(), *" ".join(more).split()]) == 0
     path, = Path().glob("x*")
     if path.is_dir():
         return [read_png(file) for file in sorted(path.glob("*.png"))]
