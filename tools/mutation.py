@@ -7,8 +7,8 @@
     python tools/mutation.py second                others, written by somebody else
 
 tools/meanings.json has the two lists of mistakes of meaning: file, right line, wrong line, and what
-the mistake means. Both were written from the code, without a look at the tests; no test was made
-from the second one before its score was known. A list takes about 40 minutes on one core.
+the mistake means. Both were written from the code, without a look at the tests, and the scores that
+the README tells are of tests that knew nothing of them. A list takes about 40 minutes on one core.
 
 All mutants of ddpm.py take about a quarter of an hour on two cores, 150 of another file from two
 minutes to half an hour. Left out are the wording of messages, which no test should pin, the
