@@ -3,8 +3,8 @@
     pip install mutmut==3.8.1 pillow matplotlib diffusers
     python tools/mutation.py ddpm                  every small change of a file that mutmut makes
     python tools/mutation.py train --sample 150    150 of them, drawn at random
-    python tools/mutation.py first                 mistakes of meaning that people wrote down
-    python tools/mutation.py second                others, written by somebody else
+    python tools/mutation.py first                 a list of mistakes of meaning
+    python tools/mutation.py second                another list, independent of the first
 
 tools/meanings.json has the two lists of mistakes of meaning: file, right line, wrong line, and what
 the mistake means. Both were written from the code, without a look at the tests, and the scores that
