@@ -307,11 +307,11 @@ def prepare(out: Path, folder: str) -> None:
     """Images of 16×16 for training and testing, one of them as a PNG, and features for FID."""
     for split in ("train", "test"):
         try:
-            images = data.load("fashion_mnist", folder, split).images.float()
-            images = torch.nn.functional.avg_pool2d(images, 2).round().to(torch.uint8)
+            images, _ = data.load("fashion_mnist", folder, split)
+            images = torch.nn.functional.avg_pool2d(images.float(), 2).round().to(torch.uint8)
         except (OSError, ValueError) as error:
             say(f"shapes in place of Fashion-MNIST: {one_line(error)}")
-            images = data.load("shapes", folder, split).images
+            images, _ = data.load("shapes", folder, split)
         with written(out / f"{split}.pt") as file:
             torch.save(images.contiguous(), file)
     (out / "picture.png").write_bytes(data.png(images[0]))

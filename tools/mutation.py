@@ -65,8 +65,7 @@ def copied(work: Path, *places: Path) -> list[str]:
     """Copies the files of the tree to these folders, and returns their names."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=HERE,
                             capture_output=True, text=True).stdout.split()
-    files = [file for file in listed if (HERE / file).is_file()
-             and Path(file).suffix in (".py", ".md", ".toml")]
+    files = [file for file in listed if (HERE / file).is_file()]
     for file in files:
         for place in (work, *places):
             (place / file).parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +81,8 @@ def meanings(which: str, sample: int | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         copied(work)
+        if subprocess.run([sys.executable, "-m", "pytest", "-xq", *tests], cwd=work).returncode:
+            raise ValueError("the tests fail without a mistake, and would notice anything")
         for file, right, wrong, meaning in listed:
             source = (work / file).read_text(encoding="utf-8")
             if source.count(right) != 1:
@@ -125,7 +126,8 @@ def main(argv=None) -> int:
             file.write(SETTINGS.format(
                 target=target, left_out=LEFT_OUT, tests=json.dumps(TESTS[args.name]),
                 messages=json.dumps(MESSAGES),
-                others=json.dumps([file for file in files if file != target])))
+                others=json.dumps([file for file in files if file != target
+                                   and Path(file).suffix in (".py", ".md", ".toml")])))
     mutmut = [sys.executable, "-m", "mutmut"]
     results = work / "mutants" / f"{target}.meta"
     names = []

@@ -102,7 +102,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     machine = start_machine(args.device, args.precision)
     folder = args.data_dir or "data"
-    train, test = (data.load("fashion_mnist", folder, split).images for split in ("train", "test"))
+    train, test = (data.load("fashion_mnist", folder, split)[0] for split in ("train", "test"))
     kept = args.out / "classifier.pt"
     if kept.exists():
         net = Classifier().eval()
