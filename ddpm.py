@@ -1,7 +1,8 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the mathematics.
 
 Read it from top to bottom beside the paper (arXiv 2006.11239): sections, equations, algorithms and
-symbols are the paper's, and so is the order, but for Eq. 15. The network is any `model(x_t, t)`.
+symbols are the paper's, and so is the order, but Eq. 15 follows Eq. 4. The network is any
+`model(x_t, t)`.
 
     t         the paper's time 1 … T: (B,) int64, one number for each image of the batch; in the
               algorithms, where all images have the same time, one int
@@ -13,7 +14,7 @@ symbols are the paper's, and so is the order, but for Eq. 15. The network is any
 
 A function `*_mean_variance` returns a distribution. A function that returns a sample takes its
 noise as an argument. `sigma2` is a variance σ², a tensor; `variance` is the word that chooses one.
-Likelihoods are in nats, and sums over all dimensions unless the docstring says otherwise;
+Likelihoods are in nats, summed over all dimensions unless the docstring says otherwise;
 `bits_per_dim` converts them.
 
     s = make_schedule()
@@ -102,10 +103,10 @@ def make_schedule(T: int = 1000, kind: str = "linear",
     """linear: β_t rises from 10⁻⁴ to 0.02 in equal steps; T = 1000.   [DDPM §4]
 
     kind: "linear"; "quadratic", where √β_t rises in equal steps; "constant", where every β_t is
-    beta_end. (A branch here is all that another schedule needs: train.py --schedule takes its
-    name.) Not in the paper: for T ≠ 1000 both ends are multiplied by 1000/T (and are at most
-    0.999), because T = 100 with the paper's β would leave ᾱ_T = 0.36. ValueError for an unknown
-    kind, T < 2, β ≤ 0, and if ᾱ_T > 10⁻³: p(x_T) = N(0, I) would then be far from q(x_T | x_0).
+    beta_end; or a branch that you add. Not in the paper: for T ≠ 1000 both ends are multiplied by
+    1000/T (and are at most 0.999), because T = 100 with the paper's β would leave ᾱ_T = 0.36.
+    ValueError for an unknown kind, T < 2, β ≤ 0, and if ᾱ_T > 10⁻³: p(x_T) = N(0, I) would then be
+    far from q(x_T | x_0).
     """
     if T < 2 or not (beta_start > 0 and beta_end > 0):
         raise ValueError(f"T = {T}, β from {beta_start} to {beta_end}: it needs T ≥ 2 and β > 0")
@@ -143,9 +144,10 @@ def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 
 # --- Eq. 3: the bound -----------------------------------------------------------------------------
 #
-#     −log p_θ(x_0) ≤ E_q[ −log p(x_T) − Σ_{t≥1} log [p_θ(x_{t−1} | x_t) / q(x_t | x_{t−1})] ] =: L
+#     −log p_θ(x_0) ≤ L,                                                                     [Eq. 3]
+#     L = E_q[ −log p(x_T) − Σ_{t≥1} log [p_θ(x_{t−1} | x_t) / q(x_t | x_{t−1})] ]
 #
-# by Jensen's inequality (derived in PAPER.md). In this file L is a function of one x_0; the paper's
+# by Jensen's inequality (derived in PAPER.md). Here L is a function of one x_0; the paper's
 # L is its mean over the data. L is the negative evidence lower bound (ELBO) of a variational
 # autoencoder with a fixed encoder q, whose latents x_1 … x_T have the shape of the data.
 
@@ -166,11 +168,21 @@ def q_sample(s: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     mean, sigma2 = q_mean_variance(s, x0, t)
     return mean + sigma2.sqrt() * eps
 
+# --- Eq. 15: from x_t back to x_0 -----------------------------------------------------------------
+
+def predict_x0_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t: Eq. 4 solved for x_0.   [DDPM Eq. 15]"""
+    alpha_bar = s.alpha_bars[t]
+    return (x_t - _like((1 - alpha_bar).sqrt(), x_t) * eps) / _like(alpha_bar.sqrt(), x_t)
+
+def predict_eps_from_x0(s: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+    """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t): Eq. 4 solved for ε.   [DDPM Eq. 15 inverted]"""
+    alpha_bar = s.alpha_bars[t]
+    return (x_t - _like(alpha_bar.sqrt(), x_t) * x0) / _like((1 - alpha_bar).sqrt(), x_t)
+
 # --- Eq. 5: the bound as a sum of KL divergences --------------------------------------------------
 #
-# For t > 1 Bayes' rule with x_0 given rewrites q(x_t | x_{t−1}) = q(x_t | x_{t−1}, x_0) as
-# q(x_{t−1} | x_t, x_0) q(x_t | x_0) / q(x_{t−1} | x_0). The quotients q(x_t | x_0)/q(x_{t−1} | x_0)
-# telescope. In expectation, and only there, the other log-ratios are KL divergences (see PAPER.md):
+# Bayes' rule, with x_0 given, turns Eq. 3 into a sum of KL divergences (derived in PAPER.md):
 #
 #     L = E_q[ L_T + Σ_{t>1} L_{t−1} + L_0 ]                                                [Eq. 5]
 #     L_T = KL(q(x_T | x_0) ‖ p(x_T))                            `prior_kl`   (§3.1)
@@ -194,10 +206,8 @@ def q_posterior_mean_variance(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor) -
         μ̃_t = √ᾱ_{t−1} β_t / (1 − ᾱ_t) x_0  +  √α_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t) x_t
         β̃_t = (1 − ᾱ_{t−1}) / (1 − ᾱ_t) β_t
 
-    By Bayes' rule it is proportional to q(x_t | x_{t−1}) q(x_{t−1} | x_0) as a function of x_{t−1}:
-    a Gaussian with mean x_t/√α_t and precision α_t/β_t, times one with mean √ᾱ_{t−1} x_0 and
-    precision 1/(1 − ᾱ_{t−1}). In a product of Gaussians precisions add, and μ̃_t is the average of
-    the two means weighted by their precisions. At t = 1 it is the point x_0, because β̃_1 = 0.
+    By Bayes' rule it is proportional to q(x_t | x_{t−1}) q(x_{t−1} | x_0) as a function of x_{t−1},
+    a product of two Gaussians (derived in PAPER.md). At t = 1 it is the point x_0, as β̃_1 = 0.
     """
     beta, alpha = s.betas[t], s.alphas[t]
     alpha_bar, alpha_bar_before = s.alpha_bars[t], s.alpha_bars[t - 1]
@@ -207,12 +217,19 @@ def q_posterior_mean_variance(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor) -
     return Gaussian(_like(weight_x0, x_t) * x0 + _like(weight_x_t, x_t) * x_t,
                     _like(beta_tilde, x_t))
 
+def predict_x0_from_mean(s: Schedule, x_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
+    """x̂_0 = ((1 − ᾱ_t) μ̃_t − √α_t (1 − ᾱ_{t−1}) x_t) / (√ᾱ_{t−1} β_t): Eq. 7 solved for x_0."""
+    alpha_bar, alpha_bar_before = s.alpha_bars[t], s.alpha_bars[t - 1]
+    weight_x_t = s.alphas[t].sqrt() * (1 - alpha_bar_before)
+    weight_x0 = alpha_bar_before.sqrt() * s.betas[t]
+    return (_like(1 - alpha_bar, x_t) * mean - _like(weight_x_t, x_t) * x_t) / _like(weight_x0, x_t)
+
 # === §3.1  The forward process and L_T ============================================================
 
 def prior_kl(s: Schedule, x0: Tensor) -> Tensor:
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)).   [DDPM Eq. 5, §3.1]
 
-    x0: (B, …) → (B,) nats in float64. It has no parameters, so training leaves it out.
+    Takes x0 (B, …), returns (B,) nats in float64. It has no parameters: training leaves it out.
     """
     x0 = _float64(x0)
     q = q_mean_variance(s, x0, _all(s.T, x0))
@@ -228,10 +245,10 @@ def _float64(x: Tensor) -> Tensor:
 def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
     """Σ_θ = σ_t² I with σ_t² = β_t ("fixed_large") or σ_t² = β̃_t ("fixed_small").   [DDPM §3.2]
 
-    → (B,) float64. The true variance of x_{t−1} given x_t is β_t if x_0 ~ N(0, I), and β̃_t if x_0
-    is always the same point. Ho et al.'s CIFAR-10 code, not the paper: at t = 1 both choices are
-    β̃_2, since L_0 would divide by β̃_1 = 0, and since β̃_2 is said there to give a better likelihood
-    than β_1. (A schedule of one step has no β̃_2: there σ_1² = β_1.) Only L_0 depends on σ_1².
+    Returns (B,) in float64. The true variance of x_{t−1} given x_t is β_t if x_0 ~ N(0, I), and β̃_t
+    if x_0 is always the same point. Ho et al.'s CIFAR-10 code, not the paper: at t = 1 both choices
+    are β̃_2, since L_0 would divide by β̃_1 = 0, and since β̃_2 is said there to give a better
+    likelihood than β_1. Only L_0 depends on σ_1². (A schedule of one step has σ_1² = β_1.)
     """
     if s.T == 1:
         return s.betas[t]
@@ -247,50 +264,32 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 #
 # For t > 1 and a fixed σ_t² the divergence L_{t−1} depends on θ through the mean μ_θ alone:
 #
-#     L_{t−1} = E_q[ ‖μ̃_t − μ_θ(x_t, t)‖² / (2σ_t²) ] + C,                                  [Eq. 8]
+#     L_{t−1} = E_q[ ‖μ̃_t(x_t, x_0) − μ_θ(x_t, t)‖² / (2σ_t²) ] + C,                         [Eq. 8]
 #     C = D/2 · (log(σ_t²/β̃_t) + β̃_t/σ_t² − 1).
 #
-# Put x_0 = (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t (Eq. 4) into Eq. 7. Because β_t + α_t (1 − ᾱ_{t−1}) = 1 − ᾱ_t,
+# By Eq. 15 x_0 is (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t, and with it Eq. 7 becomes (derived in PAPER.md)
 #
-#     μ̃_t = (x_t − β_t/√(1 − ᾱ_t) · ε) / √α_t.                                         [Eqs. 9, 10]
+#     L_{t−1} − C = E[ ‖μ̃_t(x_t, (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t) − μ_θ(x_t, t)‖² / (2σ_t²) ]      [Eq. 9]
+#     L_{t−1} − C = E[ ‖(x_t − β_t/√(1 − ᾱ_t) · ε)/√α_t − μ_θ(x_t, t)‖² / (2σ_t²) ]         [Eq. 10]
 #
-# The network is given x_t, so only ε is left to predict: μ_θ takes the form of Eq. 10, with the
-# network's output ε_θ(x_t, t) in place of ε:
+# where x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, and E is the mean over x_0 and ε. The network is given x_t,
+# and only ε is left to predict: μ_θ takes the same form, with the output ε_θ(x_t, t) for ε:
 #
 #     μ_θ(x_t, t) = (x_t − β_t/√(1 − ᾱ_t) · ε_θ(x_t, t)) / √α_t                             [Eq. 11]
+#     L_{t−1} − C = E[ β_t²/(2σ_t² α_t (1 − ᾱ_t)) · ‖ε − ε_θ(x_t, t)‖² ]                    [Eq. 12]
 #
 # `p_mean_variance` computes it in two steps, as the same algebra allows: x̂_0 (Eq. 15), and with it
 # μ̃_t(x_t, x̂_0) (Eq. 7). A sampling step, this mean plus σ_t z, resembles Langevin dynamics:
 # −ε_θ/√(1 − ᾱ_t) estimates ∇ log q(x_t), the gradient of a log-density.
 
 def vlb_weight(s: Schedule, t: Tensor, variance: str = "fixed_large") -> Tensor:
-    """β_t² / (2 σ_t² α_t (1 − ᾱ_t)), the weight of ‖ε − ε_θ‖² in L_{t−1} − C.   [DDPM Eq. 12]
+    """β_t² / (2 σ_t² α_t (1 − ᾱ_t)), the weight of ‖ε − ε_θ‖² in L_{t−1} − C.   [in DDPM Eq. 12]
 
-    → (B,) float64. Put Eq. 10 for μ̃_t and Eq. 11 for μ_θ into Eq. 8. Then x_t cancels, and
-    ‖μ̃_t − μ_θ‖² = β_t²/(α_t (1 − ᾱ_t)) ‖ε − ε_θ‖², which resembles denoising score matching.
-    t > 1: at t = 1 the term is L_0, to which Eq. 12 does not apply. L_simple leaves the weight out.
+    Returns (B,) in float64. With these weights Eq. 12 resembles denoising score matching; L_simple
+    leaves them out. t > 1: at t = 1 the term is L_0, to which Eq. 12 does not apply.
     """
     weight = s.betas[t] ** 2 / (s.alphas[t] * (1 - s.alpha_bars[t]))
     return weight / (2 * p_variance(s, t, variance))
-
-# --- Eq. 15: what the network's output says of x_0 ------------------------------------------------
-
-def predict_x0_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t: Eq. 4 solved for x_0.   [DDPM Eq. 15]"""
-    alpha_bar = s.alpha_bars[t]
-    return (x_t - _like((1 - alpha_bar).sqrt(), x_t) * eps) / _like(alpha_bar.sqrt(), x_t)
-
-def predict_eps_from_x0(s: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t): Eq. 4 solved for ε.   [DDPM Eq. 15 inverted]"""
-    alpha_bar = s.alpha_bars[t]
-    return (x_t - _like(alpha_bar.sqrt(), x_t) * x0) / _like((1 - alpha_bar).sqrt(), x_t)
-
-def predict_x0_from_mean(s: Schedule, x_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-    """x̂_0 = ((1 − ᾱ_t) μ̃_t − √α_t (1 − ᾱ_{t−1}) x_t) / (√ᾱ_{t−1} β_t): Eq. 7 solved for x_0."""
-    alpha_bar, alpha_bar_before = s.alpha_bars[t], s.alpha_bars[t - 1]
-    weight_x_t = s.alphas[t].sqrt() * (1 - alpha_bar_before)
-    weight_x0 = alpha_bar_before.sqrt() * s.betas[t]
-    return (_like(1 - alpha_bar, x_t) * mean - _like(weight_x_t, x_t) * x_t) / _like(weight_x0, x_t)
 
 # --- p_θ(x_{t−1} | x_t) ---------------------------------------------------------------------------
 
@@ -373,7 +372,7 @@ def p_sample_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int],
     # 6: return x_0
     yield State(0, x_t, x_t)
 
-# === §3.3  Data scaling, the decoder and L_0 ======================================================
+# === §3.3  Data scaling, the decoder (Eq. 13) and L_0 =============================================
 
 def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, sigma2: Tensor) -> Tensor:
     """log p_θ(x_0 | x_1) = log ∫_{δ₋(x_0)}^{δ₊(x_0)} N(x; μ, σ²) dx.   [DDPM Eq. 13]
@@ -413,7 +412,7 @@ def vlb_term(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, p: Gaussian | Reve
     """L_{t−1} = KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)); L_0 at t = 1.   [DDPM Eq. 5]
 
     x_t ~ q(x_t | x_0); p: p_θ(x_{t−1} | x_t) as `p_mean_variance` returns it; t may differ between
-    images. Where t = 1, x0 must lie on the 256 levels of Eq. 13. → (B,) nats in float64,
+    images. Where t = 1, x0 must lie on the 256 levels of Eq. 13. Returns (B,) nats in float64,
     differentiable with respect to p.
     """
     x0, x_t = _float64(x0), _float64(x_t)
@@ -431,15 +430,17 @@ def bits_per_dim(nats: Tensor, x0: Tensor) -> Tensor:
     return nats / (x0[0].numel() * math.log(2))
 
 # === §3.4  The simplified training objective ======================================================
+#
+#     L_simple(θ) = E_{t,x_0,ε}[ ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖² ]                   [Eq. 14]
 
 def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
                 predict: str = "eps") -> Tensor:
-    """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖² / D.   [DDPM Eq. 14; Alg. 1, line 5]
+    """‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖² / D for each image.   [DDPM Eq. 14; Alg. 1, line 5]
 
-    → (B,), to be averaged over a batch in which t is uniform on 1 … T. The factor 1/D is the
+    Returns (B,), to be averaged over a batch in which t is uniform on 1 … T. The factor 1/D is the
     released code's; the paper has none. For t > 1 it is Eq. 12 without its weight, which is largest
     at small t. So L_simple counts the errors at small t, where x_t has little noise, less than the
-    bound does. At t = 1 it approximates L_0: density × bin width, σ_1 dropped, no edge bins.
+    bound does. At t = 1 it approximates L_0 (see PAPER.md). Algorithm 1 is in train.py.
     predict: "x0" (§3.2) and "mean" (Table 2) compare the network with x_0 and μ̃_t in place of ε.
     """
     x_t = q_sample(s, x0, t, eps)
@@ -521,15 +522,15 @@ def receive(s: Schedule, model: Model, x_T: Tensor, decode: Callable[[int, Rever
 def distortion(x0: Tensor, x0_hat: Tensor) -> Tensor:
     """127.5 √(‖x_0 − x̂_0‖² / D), the root mean square error in pixel values.   [DDPM §4.3]
 
-    → (B,). 127.5 converts from [−1, 1] to the pixel values 0 … 255.
+    Returns (B,). 127.5 converts from [−1, 1] to the pixel values 0 … 255.
     """
     return 127.5 * (x0 - x0_hat).square().flatten(1).mean(1).sqrt()
 
-# --- Eq. 16 ---------------------------------------------------------------------------------------
+# --- Eq. 16: the bound without x_0 ----------------------------------------------------------------
 #
-#     E L = KL(q(x_T) ‖ p(x_T)) + E_q[ Σ_{t≥1} KL(q(x_{t−1} | x_t) ‖ p_θ(x_{t−1} | x_t)) ] + H(x_0)
+#     L = KL(q(x_T) ‖ p(x_T)) + E[ Σ_{t≥1} KL(q(x_{t−1}|x_t) ‖ p_θ(x_{t−1}|x_t)) ] + H(x_0) [Eq. 16]
 #
-# where the mean is over x_0 too. This is Eq. 3 with Bayes' rule applied without x_0 (derived in
+# where L is the mean over x_0 too. This is Eq. 3 with Bayes' rule applied without x_0 (derived in
 # PAPER.md). q(x_{t−1} | x_t) depends on the unknown distribution of the data, so only a test, for
 # Gaussian data, computes it.
 
