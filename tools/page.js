@@ -1,0 +1,135 @@
+// Sliders, switches and the points in two dimensions. Without this script the page is whole, too.
+"use strict";
+const make = (tag, attributes = {}, ...inside) => {
+  const e = Object.assign(document.createElement(tag), attributes);
+  e.append(...inside);
+  return e;
+};
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+let names = 0;
+
+function slider(text, labels, start, show) {  // a range with its value in words
+  const range = make("input", {type: "range", min: 0, max: labels.length - 1, id: `range-${++names}`});
+  const said = make("output", {htmlFor: range.id});
+  const set = i => {
+    range.value = i;
+    said.textContent = labels[i];
+    range.setAttribute("aria-valuetext", labels[i]);
+    show(i);
+  };
+  range.addEventListener("input", () => set(+range.value));
+  set(start);
+  const box = make("div", {className: "slider"},
+                   make("label", {htmlFor: range.id}, text), range, said);
+  return {box, set, get: () => +range.value};
+}
+
+function player(control, count, milliseconds) {  // a button that moves a slider to its end
+  let timer = 0;
+  const button = make("button", {type: "button"}, "Play");
+  const stop = () => { clearInterval(timer); timer = 0; button.textContent = "Play"; };
+  button.addEventListener("click", () => {
+    if (timer) return stop();
+    if (still.matches) return control.set(count() - 1);  // no motion: the end at once
+    if (control.get() >= count() - 1) control.set(0);
+    button.textContent = "Stop";
+    timer = setInterval(() => {
+      if (control.get() >= count() - 1) return stop();
+      control.set(control.get() + 1);
+    }, milliseconds);
+  });
+  return {button, stop};
+}
+
+// Frames: each picture of a figure shows one column of its sheet.
+for (const figure of document.querySelectorAll("figure[data-frames]")) {
+  const labels = JSON.parse(figure.dataset.frames), frames = figure.querySelectorAll(".frame");
+  const control = slider(figure.dataset.label, labels, +figure.dataset.start, i => {
+    for (const frame of frames) {
+      const [, y, width, height] = frame.getAttribute("viewBox").split(" ");
+      frame.setAttribute("viewBox", `${i * width} ${y} ${width} ${height}`);
+    }
+  });
+  control.box.append(player(control, () => labels.length, 250).button);
+  figure.querySelector("figcaption").before(control.box);
+}
+
+// A switch puts the wrong picture in the place of the right one.
+for (const seen of document.querySelectorAll(".seen")) {
+  const [right, wrong] = [".right", ".wrong"].map(kind => seen.querySelector(`figure${kind} use`));
+  if (!right || !wrong) continue;
+  const first = right.getAttribute("href"), caption = right.closest("figure").lastElementChild;
+  const button = make("button", {type: "button", className: "switch"}, "Switch right / wrong");
+  button.setAttribute("aria-pressed", "false");
+  button.addEventListener("click", () => {
+    const on = button.getAttribute("aria-pressed") === "false";
+    button.setAttribute("aria-pressed", on);
+    right.setAttribute("href", on ? wrong.getAttribute("href") : first);
+    caption.textContent = on ? "wrong" : "right";
+  });
+  seen.append(button);
+}
+
+// Points on their way from noise to the data.
+const place = document.getElementById("points");
+if (place) {
+  const paths = JSON.parse(document.getElementById("paths-data").textContent);
+  const canvas = make("canvas", {width: 640, height: 640}), pen = canvas.getContext("2d");
+  canvas.setAttribute("role", "img");
+  const chosen = {sampler: place.dataset.samplers.split("|")[0], steps: "50"};
+  const read = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
+  let frames = [];
+  const draw = i => {
+    const [t, top, bytes] = frames[i], b = read(bytes), k = 640 / 4.4;
+    pen.clearRect(0, 0, 640, 640);
+    pen.fillStyle = getComputedStyle(document.body).color;
+    for (let j = 0; j < b.length; j += 2)
+      pen.fillRect(320 + (b[j] - 128) / 127 * top * k - 2.5,
+                   320 - (b[j + 1] - 128) / 127 * top * k - 2.5, 5, 5);
+    canvas.setAttribute("aria-label", `400 points at t = ${t}: ${chosen.sampler}, ${chosen.steps} steps`);
+  };
+  const holder = make("div");
+  let control, play;
+  const load = () => {
+    play?.stop();
+    frames = paths[`${chosen.sampler}, ${chosen.steps}`];
+    control = slider("time", frames.map(f => `t = ${f[0]}`), frames.length - 1, draw);
+    play = player(control, () => frames.length, 90);
+    control.box.append(play.button);
+    holder.replaceChildren(control.box);
+  };
+  const choice = (name, values, words) => make("fieldset", {}, make("legend", {}, words), ...values.map(
+    value => make("label", {}, make("input", {
+      type: "radio", name, value, checked: value === chosen[name],
+      onchange: () => { chosen[name] = value; load(); },
+    }), ` ${value}`)));
+  place.append(canvas, make("div", {},
+    choice("sampler", place.dataset.samplers.split("|"), "σ_t² of Algorithm 2, or η of DDIM"),
+    choice("steps", place.dataset.steps.split("|"), "network calls"), holder));
+  load();
+}
+
+// Symbols within longer formulas: the same line, and the same link, as for those that stand alone.
+const known = JSON.parse(document.getElementById("symbols").dataset.symbols);
+const tip = make("div", {className: "tip", role: "tooltip", hidden: true});
+document.body.append(tip);
+const symbol = e => {
+  for (let p = e.closest?.("msub, msup, msubsup, mover, mi"); p; p = p.parentElement?.closest("msub, msup, msubsup, mover")) {
+    const text = p.textContent, base = p.firstElementChild?.textContent ?? text;
+    const found = known[text] ?? known[base + "_"];
+    if (found && !p.closest("a, summary")) return found;
+  }
+};
+document.addEventListener("pointerover", event => {
+  const found = symbol(event.target);
+  tip.hidden = !found;
+  if (!found) return;
+  tip.textContent = found[1];
+  const at = event.target.getBoundingClientRect();
+  tip.style.top = `${at.bottom + scrollY + 6}px`;
+  tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - tip.offsetWidth - 16))}px`;
+});
+document.addEventListener("click", event => {
+  const found = symbol(event.target);
+  if (found) location.hash = found[0];
+});
