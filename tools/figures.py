@@ -51,6 +51,13 @@ def chain(trained: Trained, model: ddpm.Model, x0: Tensor) -> Tensor:
         columns += [x_t] if t in shown[:-1] else []
     return tiled(data.to_uint8(torch.stack(columns, 1).flatten(0, 1)), len(columns))
 
+def over_time(trained: Trained, model: ddpm.Model) -> Tensor:
+    """Figure 6: a row is x̂_0(x_t) at eleven times from T to 1, and the sample."""
+    s, noise, columns = trained.s, Noise(0, range(4), trained.shape), []
+    for t, _, x0_hat in sample.choose_sampler(trained).loop(s, model, noise(), noise):
+        columns += [x0_hat] if t % 100 == 0 or t == 1 else []
+    return tiled(data.to_uint8(torch.stack(columns, 1).flatten(0, 1)), len(columns))
+
 def forward(trained: Trained, model: ddpm.Model, x0: Tensor) -> Tensor:
     """A column for each of TIMES; for each image the rows x_t, ε, ε_θ(x_t, t) and x̂_0."""
     s, rows = trained.s, []
@@ -152,6 +159,7 @@ def main(argv=None) -> int:
     frames, panels = paths()
     files, numbers["bytes"] = beginnings(trained, some[:4])
     pictures = {"chain": chain(trained, model, x0), "forward": forward(trained, model, x0[[0, 6]]),
+                "progress": over_time(trained, model),
                 "files": files, "paths": panels}
     for name, picture in pictures.items():
         with written(OUT / f"{name}.png") as file:

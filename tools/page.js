@@ -51,7 +51,7 @@ for (const figure of document.querySelectorAll("figure[data-frames]")) {
     }
   });
   control.box.append(player(control, () => labels.length, 250).button);
-  figure.querySelector("figcaption").before(control.box);
+  figure.querySelector(":scope > figcaption").before(control.box);
 }
 
 // A switch puts the wrong picture in the place of the right one.
@@ -80,7 +80,7 @@ if (place) {
   const read = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
   let frames = [];
   const draw = i => {
-    const [t, top, bytes] = frames[i], b = read(bytes), k = 640 / 4.4;
+    const [t, top, bytes] = frames[i], b = read(bytes), k = 640 / 3.2;
     pen.clearRect(0, 0, 640, 640);
     pen.fillStyle = getComputedStyle(document.body).color;
     for (let j = 0; j < b.length; j += 2)
@@ -102,7 +102,8 @@ if (place) {
     value => make("label", {}, make("input", {
       type: "radio", name, value, checked: value === chosen[name],
       onchange: () => { chosen[name] = value; load(); },
-    }), ` ${value}`)));
+    }), make("span", {}, value.split("_")[0], ...value.split("_").slice(1).map(
+      index => make("sub", {}, index))))));
   place.append(canvas, make("div", {},
     choice("sampler", place.dataset.samplers.split("|"), "σ_t² of Algorithm 2, or η of DDIM"),
     choice("steps", place.dataset.steps.split("|"), "network calls"), holder));

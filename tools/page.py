@@ -4,8 +4,8 @@
 
 The page is made of the files themselves: ddpm.py, Algorithm 1 of train.py and unet.py give
 docstrings and code, PAPER.md the statements, the derivations and what one sees of a mistake, the
-test files the theorems, tools/mistakes.py the wrong lines. Nothing is written twice. Formulas
-become MathML, and the page fetches nothing and needs no JavaScript.
+test files the theorems, tools/mistakes.py the wrong lines, tools/figures.py the pictures. Nothing is
+written twice. Formulas become MathML. The page fetches nothing, and is whole without its script.
 """
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import math
 import re
 import string
 import sys
+import struct
 import textwrap
 import unicodedata
 import xml.etree.ElementTree as ET
@@ -36,6 +37,7 @@ except ImportError as error:
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
 KEPT = ROOT / ".github" / "images" / "mistakes"
+DRAWN = ROOT / ".github" / "images" / "page"
 
 def read(name: str) -> str:
     """The text of a file of the repository."""
@@ -477,8 +479,13 @@ MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").use(
 
 def markdown(text: str) -> str:
     """HTML of a part of PAPER.md."""
-    return re.sub(r'(?s)<div class="math block">\n?(.*?)\n?</div>',
-                  r'<div class="formula"><span>\1</span></div>', MARKDOWN.render(text))
+    found = re.sub(r'(?s)<div class="math block">\n?(.*?)\n?</div>',
+                   r'<div class="formula"><span>\1</span></div>', MARKDOWN.render(text))
+    return re.sub(r"(?s)<table>.*?</table>", lambda m: wide(m[0]), found)
+
+def wide(table: str) -> str:
+    """A table that may be wider than the page, in a box that scrolls by itself."""
+    return f'<div class=wide tabindex=0 role=region aria-label="A table">{table}</div>'
 
 def inline(text: str) -> str:
     """HTML of one paragraph, without its tags."""
@@ -506,12 +513,12 @@ def numbers(label: str) -> set[int]:
 CODE = HtmlFormatter(nowrap=True)
 COLOURED = "k kn kc ow s1 s2 sd sa si se c1 mi mf nf nc nd fm".split()  # by page.css
 
-def code(source: str) -> str:
-    """A listing, coloured."""
+def code(source: str, kind: str = "code") -> str:
+    """A listing, coloured; kind: its class, "code" for what the page is about."""
     found = highlight(source, PythonLexer(stripnl=False), CODE).rstrip()
     found = re.sub(r'<span class="(\w+)">([^<]*)</span>', lambda m: f"<span class={m[1]}>{m[2]}"
                    "</span>" if m[1] in COLOURED else m[2], found)
-    return f"<pre class=code>{found}</pre>"
+    return f'<pre class="{kind}">{found}</pre>'
 
 def first_line(node: ast.AST) -> int:
     """The line on which a statement begins, with its decorators."""
@@ -578,6 +585,7 @@ class Page:
     def __init__(self):
         self.body: list[str] = []
         self.contents: list[tuple[int, str, str]] = []  # level, address, title
+        self.level = 1                                 # of the last heading
         self.units: dict[str, str] = {}                # function or class → address
         self.link = Link(self.units)
         self.shown: set[str] = set()                   # tests
@@ -586,12 +594,9 @@ class Page:
         self.rows = table("The map")
         self.waiting: list[str] = []                   # tests to show below a section's text
         self.symptoms = {row[0]: row[1] for row in table("Easy mistakes") if len(row) == 3}
-        tree = ast.parse(read("tools/mistakes.py"))
-        space: dict = {}
-        for node in tree.body:  # the tables of that file, which imports torch, without the rest
-            if isinstance(node, ast.Assign) and not ast.unparse(node).startswith(("ROOT", "KEPT")):
-                exec(compile(ast.Module([node], []), "mistakes.py", "exec"), space)
-        self.mistakes, self.controls = space["MISTAKES"], space["CONTROLS"]
+        self.algorithms = dict(re.findall(r"(?ms)^### Algorithm (\d): \w+\n\n(.*?)(?=^### |\Z)",
+                                          chapter("The four algorithms")))
+        self.mistakes, self.controls = tables("tools/mistakes.py", "MISTAKES", "CONTROLS")
         self.left = {name for name, entry in self.mistakes.items() if entry[3]}
         self.home = {}                                 # test → (file, the line that it guards)
         for file, test, replacements, _ in self.mistakes.values():
@@ -606,6 +611,7 @@ class Page:
                 if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                     self.tests[node.name] = (path.name, source, node)
         self.results = json.loads((KEPT / "results.json").read_text(encoding="utf-8"))
+        self.numbers = json.loads((DRAWN / "numbers.json").read_text(encoding="utf-8"))
 
     def link_of(self, node: ast.AST) -> Link:
         """The links of the page, with the arguments of a function."""
@@ -614,33 +620,40 @@ class Page:
         return Link(self.units, [argument.arg for argument in named])
 
     def heading(self, level: int, title: str, address: str, shown: str | None = None) -> None:
+        self.level = level
         self.contents.append((level, address, shown or prose(title)))
         self.body.append(f'<h{level} id="{address}"><a class=anchor href="#{address}" aria-label='
                          f'"Link to this section">#</a>{shown or prose(title)}</h{level}>')
 
-    def statements(self, title: str, text: str) -> None:
+    def two(self, said: str, done: str, address: str = "") -> None:
+        """Two columns where there is room: what is said, and what belongs beside it."""
+        self.body.append(f'<section class=unit{f" id={address}" if address else ""}>'
+                         f"<div class=said>{said}</div><div class=done>{done}</div></section>")
+
+    def statements(self, title: str, text: str) -> str:
         """What the map says about the equations of a heading, unless the comment there says it.
 
         The theorems of an equation that no function computes wait until that text is over."""
         shown = set().union(*(numbers(m[1]) for m in map(LABEL.search, text.splitlines()) if m))
+        found = ""
         for label, statement, functions, tests in self.rows:
             if not numbers(label) & numbers(title):
                 continue
             if not numbers(label) <= shown and statement.startswith("$") and "`" in functions:
-                self.body.append(f'<div class=statement><span class=label>{inline(label)}</span>'
-                                 f'<div class="formula"><span>{tex(statement.strip("$"), True)}'
-                                 "</span></div></div>")
+                found += (f'<div class=statement><span class=label>{inline(label)}</span><div class='
+                          f'"formula"><span>{tex(statement.strip("$"), True)}</span></div></div>')
             if "`" not in functions:
                 self.waiting += re.findall(r"`(test_\w+)`", tests)
+        return found
 
-    def derivations(self, title: str) -> None:
+    def derivations(self, title: str) -> str:
         """The derivations of PAPER.md that belong to the equations of a heading."""
-        for name, text in re.findall(r"(?ms)^### (.*?)\n(.*?)(?=^### |\Z)",
-                                     chapter("The derivations")):
-            if min(numbers(name)) in numbers(title):
-                self.body.append("<details class=derivation open><summary>Derivation: "
-                                 f"{inline(name)}</summary><div class=inside "
-                                 f'id="derivation-{slug(name)}">{markdown(text)}</div></details>')
+        return "".join(
+            f"<details class=derivation open><summary>Derivation: {inline(name)}</summary><div "
+            f'class=inside id="derivation-{slug(name)}">{markdown(text)}</div></details>'
+            for name, text in re.findall(r"(?ms)^### (.*?)\n(.*?)(?=^### |\Z)",
+                                         chapter("The derivations"))
+            if min(numbers(name)) in numbers(title))
 
     def theorem(self, name: str, here: bool = True) -> str:
         """A test, folded; elsewhere than where it belongs, a link to it."""
@@ -653,76 +666,105 @@ class Page:
             return (f'<p class=again>Theorem, shown elsewhere: <a href="#{name}">'
                     f"{prose(first, link)}</a></p>")
         self.shown.add(name)
+        listing = code(without_docstring(source, node), "code test")
         return (f"<details class=theorem><summary>Theorem: {prose(first, link)}</summary>"
                 f'<div class=inside id="{name}">{document(rest, link)}<p class=file>'
                 f"<code>{file}</code>: <code>pytest -k {name}</code></p>"
-                f"{code(without_docstring(source, node))}{libraries(name)}</div></details>")
+                f"{listing}{libraries(name)}</div></details>")
 
     def mistake(self, name: str) -> str:
-        """A mistake, folded: what one sees, right and wrong line, pictures, the failing test."""
+        """A mistake: what one sees, right and wrong line, pictures, the failing test. Folded, but
+        for those that one sees best."""
         self.left.discard(name)
         file, test, replacements, controls = self.mistakes[name]
         seen = "".join(self.seen(name, control) for control in controls.split())
         test = test.split(".")[1]
         target = f'<a href="#{test}"><code>{test}</code></a>' if test in self.shown else \
             f"<code>{test}</code>"
-        return (f"<details class=mistake><summary>Easy mistake: {prose(name, self.link)}</summary>"
-                f'<div class=inside id="mistake-{slug(name)}">'
-                f"<p>{prose(self.symptoms[name], self.link)}</p>"
-                f"{diff(whole_lines(file, replacements))}{seen}<p class=file>In "
-                f"<code>{file}</code>; noticed by {target}</p></div></details>")
+        title = f"Easy mistake: {prose(name, self.link)}"
+        said = self.symptoms[name]
+        said = said[0].upper() + said[1:] if said[1].islower() else said
+        inside = (f"<p>{prose(said, self.link)}</p>"
+                  f"{diff(whole_lines(file, replacements))}{seen}<p class=file>In "
+                  f"<code>{file}</code>; noticed by {target}</p>")
+        if name in SHOWN:
+            return (f'<div class="mistake shown" id="mistake-{slug(name)}"><p><strong>{title}'
+                    f"</strong></p>{inside}</div>")
+        return (f"<details class=mistake><summary>{title}</summary><div class=inside "
+                f'id="mistake-{slug(name)}">{inside}</div></details>')
 
     def seen(self, name: str, control: str) -> str:
         """The numbers, the pictures and the loss of the runs."""
         result, right = (self.results[f"{control}/{line}"] for line in (name, "right"))
         figures = ""
-        for one, title in ((right, "right"), (result, "wrong")):
+        for one, kind in ((right, "right"), (result, "wrong")):
             if one["picture"]:
-                figures += (f'<figure><svg role=img aria-label="what comes with the {title} line" '
-                            f'viewBox="0 0 {one["width"]} {one["height"]}" '
-                            f'width={3 * one["width"]} height={3 * one["height"]}>'
-                            f'<use href="#{self.picture(one)}"/></svg>'
-                            f"<figcaption>{title}</figcaption></figure>")
+                picture = self.picture(KEPT / one["picture"])
+                figures += (f"<figure class={kind}>" + crop(
+                    picture, 0, 0, one["width"], one["height"], 3 * one["width"],
+                    f"{control}, {name}: what comes with the {kind} line")
+                    + f"<figcaption>{kind}</figcaption></figure>")
         if result["loss"] and right["loss"]:
-            figures += curve(right["loss"], result["loss"])
-        lines = diff(result["printed"]) if result["printed"] else ""
-        text = "" if lines and result["text"] == "nothing" else html.escape(result["text"])
+            figures += plot({"right": right["loss"], "wrong": result["loss"]}, "step", "loss",
+                            f"loss over steps: {name}")
+        short = lambda text: re.sub(r"(\d\.\d{3})\d{3}\b", r"\1", text)  # of six digits
+        pairs = [(a, b) if short(a) == short(b) else (short(a), short(b))
+                 for a, b in result["printed"]]
+        lines = diff(pairs) if pairs else ""
+        text = "" if lines and result["text"] == "nothing" else html.escape(short(result["text"]))
         return (f'<p class=numbers>Seen (<a href="#runs">{control}</a>) {text}</p>'
                 f"{lines}<div class=seen>{figures}</div>")
 
-    def picture(self, run: dict) -> str:
+    def picture(self, path: Path) -> str:
         """The name of a picture, which is in the page once however often it is shown."""
-        name = "picture-" + run["picture"].removesuffix(".png")
-        content = base64.b64encode((KEPT / run["picture"]).read_bytes()).decode()
-        self.pictures[name] = (f'<image id="{name}" width={run["width"]} height={run["height"]} '
-                               f'href="data:image/png;base64,{content}"/>')
+        name, content = f"picture-{path.stem}", path.read_bytes()
+        width, height = struct.unpack(">II", content[16:24])
+        self.pictures[name] = (f'<image id="{name}" width="{width}" height="{height}" href="data:'
+                               f'image/png;base64,{base64.b64encode(content).decode()}"/>')
         return name
+
+    def proofs(self, tests: list[str], mistakes: list[str]) -> str:
+        """Theorems and mistakes in one line that opens; below it what one sees best."""
+        folded = [self.mistake(m) for m in mistakes if m not in SHOWN]
+        count = lambda n, word: f"{n} {word}{'s' * (n != 1)}" if n else ""
+        title = ", ".join(filter(None, (count(len(tests), "theorem"),
+                                        count(len(folded), "easy mistake"))))
+        theorems = "".join(self.theorem(test, here) for test, here in tests.items())
+        fold = (f"<details class=proofs><summary>{title}</summary><div class=inside>{theorems}"
+                f"{''.join(folded)}</div></details>") if title else ""
+        return fold + "".join(self.mistake(m) for m in mistakes if m in SHOWN)
 
     def unit(self, source: str, node: ast.AST, file: str) -> None:
         """A function, a class or other lines: docstring beside code, theorems, mistakes."""
-        name = getattr(node, "name", None)
-        text = without_docstring(source, node)
-        self.body.append(f'<section class=unit{f" id={self.units[name]}" if name else ""}>')
-        doc = ast.get_docstring(node) if name else ""
-        anchor = (f'<h5><a class=anchor href="#{self.units[name]}" aria-label="Link to {name}">#'
-                  f"</a><code>{name}</code></h5>") if name else ""
-        self.body.append(f"<div class=said>{anchor}\n{document(doc, self.link_of(node))}</div>"
-                         f"<div class=done>{code(text)}")
+        name = node.name
+        link, doc = self.link_of(node), ast.get_docstring(node) or ""
+        listing = code(without_docstring(source, node))
+        if name.startswith("_"):
+            self.two("", f"<details class=helper><summary>Helper: <code>{name}</code></summary>"
+                     f"<div class=inside>{document(doc, link)}{listing}</div></details>",
+                     self.units[name])
+            return
+        level = self.level + 1
+        said = (f'<h{level} class=name><a class=anchor href="#{self.units[name]}" aria-label="Link '
+                f'to {name}">#</a><code>{name}</code></h{level}>{document(doc, link)}')
+        if found := re.search(r"\[DDPM Alg\. (\d)\]", doc):
+            said += (f"<div class=box><strong>Algorithm {found[1]}</strong>"
+                     f"{markdown(self.algorithms[found[1]])}</div>")
+        if name in BESIDE:
+            said += getattr(self, BESIDE[name])()
         whole = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
         wrong = [m for m, (path, _, replacements, controls) in self.mistakes.items()
                  if path == file and controls and m in self.left and replacements[0][0] in whole]
         tests = [test for test, (path, line) in self.home.items() if path == file and line in whole]
         for _, _, functions, some in self.rows:
-            if name and re.search(rf"`(\w+\.)?{name}`", functions):
+            if re.search(rf"`(\w+\.)?{name}`", functions):
                 listed = re.findall(r"`(test_\w+)`", some)
                 near = [t for t in listed if re.search(rf"\b{name}\b", ast.get_source_segment(
                     self.tests[t][1], self.tests[t][2]))]
                 tests += near or listed
-        for test in dict.fromkeys(tests):
-            path, line = self.home.get(test, (file, whole))
-            self.body.append(self.theorem(test, here=path == file and line in whole))
-        self.body += [self.mistake(m) for m in wrong]
-        self.body.append("</div></section>")
+        here = {test: self.home.get(test, (file, whole)) for test in tests}
+        here = {test: path == file and line in whole for test, (path, line) in here.items()}
+        self.two(said, listing + self.proofs(here, wrong), self.units[name])
 
     def file(self, name: str, title: str, only: str = "", names: tuple = ()) -> None:
         """A source file in its own order; `only` one of its sections, or some functions."""
@@ -734,32 +776,196 @@ class Page:
                 self.units[thing.name] = prefix + thing.name
         self.heading(2, title, slug(name), f"<code>{name}</code>: {title}")
         if not only and not names:
-            said = ast.get_docstring(ast.parse(source))
-            self.body.append(f"<div class=prose>{document(said, self.link)}</div>")
-        inside, due, plain = not only, "", []
+            said = document(ast.get_docstring(ast.parse(source)), self.link)
+            self.two(said, self.symbols() if name == "ddpm.py" else "")
+        if name == "train.py":
+            self.two("<p>The settings of the paper's CIFAR-10 run, which are the defaults of "
+                     "<code>python train.py</code>; a flag changes each of them. Warm-up and "
+                     "gradient clipping are those of the released code.</p>"
+                     + self.thirds(), settings())
+        inside, due, said, plain = not only, "", "", []
         for kind, thing in [*parts, ("end", None)]:
             if kind == "banner" and thing[0] == "===":
                 inside = not only or only in thing[1]
             if not inside and kind != "end" or names and getattr(thing, "name", "") not in names:
                 continue
-            if kind != "text" and due and name == "ddpm.py":  # below the text of the section
-                self.derivations(due)
-                self.body += ["<div class=prose>", *map(self.theorem, self.waiting), "</div>"]
-                self.waiting, due = [], ""
+            if kind != "text" and due:  # below the text of the section
+                beside = self.derivations(due) if name == "ddpm.py" else ""
+                beside += self.proofs(dict.fromkeys(self.waiting, True), [])
+                if numbers(due) == {4}:
+                    said, beside = said + self.jump_text(), self.jump()
+                if said or beside:
+                    self.two(said, beside)
+                self.waiting, due, said = [], "", ""
             if plain and (kind != "statement" or hasattr(thing, "name")):
-                self.body.append("<section class=unit><div class=said></div><div class=done>"
-                                 f"{code(chr(10).join(plain))}</div></section>")
+                listing = code("\n".join(plain))
+                self.two("", listing if "import" not in listing else "<details class=helper>"
+                         f"<summary>Imports</summary><div class=inside>{listing}</div></details>")
                 plain = []
             if kind == "banner":
                 level, due = 3 if thing[0] == "===" else 4, thing[1]
                 self.heading(level, due, slug(due))
-                self.statements(due, section(source, thing))
+                said = self.statements(due, section(source, thing)) if name == "ddpm.py" else ""
             elif kind == "text":
-                self.body.append(f"<div class=prose>{document(thing, self.link)}</div>")
+                said += document(thing, self.link)
             elif kind == "statement" and hasattr(thing, "name"):
                 self.unit(source, thing, name)
+                if thing.name == "p_sample_loop":
+                    self.points()
             elif kind == "statement":
                 plain.append(ast.get_source_segment(source, thing))
+
+    # --- pictures -----------------------------------------------------------------------------
+
+    def chain(self) -> str:
+        """Figure 2, for the first screen."""
+        name, labels = self.picture(DRAWN / "chain.png"), "0 100 200 300 500 1000 500 300 200 100 0"
+        texts = "".join(f'<text x="{16 * i + 8}" y="-3" text-anchor="middle" style="font-size:5px">'
+                        f"{t}</text>" for i, t in enumerate(labels.split()))
+        return ('<figure><svg viewBox="0 -10 176 90" width=880 height=450 role=img aria-label="Five '
+                "garments become noise from left to the middle, and five others come out of it to "
+                f'the right">{texts}<svg x=0 y=0 width=176 height=80 viewBox="0 0 176 80">'
+                f'<use href="#{name}"/></svg></svg><figcaption>The chain (the paper\'s Figure 2) '
+                "with the t of each column: a garment x_0 becomes noise by the steps of Eq. 2, and "
+                "from that noise Algorithm 2 draws another one.</figcaption></figure>").replace(
+                    "x_0", formula("x_0"))
+
+    def jump_text(self) -> str:
+        rows = [(f"{what}", 16 * i) for i, what in enumerate(("x_t", "ε", "ε_θ(x_t, t)", "x̂_0"))]
+        name, start = self.picture(DRAWN / "forward.png"), 6
+        pictures = "".join(
+            "<figure>" + "".join(crop(name, 16 * start, y + 64 * k, 16, 16, 80,
+                                      f"{what} of garment {k + 1} at the time of the slider",
+                                      "frame") for k in (0, 1))
+            + f"<figcaption>{formula(what)}</figcaption></figure>" for what, y in rows)
+        times = json.dumps([f"t = {t}" for t in self.numbers["times"]])
+        return (f"<figure data-frames='{times}' data-label=time data-start={start}><div class=row>"
+                f"{pictures}</div><figcaption>Two garments at t = 300, with the noise that is in "
+                "them, what a network takes for it, and the estimate of Eq. 15. (On the pictures "
+                "noise is divided by 3.)</figcaption></figure>")
+
+    def jump(self) -> str:
+        """One garment at t = 0, 100 … 1000 over the two coefficients of Eq. 4."""
+        name, bar, bars = self.picture(DRAWN / "forward.png"), 1.0, [1.0]
+        for t in range(1, 1001):
+            bar *= 1 - (1e-4 + (0.02 - 1e-4) * (t - 1) / 999)
+            bars.append(bar)
+        curves = {"√ᾱ_t": [(t, math.sqrt(bars[t])) for t in range(0, 1001, 20)],
+                  "√(1 − ᾱ_t)": [(t, math.sqrt(1 - bars[t])) for t in range(0, 1001, 20)]}
+        return plot(curves, "t", "", "the coefficients of Eq. 4 over t, and a garment at eleven "
+                    "times", log=False, width=520, strip=lambda x, y: "".join(
+                        f'<svg x="{x(100 * i) - 20:.0f}" y="{y}" width=40 height=40 viewBox='
+                        f'"{32 * i} 0 16 16"><use href="#{name}"/></svg>' for i in range(11)))
+
+    def terms(self) -> str:
+        """Where the bits of the bound lie."""
+        some, L_T = self.numbers["terms"], self.numbers["L_T"]
+        return plot({"L_{t−1}": some}, "t", "bits/dim", "each term of the bound over t") + (
+            f"<p class=numbers>Where the bits lie: {formula('L_{t−1}')} of a network that was "
+            f"trained on garments, for 32 test images. The first term, {formula('L_0')}, is the "
+            f"largest, {some[0][1]:.2f} bits/dim; {formula('L_T')} is {1e5 * L_T:.0f} · 10⁻⁵.</p>")
+
+    def thirds(self) -> str:
+        """The loss by thirds of t."""
+        lines = {what: [(row[0], row[i]) for row in self.numbers["loss"] if row[i]]
+                 for i, what in enumerate(("t ≤ T/3", "T/3 < t ≤ 2T/3", "t > 2T/3"), 1)}
+        return plot(lines, "step", "loss", "the loss of each third of t over the steps") + (
+            "<p class=numbers>The loss of each third of t in the run that made the pictures of this "
+            "page: at small t there is little noise in the image to be seen, and the error is "
+            "largest.</p>")
+
+    def files(self) -> str:
+        """Pictures from the first bytes of their files."""
+        name, cuts = self.picture(DRAWN / "files.png"), self.numbers["cuts"]
+        labels, last = [*map(str, cuts), "all"], len(cuts)
+        texts = "".join(f'<text x="{16 * i + 8}" y="-3" text-anchor="middle" style="font-size:5px">'
+                        f"{label}</text>" for i, label in enumerate(labels))
+        frames = "".join(crop(name, 16 * last, 16 * k, 16, 16, 96, f"picture {k + 1} from the "
+                              "bytes of the slider", "frame") for k in range(4))
+        bytes_ = json.dumps([f"{label} bytes" for label in labels])
+        length = sum(self.numbers["bytes"]) / 4
+        return (f"<figure data-frames='{bytes_}' data-label='first bytes' data-start={last}>"
+                f'<svg viewBox="0 -10 144 74" width=576 height=296 role=img aria-label="Four garments '
+                f'from more and more bytes">{texts}<svg x=0 y=0 width=144 height=64 viewBox="0 0 144'
+                f' 64"><use href="#{name}"/></svg></svg><div class=row>{frames}</div><figcaption>Four '
+                "test images from the first 16, 24, 32 … bytes of files that "
+                f"<code>compress.py</code> wrote; a whole file has {length:.0f} bytes on average, and "
+                "gives the picture back exactly.</figcaption></figure>")
+
+    def over_time(self) -> str:
+        """x̂_0 over time, from the same frames as the jump: what is decided when."""
+        name = self.picture(DRAWN / "progress.png")
+        return ('<figure><svg viewBox="0 0 192 64" width=576 height=192 role=img aria-label="The '
+                f'estimate of the sample from early to late"><use href="#{name}"/></svg><figcaption>'
+                f"{formula('x̂_0')} while Algorithm 2 runs (the paper's Figure 6), from t = 1000 to the "
+                "sample: the large things are decided first.</figcaption></figure>")
+
+    def points(self) -> None:
+        """Algorithm 2 and DDIM on points, where the best network is known."""
+        name = self.picture(DRAWN / "paths.png")
+        samplers, steps = ("β_t", "β̃_t", "η = 0.5", "η = 0"), self.numbers["steps"]
+        panels = "".join(
+            f"<tr><th scope=row>{n} calls</th>" + "".join(
+                f"<td>{crop(name, 120 * j, 120 * i, 120, 120, 132, f'{who}, {n} calls: the points')}"
+                "</td>" for j, who in enumerate(samplers)) + "</tr>" for i, n in enumerate(steps))
+        head = "".join(f"<th scope=col>{formula(what)}</th>" for what in (
+            "σ_t² = β_t", "σ_t² = β̃_t", "η = 0.5", "η = 0"))
+        self.heading(self.level, "What σ_t² does", "points-in-two-dimensions")
+        self.two(
+            f"<p>400 points, drawn with the best {formula('ε_θ')} there is: the data are 64 narrow "
+            f"Gaussians along a spiral, so that {formula('E[ε | x_t]')} is known, and every "
+            f"difference comes from the sampler. With 1,000 calls all of them find the spiral. With "
+            f"fewer, {formula('σ_t² = β_t')} leaves noise: it is the right variance for data that are "
+            f"noise themselves. {formula('σ_t² = β̃_t')}, right for a single point, leaves too little, "
+            "and with 10 calls draws the points to the middle. DDIM (Song et al. 2021) adds less "
+            f"noise, with {formula('η = 0')} none, and suffers least.</p>"
+            f'<div id=points data-samplers="{"|".join(samplers)}" data-steps="'
+            f'{"|".join(map(str, steps))}"></div>',
+            f"<div class=wide tabindex=0 role=region aria-label=Points><table><thead><tr><td></td>"
+            f"{head}</tr></thead><tbody>{panels}</tbody></table></div>")
+
+    # --- the other parts ----------------------------------------------------------------------
+
+    def symbols(self) -> str:
+        """The definitions of the symbols, to which `linked` leads."""
+        self.known = {}
+        rows = ""
+        for symbol, what, where in table("Symbols"):
+            markup = tex(symbol.strip("$"))
+            text = re.sub("<.*?>", "", markup)
+            address = "sym-" + slug(symbol.replace("\\", ""))
+            base = re.search(r"<m(?:sub|sup)>(.*?</m\w+>)(?=<m)", markup)
+            key = text if "θ" in text or "0" in text or not base or "xt" == text else \
+                re.sub("<.*?>", "", base[1]) + "_"
+            said = f"{what} ({where})"
+            self.known[key] = self.known[text] = (address, said)
+            number = numbers(where)
+            target = next((a for _, a, title in self.contents if number & numbers(title)), "")
+            rows += f'<dt id="{address}">{markup}</dt><dd>{prose(said)}</dd>' + target[:0]
+        data = html.escape(json.dumps(self.known, ensure_ascii=False), quote=True)
+        return f'<h3 id=symbols data-symbols="{data}">Symbols</h3><dl>{rows}</dl>'
+
+    def linked(self, body: str) -> str:
+        """Symbols that stand alone in the text lead to their definitions, once in each paragraph."""
+        def paragraph(found: re.Match) -> str:
+            seen = set()
+
+            def one(match: re.Match) -> str:
+                text = re.sub("<.*?>", "", match[1])
+                base = re.match(r"<mrow><m(?:sub|sup|subsup)>(.*?</m\w+>)(?=<m)", match[1])
+                entry = self.known.get(text) or base and self.known.get(
+                    re.sub("<.*?>", "", base[1]) + "_")
+                if not entry or entry in seen:
+                    return match[0]
+                seen.add(entry)
+                return (f'<a class=sym href="#{entry[0]}" data-tip="{html.escape(entry[1])}">'
+                        f"{match[0]}</a>")
+            parts = re.split(r"(<a .*?</a>|<summary>.*?</summary>)", found[0])
+            parts[::2] = [re.sub(r"<math>(<mrow>(?:<m(?:sub|sup|subsup|over)\b(?:(?!</math>).)*|<mi>.</mi>)"
+                                 r"</mrow>)</math>", one, part) if part.count("<m") else part
+                          for part in parts[::2]]
+            return "".join(parts)
+        return re.sub(r"(?s)<(p|li|dd)>.*?</\1>", paragraph, body)
 
     def helpers(self) -> None:
         """The tests that a link named and no function has shown, and what the theorems share."""
@@ -768,11 +974,10 @@ class Page:
         tree, lines = ast.parse(source), source.splitlines()
         shared = ["\n".join(lines[first_line(node) - 1:node.end_lineno]) for node in tree.body[1:]
                   if not getattr(node, "name", "").startswith("test_")]
-        self.body.append(f"<div class=prose>{document(ast.get_docstring(tree), self.link)}"
-                         "<details class=helpers><summary>The helpers of <code>test_ddpm.py</code>"
-                         f"</summary>{code(chr(10).join(shared))}</details>"
-                         + "".join(self.theorem(test) for test in sorted(self.named - self.shown))
-                         + "</div>")
+        self.two(document(ast.get_docstring(tree), self.link),
+                 "<details class=helpers><summary>The helpers of <code>test_ddpm.py</code>"
+                 f"</summary>{code(chr(10).join(shared), 'code test')}</details>"
+                 + "".join(self.theorem(test) for test in sorted(self.named - self.shown)))
 
     def runs(self) -> None:
         """How the mistakes were run: PAPER.md's text, and the commands of each control."""
@@ -781,40 +986,132 @@ class Page:
         rows = "".join(f"<dt>{name}</dt><dd>" + "<br>".join(
             f"<code>{html.escape(line)}</code>" for line in lines) + "</dd>"
             for name, lines in self.controls.items())
-        self.body.append(f"<div class=prose>{markdown(said[said.index('**The runs.**'):])}"
-                         "<details><summary>The commands: TREE is the program, right or wrong, "
-                         "SHARED the network of the right lines, TRAIN and TEST the images"
-                         f"</summary><dl>{rows}</dl></details></div>")
+        self.two(markdown(said[said.index("**The runs.**"):]),
+                 "<details class=helpers><summary>The commands: TREE is the program, right or wrong, "
+                 "SHARED the network of the right lines, TRAIN and TEST the images"
+                 f"</summary><dl>{rows}</dl></details>")
 
     def seen_first(self) -> None:
         """The symptoms, with links to the mistakes that look so."""
-        self.heading(2, "Symptoms", "symptoms")
+        self.heading(2, "What you see, and what it may be", "symptoms")
         rows = "".join(f"<tr><td>{prose(what)}</td><td>" + "; ".join(
             f'<a href="#mistake-{slug(name)}">{prose(name)}</a>' for name in names.split("; "))
-            + "</td></tr>" for what, names in table("Symptoms"))
+            + f"</td><td>{inline(met)}</td></tr>" for what, names, met in table("Symptoms"))
         said = markdown(chapter("Symptoms").split("\n| ")[0])
-        self.body.append(f"<div class=prose>{said}<table><thead><tr><th>what you see</th><th>"
-                         f"what it may be</th></tr></thead><tbody>{rows}</tbody></table></div>")
+        self.body.append(f"<div class=prose>{said}</div>" + wide(
+            "<table><thead><tr><th>what you see</th><th>what it may be</th><th>met by others</th>"
+            f"</tr></thead><tbody>{rows}</tbody></table>"))
 
     def judged(self) -> None:
         """Your own implementation and four libraries, judged."""
         self.heading(2, "Check your own", "judge")
-        self.body.append(
-            "<div class=prose><p>The statements of the paper can judge any implementation: fill in "
+        self.two(
+            "<p>The statements of the paper can judge any implementation: fill in "
             "this file, and run <code>python -m pytest test_ddpm.py --implementation my_ddpm.py"
-            "</code>. Without a value the flag prints the interface.</p><details><summary>The file "
-            f"to fill in</summary>{code(read('tools/template.py'))}</details>")
+            "</code>. Without a value the flag prints the interface.</p>",
+            f"<details class=helpers><summary>The file to fill in</summary>"
+            f"{code(read('tools/template.py'), 'code test')}</details>")
         text = re.sub(r"(?<!\w)(\w[\u0300-\u036f]?)_(\w)(?!\w)", r"\1<sub>\2</sub>",
                       markdown(chapter("Four libraries, judged")))
         while "_{" in text:  # from the inside out
             text = re.sub(r"_\{([^{}]*)\}", r"<sub>\1</sub>", text)
-        self.body.append(f"{text}</div>")
+        self.body.append(f'<div class="only-screen">{text}</div>')
 
     def others(self) -> None:
         """The mistakes in files that are not on this page."""
         self.heading(2, "Mistakes in other files", "elsewhere")
-        self.body.append("<div class=prose>" + "".join(
+        self.body.append("<div class=done>" + "".join(
             self.mistake(name) for name in self.mistakes if name in self.left) + "</div>")
+
+    def table_of_contents(self) -> str:
+        """Nested lists of links."""
+        out, depth = "<ul>", 2
+        for i, (level, address, title) in enumerate(self.contents):
+            out += "<ul>" * (level - depth) + "</li></ul>" * (depth - level) + (
+                "</li>" if i and level <= depth else "")
+            out += f'<li><a href="#{address}">{title}</a>'
+            depth = level
+        return out + "</li></ul>" * (depth - 1)
+
+SHOWN = ("T changed, β not rescaled", "1 − ᾱ_t in place of its root in Eq. 4",  # the best to see
+         "√ᾱ_t in place of √α_t in Eq. 7", "Eq. 15 divided by ᾱ_t", "σ_t² in place of σ_t",
+         "the network given i in place of τ_i")
+BESIDE = {"vlb_term": "terms", "p_sample_loop": "over_time", "receive": "files"}  # under a docstring
+
+def tables(file: str, *names: str) -> list:
+    """Tables of a file that imports torch, without the rest of it."""
+    space: dict = {}
+    for node in ast.parse(read(file)).body:
+        if isinstance(node, ast.Assign) and not ast.unparse(node).startswith(("ROOT", "KEPT")):
+            exec(compile(ast.Module([node], []), file, "exec"), space)
+    return [space[name] for name in names]
+
+def settings() -> str:
+    """The paper's settings: name, default and meaning, from the table of train.py."""
+    source, rows = read("train.py"), ""
+    table = next(node for node in ast.parse(source).body if isinstance(node, ast.Assign)
+                 and ast.unparse(node.targets[0]) == "SETTINGS").value
+    for key, value in zip(table.keys, table.values):
+        default, meaning = ast.literal_eval(value.elts[0]), value.elts[2]
+        if key.value == "seed":
+            break  # what follows is no part of the model
+        if default is not None and key.value != "data_dir" and isinstance(meaning, ast.Constant):
+            rows += (f"<tr><td><code>{key.value}</code></td><td>{html.escape(str(default))}</td>"
+                     f"<td>{prose(meaning.value)}</td></tr>")
+    return wide("<table><thead><tr><th>setting</th><th>value</th><th>meaning</th></tr></thead>"
+                f"<tbody>{rows}</tbody></table>")
+
+def crop(name: str, x: float, y: float, width: float, height: float, shown: int, label: str,
+         kind: str = "") -> str:
+    """A part of a picture, `shown` pixels wide."""
+    return (f'<svg{f" class={kind}" if kind else ""} viewBox="{x} {y} {width} {height}" width={shown}'
+            f' height={round(shown * height / width)} role=img aria-label="{html.escape(label)}">'
+            f'<use href="#{name}"/></svg>')
+
+def plot(lines: dict, across: str, up: str, label: str, log: bool = True, width: int = 300,
+         strip=None) -> str:
+    """Curves with ticks; log: both axes are logarithmic; strip(x, y): what stands below them."""
+    f = (lambda v: math.log10(max(v, 1e-9))) if log else float
+    every = [(f(x), f(y)) for points in lines.values() for x, y in points]
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*every))
+    height, foot = 0.55 * width, 44 if strip else 0
+    X = lambda v: 34 + (width - 60) * (v - x0) / (x1 - x0 or 1)
+    Y = lambda v: height - 22 - (height - 34) * (v - y0) / (y1 - y0 or 1)
+
+    def ticks(low: float, high: float, most: int) -> list:
+        if not log:
+            step = next(s for s in (0.2, 0.5, 1, 10, 100, 1000) if (high - low) / s <= most)
+            return [(v * step, f"{v * step:g}") for v in range(round(high / step) + 1)]
+        some = [(math.log10(m) + e, f"{m * 10.0 ** e:g}" if e > -3 else f"10{raised(e)}")
+                for e in range(-9, 8) for m in ((1,) if high - low > 3 else (1, 2, 5))]
+        some = [tick for tick in some if low - 1e-9 <= tick[0] <= high + 1e-9]
+        return some[::max(1, math.ceil(len(some) / most))]
+    out = "".join(f'<path class=axis d="M{X(v):.1f} {height - 22}v4"/><text x="{X(v):.1f}" '
+                  f'y="{height - 9}" text-anchor=middle>{text}</text>'
+                  for v, text in ticks(x0, x1, 10 if not log else 5))
+    out += "".join(f'<path class=axis d="M30 {Y(v):.1f}h4"/><text x=28 y="{Y(v) + 3:.1f}" '
+                   f"text-anchor=end>{text}</text>" for v, text in ticks(y0, y1, 4))
+    out += f'<path class=axis d="M34 6V{height - 22}H{width - 20}"/>'
+    for i, (name, points) in enumerate(lines.items()):
+        kind = name if name in ("right", "wrong") else f"c{i}"
+        out += (f'<polyline class={kind} points="' + " ".join(
+            f"{X(f(x)):.1f},{Y(f(y)):.1f}" for x, y in points) + '"/>')
+    said = "; ".join(f"{KEYS[i]}: {prose(name) if name in ('right', 'wrong') else formula(name)}"
+                     for i, name in enumerate(lines)) if len(lines) > 1 else formula(*lines)
+    if "right" in lines:
+        said = "right: solid; wrong: dashed"
+    axes = f"{up} over {across}" if up else f"over {formula(across)}"
+    out += strip(X, round(height)) if strip else ""
+    full = height + foot
+    return (f'<figure class=plot><svg viewBox="0 0 {width} {full:.0f}" width={round(1.4 * width)} '
+            f'height={round(1.4 * full)} role=img aria-label="{html.escape(label)}">{out}</svg>'
+            f"<figcaption>{said} ({axes}{', logarithmic' if log else ''})</figcaption></figure>")
+
+def raised(number: int) -> str:
+    """A number as a superscript."""
+    return "".join(next(k for k, v in SUPER.items() if v == c) for c in f"{number}".replace("-", "−"))
+
+KEYS = ("solid", "dashed", "dotted")
 
 def libraries(theorem: str) -> str:
     """In which libraries the judge's statements of the same equation hold, and in which not."""
@@ -829,24 +1126,10 @@ def libraries(theorem: str) -> str:
     judged = '<a href="#judge">judged</a>'
     return f"<p class=file>As {judged}, the equation {'; '.join(said)}.</p>" if said else ""
 
-def curve(right: list, wrong: list) -> str:
-    """The two loss curves as a small drawing, on logarithmic axes."""
-    points = {name: [(math.log(step), math.log(max(loss, 1e-9))) for step, loss in some if loss]
-              for name, some in (("right", right), ("wrong", wrong))}
-    every = [p for some in points.values() for p in some]
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*every))
-    paths = "".join(
-        f'<polyline class={name} points="' + " ".join(
-            f"{4 + 152 * (x - x0) / (x1 - x0 or 1):.1f},{100 - 92 * (y - y0) / (y1 - y0 or 1):.1f}"
-            for x, y in some) + '"/>' for name, some in points.items())
-    return ('<figure><svg viewBox="0 0 160 104" width=240 height=156 role=img aria-label="Loss over'
-            f' steps, right and wrong">{paths}</svg><figcaption>loss over steps, both axes '
-            f"logarithmic: {math.exp(y1):.2g} to {math.exp(y0):.2g}</figcaption></figure>")
-
 def build(repository: str = "") -> str:
     """The page; repository: its address, to which the page then links."""
-    repository = f' <a href="{repository}">The repository.</a>' if repository else ""
     page = Page()
+    chain = page.chain()
     page.file("ddpm.py", "the mathematics")
     page.file("train.py", "training", only="Algorithm 1")
     page.file("support/data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
@@ -856,47 +1139,27 @@ def build(repository: str = "") -> str:
     page.runs()
     page.others()
     page.helpers()
-    entries, depth = [], 2
-    for level, address, title in page.contents:
-        entries.append("<ul>" * (level - depth) + "</ul>" * (depth - level)
-                       + f'<li><a href="#{address}">{title}</a></li>')
-        depth = level
-    contents = "<ul>" + "".join(entries) + "</ul>" * (depth - 1)
-    font = base64.b64encode((TOOLS / "math.woff2").read_bytes()).decode()
-    style = (TOOLS / "page.css").read_text(encoding="utf-8").replace("FONT", font)
+    face = lambda family, file, more="": (
+        f'@font-face {{ font-family: "DDPM {family}"; {more}src: url(data:font/woff2;base64,'
+        + base64.b64encode((TOOLS / "fonts" / f"{file}.woff2").read_bytes()).decode()
+        + ') format("woff2"); }')
+    fonts = "\n".join((face("Math", "math"), face("Text", "regular"),
+                       face("Text", "italic", "font-style: italic; "),
+                       face("Text", "bold", "font-weight: bold; ")))
     body = re.sub(r"(<math>(?:(?!</math>).)*</math>)([.,;:?)]+)",  # a line begins with no full stop
-                  r"<span class=nb>\1\2</span>", "\n".join(page.body))
-    return TEMPLATE.substitute(style=style, contents=contents, body=body,
-                               pictures="".join(page.pictures.values()),
-                               paper=inline(read("PAPER.md").splitlines()[2]),
-                               repository=repository)
-
-TEMPLATE = string.Template("""<!doctype html>
-<html lang=en>
-<head>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<title>Denoising Diffusion Probabilistic Models, annotated</title>
-<style>
-$style</style>
-</head>
-<body>
-<header><h1>Denoising Diffusion Probabilistic Models</h1>
-<p>$paper On this page the paper's statements stand beside the code that computes
-them.$repository</p>
-<p>A <em>theorem</em> is a test. It states an identity and compares the code with a second
-computation, which shares nothing with it but Eq. 2, in most tests for cases that hypothesis draws.
-Its <a href="#helpers">helpers</a> are on the page. "Kills" names wrong variants of the code on
-which the test fails. An <em>easy mistake</em> shows a wrong line, what was seen when the
-program <a href="#runs">was run</a> with it, and the theorem that notices it.</p></header>
-<nav aria-label=Contents>$contents</nav>
-<svg width=0 height=0 aria-hidden=true><defs>$pictures</defs></svg>
-<main>
-$body
-</main>
-</body>
-</html>
-""")
+                  r"<span class=nb>\1\2</span>", page.linked("\n".join(page.body)))
+    body = re.sub(r"\s*\((?:derived in|see) PAPER\.md\)", "", body)  # it stands here
+    run = re.search(r"(?s)```sh\n(.*?)```", read("README.md"))[1]
+    preview = f'\n<meta property=og:image content="{repository}/raw/main/.github/images/fashion.png">'
+    return string.Template((TOOLS / "page.html").read_text(encoding="utf-8")).substitute(
+        style=(TOOLS / "page.css").read_text(encoding="utf-8").replace("FONTS", fonts),
+        script=(TOOLS / "page.js").read_text(encoding="utf-8"),
+        paths=(DRAWN / "paths.json").read_text(encoding="utf-8"),
+        contents=page.table_of_contents(), body=body, pictures="".join(page.pictures.values()),
+        paper=inline(read("PAPER.md").splitlines()[2]), chain=chain,
+        run=f"<h2 id=run>Run it</h2><pre>{html.escape(run.strip())}</pre>",
+        steps=f'{page.numbers["loss"][-1][0]:,}', preview=preview if repository else "",
+        repository=f' <a href="{repository}">The repository.</a>' if repository else "")
 
 def main(argv=None) -> int:
     """Writes the page: see the text at the head of this file."""
