@@ -13,9 +13,10 @@ import ddpm
 import sample
 import test_commands
 import test_pictures
+import test_unet
 import train
 from support import data
-from support.checkpoint import load, load_checkpoint, save_checkpoint
+from support.checkpoint import inference_model, load, load_checkpoint, save_checkpoint
 from support.command import Progress, UsageError, stop
 from support.machine import Machine, seed_of
 from test_commands import assert_equal
@@ -475,6 +476,17 @@ def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
     run = train.begin(given, data.shapes(4, 8), {}, CPU._replace(compiles=True), Path())
     assert run.network is run.net
     assert "no compiler here" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiler_sees_one_graph(training, dtype):
+    """Nothing breaks the graph of the network, with dropout in training or cast for sampling."""
+    machine, net = Machine(torch.device("cpu"), dtype), test_unet.randomised().train(training)
+    model = machine.model(net) if training else inference_model(net, machine)
+    with torch.set_grad_enabled(training):
+        seen = torch._dynamo.explain(model)(torch.zeros(2, 3, 8, 8), torch.tensor([7, 900]))
+    assert (seen.graph_count, seen.graph_break_count) == (1, 0) and seen.op_count > 100
 
 
 @pytest.mark.parametrize("steps, done, flag", [
