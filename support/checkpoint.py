@@ -106,8 +106,8 @@ def build_schedule(settings: dict) -> ddpm.Schedule:
                               settings["beta_end"])
 
 def inference_model(net: nn.Module, machine: Machine, *shape: int) -> ddpm.Model:
-    """ε_θ(x_t, t) for sampling: a copy of `net` whose weights are cast once, not in every call. For
-    batches of one shape, if it is given, the machine may compile it."""
+    """ε_θ(x_t, t) for sampling: a copy of `net` whose weights are cast once, not in every call, and
+    compiled for batches of this shape, if one is given and the machine compiles."""
     net = copy.deepcopy(net).eval()
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -71,12 +71,10 @@ class Machine(NamedTuple):
         if not self.compiles:
             return net
         try:
-            fast = torch.compile(net, dynamic=False)  # the shape of a batch is always the same
-            times = torch.ones(shape[0], dtype=torch.int64, device=self.device)
-            y = self.model(fast)(torch.zeros(shape, device=self.device), times)
-            if y.requires_grad:
+            fast, x = torch.compile(net, dynamic=False), torch.zeros(shape, device=self.device)
+            y = self.model(fast)(x, torch.ones(len(x), device=self.device).long())
+            if y.requires_grad:  # in training
                 y.sum().backward()
-                net.zero_grad()
             return fast
         except Exception as error:  # the compilers raise many kinds of error
             say(f"without torch.compile: {one_line(error)}")

@@ -7,9 +7,9 @@
     python tools/gpu.py --rehearse                     the same code on a CPU, with tiny networks
 
 The results are kept in gpu.json, and as a table for the README in gpu.md. After --train, the
-averaged weights lie in bfloat16 in weights.00, weights.01, …; `cat weights.?? > weights.pt` makes
-a file of them that sample.py --checkpoint and train.py --init take. If the run's checkpoint is not
-there, the training starts from them, with a new Adam and a new warm-up.
+averaged weights lie in bfloat16 in part-00, part-01, …; `cat part-?? > weights.pt` makes a file of
+them that sample.py --checkpoint and train.py --init take. If the run's checkpoint is not there, the
+training starts from them, with a new Adam and a new warm-up.
 """
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ import unet
 from support import data
 
 PAPER_STEPS, PAPER_SECONDS, GFLOP = 21, 17, 12.44  # TPU v3-8; of 256 samples; forward an image
-TESTED = ["test_ddpm.py", *(f"tests/test_{name}.py" for name in (
-    "unet", "support", "train", "pictures", "long_runs"))]
+TESTED = ["test_ddpm.py", "tests/test_unet.py", "tests/test_device.py", "tests/test_support.py"]
+OURS = functools.partial(unet.UNet, 3, 3)  # channels, multipliers
 TINY = dict(channels=32, multipliers=[1], timesteps=4)
 
 def run(*words, limit: float = 240) -> str:
@@ -59,27 +59,25 @@ def run(*words, limit: float = 240) -> str:
 
 def card(args) -> dict:
     """What this machine is."""
-    found = {"torch": torch.__version__, "CUDA": torch.version.cuda,
-             "cuDNN": torch.backends.cudnn.version()}
+    found = {"torch": torch.__version__, "CUDA": torch.version.cuda}
     if args.cuda:
         about = torch.cuda.get_device_properties(args.device)
         found |= {"card": about.name, "capability": f"{about.major}.{about.minor}",
                   "GiB": about.total_memory / 2 ** 30}
     if shutil.which("nvidia-smi"):
-        found["driver"] = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True,
-            capture_output=True, timeout=60).stdout.strip()
+        words = "nvidia-smi --query-gpu=driver_version --format=csv,noheader".split()
+        found["driver"] = subprocess.check_output(words, text=True, timeout=60).strip()
     return found
 
 def matmul(args) -> dict:
     """TFLOP/s of a large matrix product, in each precision."""
-    rates, n = {}, args.pick(8192, 128)
-    for precision in args.precisions:
+    def rate(precision: str, n: int) -> float:
         machine = start_machine(args.device, precision)
         a, b = torch.randn(2, n, n, device=machine.device, dtype=machine.dtype)
         took = min(bench.seconds(lambda: [a @ b for _ in range(10)], machine) for _ in range(3))
-        rates[precision] = 10 * 2 * n ** 3 / took / 1e12
-    return rates
+        return 10 * 2 * n ** 3 / took / 1e12
+    some = args.pick(["bf16", *["tf32"] * args.cuda, "fp32", "fp16"], ["bf16", "fp32"])
+    return {precision: rate(precision, args.pick(8192, 128)) for precision in some}
 
 def measure(net, machine, x, compiled: bool, repeat: int) -> dict:
     """Training steps of a network: the first one, which may compile, the others, the memory."""
@@ -96,11 +94,10 @@ def measure(net, machine, x, compiled: bool, repeat: int) -> dict:
 def training(precision: str, who: str, compiled: bool, args) -> dict:
     """The paper's network at batch 128, or diffusers' with the same settings."""
     machine, batch = start_machine(args.device, precision), args.pick(128, 2)
-    make = bench.diffusers_network if who == "diffusers" else lambda channels, multipliers: (
-        unet.UNet(channels=channels, multipliers=tuple(multipliers)))
+    net = (OURS if who == "ours" else bench.diffusers_network)(*args.pick(
+        (128, (1, 2, 2, 2)), (32, (1,))))
     x = torch.randn(batch, 3, 32, 32, device=machine.device)
-    found = measure(make(args.pick(128, 32), args.pick([1, 2, 2, 2], [1])), machine, x, compiled,
-                    args.pick(20, 1))
+    found = measure(net, machine, x, compiled, args.pick(20, 1))
     if rate := args.results.get("matmul", {}).get(precision):
         found["% of the matrix product"] = found["steps/s"] * 3 * GFLOP * batch / rate / 10
     return found | {"times a TPU v3-8": found["steps/s"] / PAPER_STEPS}
@@ -141,18 +138,15 @@ def tests(args) -> dict:
 def large(args) -> dict:
     """Two training steps of the network for 256×256 images, batch 8."""
     machine = start_machine(args.device)
-    net = unet.UNet(multipliers=(1, 1, 2, 2, 4, 4), image_size=256, dropout=0.0) if (
-        not args.rehearse) else unet.UNet(channels=32, multipliers=(1, 1), image_size=16)
-    side = args.pick(256, 16)
+    size, side = args.pick((128, (1, 1, 2, 2, 4, 4)), (32, (1, 1))), args.pick(256, 16)
     x = torch.randn(args.pick(8, 1), 3, side, side, device=machine.device)
-    return measure(net, machine, x, False, 2)
+    return measure(OURS(*size, image_size=side, dropout=0.0), machine, x, False, 2)
 
 def profile(args) -> dict:
     """The five dearest operations of a training step in milliseconds, without their parts."""
     machine, n = start_machine(args.device), args.pick(3, 1)
     x = torch.randn(args.pick(128, 2), 3, 32, 32, device=machine.device)
-    net = unet.UNet(**args.pick({}, dict(channels=32, multipliers=(1,))))
-    job, _ = bench.jobs_of(net, machine, x, False)
+    job, _ = bench.jobs_of(OURS(*args.pick((), (32, (1,)))), machine, x, False)
     bench.seconds(lambda: [job() for _ in range(2)], machine)
     with torch.profiler.profile() as seen:
         bench.seconds(lambda: [job() for _ in range(n)], machine)
@@ -176,7 +170,7 @@ for precision in ("bf16", "tf32", "fp32", "fp16"):  # the less important ones co
 def fashion(args) -> dict:
     """Trains for some minutes, then looks at the averaged weights; resumes from what it left."""
     folder, joined, flags = args.out / "fashion", args.out / "weights.pt", []
-    parts = sorted(args.out.glob("weights.??"))
+    parts = sorted(args.out.glob("part-??"))
     if args.rehearse:  # a few images of noise
         args.data_dir, n = str(args.out / "data"), 20
         for name in ("train", "t10k"):
@@ -205,9 +199,7 @@ def fashion(args) -> dict:
     for part in parts:
         part.unlink()
     for i in range(0, len(raw), size):
-        (args.out / f"weights.{i // size:02d}").write_bytes(raw[i:i + size])
-    say(f"cat {args.out}/weights.?? > weights.pt")
-
+        (args.out / f"part-{i // size:02d}").write_bytes(raw[i:i + size])
     found, n = {"steps": state["step"]}, args.pick(steps.N, 4)
     same = ["--checkpoint", str(folder), "--data-dir", args.data_dir, "--device", args.device]
     sample.main([*same, "--n", str(args.pick(64, 2)), "--out", str(args.out / "fashion.png")])
@@ -251,7 +243,7 @@ def main(argv=None) -> int:
                         "this (default: 7)")
     parser.add_argument("--train", type=real(0, 1e4), metavar="MINUTES", help="train on "
                         "Fashion-MNIST for so long, in place of the parts")
-    parser.add_argument("--part-mb", type=count, default=20, help="size of weights.NN in MB "
+    parser.add_argument("--part-mb", type=count, default=20, help="size of a part in MB "
                         "(default: 20)")
     parser.add_argument("--rehearse", action="store_true", help="tiny networks, on the CPU")
     args = parser.parse_args(argv)
@@ -259,13 +251,13 @@ def main(argv=None) -> int:
     args.cuda, args.data_dir = args.device.startswith("cuda"), args.data_dir or "data"
     start_machine(args.device)  # it is there
     args.pick = lambda whole, tiny: tiny if args.rehearse else whole
-    args.precisions = ["bf16", *["tf32"] * args.cuda, "fp32", *args.pick(["fp16"], [])]
     if args.rehearse:
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     args.out, args.name = args.out.resolve(), args.pick("gpu", "rehearsal")
     kept = args.out / f"{args.name}.json"
     args.results = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
-    parts, failed, began = PARTS if args.train is None else {"fashion": fashion}, 0, time.monotonic()
+    parts = PARTS if args.train is None else {"fashion": fashion}
+    failed, began = 0, time.monotonic()
     skipped = args.pick(["tf32"] * (not args.cuda), ["tf32", "fp32", "fp16", "resume compiled"])
     for name, part in parts.items():
         if (name in args.results and name not in args.again and part is not fashion) or any(
