@@ -3,7 +3,8 @@
     python tools/gpu.py --out gpu                      all parts that have no result in gpu/ yet
     python tools/gpu.py --again tests "train bf16"     these once more
     python tools/gpu.py --train 8 --data-dir data      8 minutes of the paper's network on
-                                                       Fashion-MNIST, which the next call continues
+                                                       Fashion-MNIST, which the next call continues,
+                                                       and some more for its samples and scores
     python tools/gpu.py --rehearse                     the same code on a CPU, with tiny networks
 
 The results are kept in gpu.json, and as a table for the README in gpu.md. After --train, the
@@ -56,6 +57,13 @@ def run(*words, limit: float = 240) -> str:
     if done.returncode:
         raise ValueError(f"{' '.join(map(str, words[:3]))}: {last}")
     return last
+
+def call(main, *words) -> str:
+    """What a command of this program prints. ValueError if it fails."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        if status := main([*map(str, words)]):
+            raise ValueError(f"{main.__module__}.py ends with {status}")
+    return text.getvalue()
 
 def card(args) -> dict:
     """What this machine is."""
@@ -201,11 +209,10 @@ def fashion(args) -> dict:
     for i in range(0, len(raw), size):
         (args.out / f"part-{i // size:02d}").write_bytes(raw[i:i + size])
     found, n = {"steps": state["step"]}, args.pick(steps.N, 4)
-    same = ["--checkpoint", str(folder), "--data-dir", args.data_dir, "--device", args.device]
-    sample.main([*same, "--n", str(args.pick(64, 2)), "--out", str(args.out / "fashion.png")])
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        evaluate.main([*same, "--terms", str(args.pick(10, 2)), "--n", str(args.pick(1000, 2))])
-    found["bits/dim"] = next((x for x in text.getvalue().splitlines() if "bits/dim" in x), "failed")
+    same = ["--checkpoint", folder, "--data-dir", args.data_dir, "--device", args.device]
+    call(sample.main, *same, "--n", args.pick(64, 2), "--out", args.out / "fashion.png")
+    text = call(evaluate.main, *same, "--terms", 10 if n > 4 else 2, "--n", min(n, 1000))
+    found["likelihood"] = next(line for line in text.splitlines() if "bits/dim" in line)
     machine = start_machine(args.device)
     images, test = (data.load("fashion_mnist", args.data_dir, x)[0] for x in ("train", "test"))
     net = steps.classifier(images, steps.labels(Path(args.data_dir), "train"))
@@ -216,10 +223,9 @@ def fashion(args) -> dict:
         features, real = (torch.cat([net(x) for x in some.split(500)]) for some in (made, test))
     found["Fréchet distance"] = "{:.2f} ± {:.2f}".format(*steps.distance(features, real))
     if (inception := Path(args.data_dir, Path(evaluate.INCEPTION[0]).name)).exists():
-        with contextlib.redirect_stdout(io.StringIO()) as text:
-            evaluate.main([*same, "--fid", "--samples", str(args.out / "fashion.pt"),
-                           "--inception", str(inception)])
-        found[f"FID of {n}"] = text.getvalue().splitlines()[-1]
+        text = call(evaluate.main, *same, "--fid", "--samples", args.out / "fashion.pt",
+                    "--inception", inception)
+        found[f"FID of {n}"] = text.splitlines()[-1]
     return found
 
 def report(args) -> None:
@@ -248,8 +254,8 @@ def main(argv=None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="tiny networks, on the CPU")
     args = parser.parse_args(argv)
     args.device = args.device or ("cpu" if args.rehearse else "cuda")
-    args.cuda, args.data_dir = args.device.startswith("cuda"), args.data_dir or "data"
-    start_machine(args.device)  # it is there
+    args.cuda = start_machine(args.device).device.type == "cuda"
+    args.data_dir = str(Path(args.data_dir or "data").resolve())
     args.pick = lambda whole, tiny: tiny if args.rehearse else whole
     if args.rehearse:
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
