@@ -181,9 +181,10 @@ def fashion(args) -> dict:
     parts = sorted(args.out.glob("part-??"))
     if args.rehearse:  # a few images of noise
         args.data_dir, n = str(args.out / "data"), 20
+        noise = random.Random(0).randbytes(784 * n)
         for name in ("train", "t10k"):
             for kind, head, body in (
-                    ("images-idx3", struct.pack(">4I", 2051, n, 28, 28), random.randbytes(784 * n)),
+                    ("images-idx3", struct.pack(">4I", 2051, n, 28, 28), noise),
                     ("labels-idx1", bytes(8), bytes(i % 10 for i in range(n)))):
                 with written(args.out / f"data/fashion_mnist/{name}-{kind}-ubyte.gz") as file:
                     file.write(gzip.compress(head + body))
