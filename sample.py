@@ -87,15 +87,19 @@ def draw_batches(trained: Trained, indices: Sequence[int], seed: int = 0,
     """
     machine = machine or start_machine(str(next(trained.net.parameters()).device))
     s, loop, _ = choose_sampler(trained, **how)
-    s, model = s.to(machine.device), inference_model(trained.net, machine)
-    size = machine.world * (batch_size or (256 if machine.device.type == "cuda" else 16))
+    share = min(batch_size or (256 if machine.device.type == "cuda" else 16),
+                -(-len(indices) // machine.world)) or 1
+    size, s = machine.world * share, s.to(machine.device)
+    model = inference_model(trained.net, machine, share, *trained.shape)
     for i in range(0, len(indices), size):
         batch = indices[i:i + size]
-        noise = Noise(seed, batch[machine.share], trained.shape, machine.device)
+        # A network is compiled for one shape: the last batch is filled up with any images.
+        filled = [*batch, *[0] * (size - len(batch))] if machine.compiles else batch
+        noise = Noise(seed, filled[machine.share], trained.shape, machine.device)
         for t, x_t, _ in loop(s, model, noise(0), noise):  # line 1: noise(0) is x_T
             if progress:
                 progress.update(i + len(batch) * (1 - t / s.T))
-        yield batch, machine.gather(data.to_uint8(x_t), len(batch))
+        yield batch, machine.gather(data.to_uint8(x_t), len(filled))[:len(batch)]
 
 def draw_samples(trained: Trained, n: int, *arguments, **options) -> Tensor:
     """Images 0 … n − 1 of a seed: uint8 (n, C, H, W) on the CPU. Arguments as in `draw_batches`."""

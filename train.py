@@ -25,8 +25,8 @@ from typing import Callable, NamedTuple
 
 from support import data
 from support.checkpoint import Trained, build_schedule, load, load_checkpoint, save_checkpoint
-from support.command import (Parser, Progress, UsageError, command, count, one_line, locked,
-                             reading, real, say, seed, stop, whole, word, written)
+from support.command import (Parser, Progress, UsageError, command, count, locked, reading, real,
+                             say, seed, stop, whole, word, written)
 from support.machine import Machine, seed_of, start_machine
 
 import torch
@@ -422,27 +422,15 @@ def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: P
     if init:
         net.load_state_dict(init.net.state_dict())
     network = nn.parallel.DistributedDataParallel(net) if machine.world > 1 else net
-    if given["compile"] or (given["compile"] is None and machine.device.type == "cuda"):
-        part = settings["batch_size"] // machine.world
-        network = compiled(network, machine, min(part, settings["micro_batch"] or part), images)
+    part = settings["batch_size"] // machine.world
+    part = min(part, settings["micro_batch"] or part)
+    network = machine.compiled(network, part, *images.shape[1:])
     if machine.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         images = images.to(machine.device)
     adam = torch.optim.Adam(net.parameters(), fused=machine.device.type != "mps")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     return Run(settings, s, images, net, network, ema, adam, scaler, machine, folder)
-
-def compiled(network: nn.Module, machine: Machine, batch: int, images: Tensor) -> nn.Module:
-    """network through torch.compile; itself, with a line, if that fails, as without a compiler."""
-    fast = torch.compile(network, dynamic=False)  # the shape of a batch is always the same
-    try:
-        x = torch.zeros(batch, *images.shape[1:], device=machine.device)
-        machine.model(fast)(x, torch.ones(batch, device=x.device).long()).sum().backward()
-        network.zero_grad()
-        return fast
-    except Exception as error:  # the compilers raise many kinds of error
-        say(f"training without torch.compile: {one_line(error)}")
-        return network
 
 def describe(run: Run, step: int, about: str) -> None:
     """Shows the settings, on stderr and in settings.json; takes out of the folder what a kill left
@@ -473,7 +461,7 @@ def main(argv=None) -> int:
     given = parse(argv)
     name = given.get("dataset", SETTINGS["dataset"][0])
     folder = given["out"] or Path("runs", Path(name).resolve().stem)
-    machine = start_machine(given["device"], given["precision"])
+    machine = start_machine(given["device"], given["precision"], given["compile"])
     if given["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -159,7 +159,7 @@ class Attention(nn.Module):
         q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))      # (B, C, N)
         scores = q.transpose(1, 2) @ k * q.shape[1] ** -0.5                # (B, N queries, N keys)
         weights = scores.softmax(dim=2)                                    # over the keys
-        h = v @ weights.transpose(1, 2)                                    # (B, C, N queries)
+        h = (weights @ v.transpose(1, 2)).transpose(1, 2)                  # (B, C, N queries)
         return x + self.out(h.unflatten(2, x.shape[2:]))
 
 class Downsample(nn.Module):

@@ -105,13 +105,14 @@ def build_schedule(settings: dict) -> ddpm.Schedule:
     return ddpm.make_schedule(settings["timesteps"], settings["schedule"], settings["beta_start"],
                               settings["beta_end"])
 
-def inference_model(net: nn.Module, machine: Machine) -> ddpm.Model:
-    """ε_θ(x_t, t) for sampling: a copy of `net` whose weights are cast once, not in every call."""
+def inference_model(net: nn.Module, machine: Machine, *shape: int) -> ddpm.Model:
+    """ε_θ(x_t, t) for sampling: a copy of `net` whose weights are cast once, not in every call, and
+    compiled for batches of this shape, if one is given and the machine compiles."""
     net = copy.deepcopy(net).eval()
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(machine.dtype)
-    return machine.model(net)
+    return machine.model(machine.compiled(net, *shape) if shape else net)
 
 def weights_hash(trained: Trained) -> bytes:
     """A SHA-256 of the network: of its settings and its weights."""

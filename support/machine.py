@@ -10,9 +10,9 @@ from typing import Callable, Iterator, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from support.command import UsageError, one_line
+from support.command import UsageError, one_line, say
 
 class Machine(NamedTuple):
     """The device and precision of this process, and its place among the processes of torchrun."""
@@ -20,6 +20,7 @@ class Machine(NamedTuple):
     dtype: torch.dtype  # of convolutions and matrix products
     rank: int = 0
     world: int = 1      # how many processes there are
+    compiles: bool = False
 
     @property
     def chief(self) -> bool:
@@ -64,10 +65,25 @@ class Machine(NamedTuple):
                 return net(x, t).float()
         return call
 
-def start_machine(device: str | None = None, precision: str | None = None) -> Machine:
-    """The machine that --device and --precision ask for, its processes joined by torchrun.
+    def compiled(self, net: nn.Module, *shape: int) -> nn.Module:
+        """`net` through torch.compile for batches of this shape, if this machine compiles; itself,
+        with a line, if that fails, as without a compiler."""
+        if not self.compiles:
+            return net
+        try:
+            fast, x = torch.compile(net, dynamic=False), torch.zeros(shape, device=self.device)
+            y = self.model(fast)(x, torch.ones(len(x), device=self.device).long())
+            if y.requires_grad:  # in training
+                y.sum().backward()
+            return fast
+        except Exception as error:  # the compilers raise many kinds of error
+            say(f"without torch.compile: {one_line(error)}")
+            return net
 
-    UsageError if it is not there.
+def start_machine(device: str | None = None, precision: str | None = None,
+                  compiles: bool | None = None) -> Machine:
+    """The machine that the flags ask for, its processes joined by torchrun. It compiles networks,
+    by default, on CUDA only. UsageError if it is not there.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
@@ -103,7 +119,7 @@ def start_machine(device: str | None = None, precision: str | None = None) -> Ma
             raise OSError(f"{world} processes do not find each other: {one_line(error)}") from error
         for n, handler in handlers.items():
             signal.signal(n, handler)
-    return Machine(found, dtype, rank, world)
+    return Machine(found, dtype, rank, world, cuda if compiles is None else compiles)
 
 def seed_of(*keys) -> int:
     """63 bits, hashed from what the seed is for, such as (seed, "step", 17).
@@ -138,7 +154,8 @@ class Noise:
         self.elements = mixed(torch.arange(1, 1 + torch.Size(shape).numel(), device=place))
 
     def __call__(self, t: int | Tensor = 0) -> Tensor:
-        t = torch.as_tensor(t, device=self.images.device)
+        # (as_tensor of a number would wait for the device)
+        t = t.to(self.images.device) if isinstance(t, Tensor) else torch.full_like(self.images, t)
         streams = mixed(self.images + (2 * t + 1) * (0x9E3779B97F4A7C15 - 2 ** 64))
         bits = mixed(streams[:, None] ^ self.elements)
         # 52 bits, because with 53 the largest of them would be rounded to u = 1.

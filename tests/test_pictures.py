@@ -135,6 +135,34 @@ def assert_alike(got, want) -> None:
     assert (got.int() - want.int()).abs().float().mean() < 0.5
 
 
+def test_a_compiled_network_is_compiled_once(run, monkeypatch):
+    """For all batches of one command, the shorter last one too, for all samplers, and for the copies
+    of later commands; the images are those without a compiler, and those of one process."""
+    compiled, real, trained = [], torch.compile, Trained(run["ema"], ddpm.make_schedule(T), SMALL, "")
+
+    def backend(graph, inputs):
+        compiled.append([x.shape for x in inputs if x.dim() == 4 and x.shape[1:] == trained.shape])
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda net, **options: real(net, backend=backend, **options))
+    torch._dynamo.reset()
+    for how in ({"steps": 5, "eta": 0.5}, {}):
+        want = sample.draw_samples(trained, 5, 3, 2, CPU, **how)
+        for n in (5, 4, 3):
+            got = sample.draw_samples(trained, n, 3, 2, CPU._replace(compiles=True), **how)
+            assert_alike(got, want[:n])
+    assert compiled == [[(2, 3, SIDE, SIDE)]]
+    gathered = []
+    monkeypatch.setattr(Machine, "gather", lambda self, mine, n: gathered.append((mine, n)) or mine)
+    for rank in (0, 1):
+        list(sample.draw_batches(trained, range(5), 3, 2, CPU._replace(compiles=True, rank=rank, world=2)))
+        (first, _), (last, _) = gathered
+        assert [(len(mine), n) for mine, n in gathered] == [(2, 4)] * 2
+        gathered.clear()
+        assert_alike(torch.cat([first, last])[:3 - rank], want[rank::2])
+        gathered.clear()
+    assert compiled == [[(2, 3, SIDE, SIDE)]] * len(compiled)
+
+
 def test_the_tests_can_tell(run):
     """The control: averages or not, clipping or not, other noise, another variance, one t more:
     each changes the pictures of this network by far more than `assert_alike` allows."""
@@ -255,7 +283,7 @@ def test_the_command_does_not_clip_what_was_trained_without(run):
 def test_grids_during_training(run, monkeypatch):
     """A run's grids are samples of its averaged weights, from the noise of its seed; all T steps
     where --sample-steps is T or more, and then Algorithm 2's."""
-    nets = [train.begin({"init": None, "compile": None, "sample_steps": steps, "samples": 4, "seed": 3},
+    nets = [train.begin({"init": None, "sample_steps": steps, "samples": 4, "seed": 3},
                         torch.load("images.pt"), SMALL, CPU, Path(f"{steps}")) for steps in (T, 3, 99)]
     z = noise(*range(4))
     for training, options in zip(nets, ({}, {"times": FEW, "eta": 0}, {})):

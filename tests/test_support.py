@@ -206,11 +206,11 @@ def test_the_precision_of_a_cpu(pretend, monkeypatch):
             ({"amx_bf16": 1}, "fp32", torch.float32), ({}, "bf16", torch.bfloat16),
             ({}, "fp16", torch.float16)):
         asked = pretend(cpu=cpu)
-        assert machine.start_machine("cpu", precision) == (CPU, dtype, 0, 1) and asked == [CPU]
+        assert machine.start_machine("cpu", precision) == (CPU, dtype, 0, 1, False) and asked == [CPU]
     pretend(cpu={"amx_bf16": True})
-    assert machine.start_machine() == (CPU, torch.bfloat16, 0, 1)
+    assert machine.start_machine() == (CPU, torch.bfloat16, 0, 1, False)
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in older versions of torch
-    assert machine.start_machine() == (CPU, torch.float32, 0, 1)
+    assert machine.start_machine() == (CPU, torch.float32, 0, 1, False)
 
 
 @pytest.mark.parametrize("capability, precision, dtype, tf32", [
@@ -221,7 +221,7 @@ def test_the_precision_of_a_gpu(pretend, capability, precision, dtype, tf32):
     """bfloat16 from compute capability 8.0 on, else TF32; fp32 alone is without TF32."""
     asked = pretend(cuda=True, mps=True, capability=capability)
     gpu = torch.device("cuda")
-    assert machine.start_machine(None, precision) == (gpu, dtype, 0, 1) and asked == [gpu] * 3
+    assert machine.start_machine(None, precision) == (gpu, dtype, 0, 1, True) and asked == [gpu] * 3
     assert torch.backends.cudnn.benchmark is True
     assert torch.backends.cudnn.allow_tf32 is tf32 is torch.backends.cuda.matmul.allow_tf32
 
@@ -235,6 +235,13 @@ def test_the_first_device_that_is_there(pretend):
     assert machine.start_machine().dtype == torch.float32
 
 
+def test_networks_are_compiled_on_cuda_unless_it_is_said_otherwise(pretend):
+    for device, default in (("cuda", True), ("mps", False), ("cpu", False)):
+        for asked, want in ((None, default), (True, True), (False, False)):
+            pretend(cuda=True, mps=True)
+            assert machine.start_machine(device, "fp32", asked).compiles is want
+
+
 def test_processes_of_torchrun(pretend, monkeypatch):
     """Each takes the GPU of its LOCAL_RANK, unless one was named; they meet once, in ten minutes,
     in which a signal ends the process. What is on a CPU goes through gloo, also beside GPUs."""
@@ -244,7 +251,7 @@ def test_processes_of_torchrun(pretend, monkeypatch):
             ("cuda:0", {"LOCAL_RANK": "1"}, "cuda:0", "cpu:gloo,cuda:nccl"), ("cpu", {}, "cpu", "gloo")):
         asked = pretend(cuda=True, RANK="3", WORLD_SIZE="5", **local)
         found_machine = machine.start_machine(device, "fp32")
-        assert found_machine == (torch.device(found), torch.float32, 3, 5) and not found_machine.chief
+        assert found_machine == (torch.device(found), torch.float32, 3, 5, found != "cpu") and not found_machine.chief
         assert asked[-1] == ((backend,), soon)
     asked = pretend(cuda=True, LOCAL_RANK="1")
     assert machine.start_machine("cuda").device == torch.device("cuda") and len(asked) == 3

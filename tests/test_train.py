@@ -13,9 +13,10 @@ import ddpm
 import sample
 import test_commands
 import test_pictures
+import test_unet
 import train
 from support import data
-from support.checkpoint import load, load_checkpoint, save_checkpoint
+from support.checkpoint import inference_model, load, load_checkpoint, save_checkpoint
 from support.command import Progress, UsageError, stop
 from support.machine import Machine, seed_of
 from test_commands import assert_equal
@@ -48,7 +49,7 @@ def run_of(dtype=torch.float32, images=None, folder=".", **changes) -> train.Run
                 "batch_size": 2, "warmup": 4, "samples": 0, **changes}
     images = data.shapes(4, 8) if images is None else images
     Path(folder).mkdir(exist_ok=True)
-    return train.begin({"init": None, "compile": None, **settings}, images, {},
+    return train.begin({"init": None, **settings}, images, {},
                        CPU._replace(dtype=dtype), Path(folder))
 
 
@@ -411,7 +412,7 @@ def test_a_run_begins_with_the_weights_of_its_seed():
     ({"schedule": "nonsense"}, 1, "--schedule"), ({"channels": 40}, 1, "40")])
 def test_a_run_that_cannot_begin(changes, world, part):
     """A batch that two processes cannot share, a schedule that leaves the image, an unknown one."""
-    given = {"init": None, "compile": None, "dataset": "shapes", "multipliers": [1], **changes}
+    given = {"init": None, "dataset": "shapes", "multipliers": [1], **changes}
     with pytest.raises(ValueError, match=part) as refusal:
         train.begin(given, data.shapes(4, 8), {}, CPU._replace(world=world), Path())
     assert isinstance(refusal.value, UsageError) or part == "40"
@@ -424,7 +425,7 @@ def test_init_starts_from_the_averages_of_another_run(monkeypatch):
     for average in other.ema.parameters():
         average += 0.5
     train.save(other, 0)
-    given = {"init": "other", "compile": None, "dataset": "shapes"}
+    given = {"init": "other", "dataset": "shapes"}
     new = train.begin(given, data.shapes(4, 8), {}, CPU, Path("new"))
     for net in (new.net, new.ema):
         assert_equal(dict(net.state_dict()), dict(other.ema.state_dict()))
@@ -443,8 +444,8 @@ def test_init_starts_from_the_averages_of_another_run(monkeypatch):
 
 
 def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
-    """Of the shape and type of the training's, with a backward pass of which nothing is left; not
-    on a CPU unless it is asked for. Where it fails, a line says so and the network is used as it is.
+    """Of the shape and type of the training's, with a backward pass; not on a machine that does not
+    compile. Where it fails, a line says so and the network is used as it is.
 
     The shapes are fixed, which the compiler is told: else dropout's differ from layer to layer."""
     seen, asked = [], []
@@ -458,12 +459,12 @@ def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
         return fast
     monkeypatch.setattr(torch, "compile", compiler)
     given = {"init": None, "dataset": "shapes", "channels": 32, "multipliers": [1], "batch_size": 5}
-    for flags, sizes in (({"compile": None}, []), ({"compile": False}, []), ({"compile": True}, [5]),
-                         ({"compile": True, "micro_batch": 2}, [2]), ({"compile": True, "micro_batch": 9}, [5])):
-        run = train.begin({**given, **flags}, data.shapes(4, 8), {}, CPU, Path())
+    for compiles, flags, sizes in ((False, {}, []), (True, {}, [5]), (True, {"micro_batch": 2}, [2]),
+                                   (True, {"micro_batch": 9}, [5])):
+        run = train.begin({**given, **flags}, data.shapes(4, 8), {}, CPU._replace(compiles=compiles), Path())
         assert [(x[0], x[4:-1], x[-1]) for x in seen] == [(n, (1,) * n, torch.int64) for n in sizes]
         assert (run.network is run.net) == (not sizes)
-        assert asked == [(run.net, False)] * len(sizes) and all(p.grad is None for p in run.net.parameters())
+        assert asked == [(run.net, False)] * len(sizes)
         seen.clear(), asked.clear()
     assert capsys.readouterr().err == ""
 
@@ -472,9 +473,20 @@ def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
             raise RuntimeError("no compiler here\nand more lines")
         return fast
     monkeypatch.setattr(torch, "compile", broken)
-    run = train.begin({**given, "compile": True}, data.shapes(4, 8), {}, CPU, Path())
+    run = train.begin(given, data.shapes(4, 8), {}, CPU._replace(compiles=True), Path())
     assert run.network is run.net
     assert "no compiler here" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiler_sees_one_graph(training, dtype):
+    """Nothing breaks the graph of the network, with dropout in training or cast for sampling."""
+    machine, net = Machine(torch.device("cpu"), dtype), test_unet.randomised().train(training)
+    model = machine.model(net) if training else inference_model(net, machine)
+    with torch.set_grad_enabled(training):
+        seen = torch._dynamo.explain(model)(torch.zeros(2, 3, 8, 8), torch.tensor([7, 900]))
+    assert (seen.graph_count, seen.graph_break_count) == (1, 0) and seen.op_count > 100
 
 
 @pytest.mark.parametrize("steps, done, flag", [
@@ -824,8 +836,8 @@ def test_the_network_calls_of_a_grid(monkeypatch, capsys, T, variance, flag, cal
     32 images at a time."""
     seen, real = [], sample.inference_model
 
-    def model(net, machine):
-        call = real(net, machine)
+    def model(net, machine, *shape):
+        call = real(net, machine, *shape)
         return lambda x, t: seen.append((net, len(x), t[0].item())) or call(x, t)
     monkeypatch.setattr(sample, "inference_model", model)
     more = LEARNED if variance == "learned" else {"variance": variance}
