@@ -218,7 +218,7 @@ def q_posterior_mean_variance(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor) -
                     _like(beta_tilde, x_t))
 
 def predict_x0_from_mean(s: Schedule, x_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-    """x̂_0 = ((1 − ᾱ_t) μ̃_t − √α_t (1 − ᾱ_{t−1}) x_t) / (√ᾱ_{t−1} β_t): Eq. 7 solved for x_0."""
+    """x̂_0 = ((1 − ᾱ_t) μ̃_t − √α_t (1 − ᾱ_{t−1}) x_t) / (√ᾱ_{t−1} β_t).   [DDPM Eq. 7 inverted]"""
     alpha_bar, alpha_bar_before = s.alpha_bars[t], s.alpha_bars[t - 1]
     weight_x_t = s.alphas[t].sqrt() * (1 - alpha_bar_before)
     weight_x0 = alpha_bar_before.sqrt() * s.betas[t]
@@ -528,7 +528,7 @@ def distortion(x0: Tensor, x0_hat: Tensor) -> Tensor:
 
 # --- Eq. 16: the bound without x_0 ----------------------------------------------------------------
 #
-#     L = KL(q(x_T) ‖ p(x_T)) + E[ Σ_{t≥1} KL(q(x_{t−1}|x_t) ‖ p_θ(x_{t−1}|x_t)) ] + H(x_0) [Eq. 16]
+#     L = KL(q(x_T) ‖ p(x_T)) + E Σ_{t≥1} KL(q(x_{t−1}|x_t) ‖ p_θ(x_{t−1}|x_t)) + H(x_0)   [Eq. 16]
 #
 # where L is the mean over x_0 too. This is Eq. 3 with Bayes' rule applied without x_0 (derived in
 # PAPER.md). q(x_{t−1} | x_t) depends on the unknown distribution of the data, so only a test, for

@@ -134,3 +134,12 @@ document.addEventListener("click", event => {
   const found = symbol(event.target);
   if (found) location.hash = found[0];
 });
+
+// What scrolls by itself can be reached from the keyboard.
+const reach = () => {
+  for (const e of document.querySelectorAll(".formula > span:first-child"))
+    if (e.scrollWidth > e.clientWidth) e.tabIndex = 0;
+    else e.removeAttribute("tabindex");
+};
+addEventListener("resize", reach);
+document.fonts.ready.then(reach);

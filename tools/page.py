@@ -13,6 +13,7 @@ import argparse
 import ast
 import base64
 import html
+import itertools
 import json
 import math
 import re
@@ -481,11 +482,14 @@ def markdown(text: str) -> str:
     """HTML of a part of PAPER.md."""
     found = re.sub(r'(?s)<div class="math block">\n?(.*?)\n?</div>',
                    r'<div class="formula"><span>\1</span></div>', MARKDOWN.render(text))
+    found = found.replace("<th></th>", "<td></td>")
     return re.sub(r"(?s)<table>.*?</table>", lambda m: wide(m[0]), found)
 
 def wide(table: str) -> str:
     """A table that may be wider than the page, in a box that scrolls by itself."""
-    return f'<div class=wide tabindex=0 role=region aria-label="A table">{table}</div>'
+    return f'<div class=wide tabindex=0 role=region aria-label="Table {next(COUNT)}">{table}</div>'
+
+COUNT = itertools.count(1)
 
 def inline(text: str) -> str:
     """HTML of one paragraph, without its tags."""
@@ -622,8 +626,8 @@ class Page:
     def heading(self, level: int, title: str, address: str, shown: str | None = None) -> None:
         self.level = level
         self.contents.append((level, address, shown or prose(title)))
-        self.body.append(f'<h{level} id="{address}"><a class=anchor href="#{address}" aria-label='
-                         f'"Link to this section">#</a>{shown or prose(title)}</h{level}>')
+        self.body.append(f'<h{level} id="{address}">{anchor(address)}{shown or prose(title)}'
+                         f"</h{level}>")
 
     def two(self, said: str, done: str, address: str = "") -> None:
         """Two columns where there is room: what is said, and what belongs beside it."""
@@ -745,8 +749,8 @@ class Page:
                      self.units[name])
             return
         level = self.level + 1
-        said = (f'<h{level} class=name><a class=anchor href="#{self.units[name]}" aria-label="Link '
-                f'to {name}">#</a><code>{name}</code></h{level}>{document(doc, link)}')
+        said = (f"<h{level} class=name>{anchor(self.units[name], name)}<code>{name}</code>"
+                f"</h{level}>{document(doc, link)}")
         if found := re.search(r"\[DDPM Alg\. (\d)\]", doc):
             said += (f"<div class=box><strong>Algorithm {found[1]}</strong>"
                      f"{markdown(self.algorithms[found[1]])}</div>")
@@ -908,7 +912,7 @@ class Page:
             f"<tr><th scope=row>{n} calls</th>" + "".join(
                 f"<td>{crop(name, 120 * j, 120 * i, 120, 120, 132, f'{who}, {n} calls: the points')}"
                 "</td>" for j, who in enumerate(samplers)) + "</tr>" for i, n in enumerate(steps))
-        head = "".join(f"<th scope=col>{formula(what)}</th>" for what in (
+        head = "".join(f"<td>{formula(what)}</td>" for what in (
             "σ_t² = β_t", "σ_t² = β̃_t", "η = 0.5", "η = 0"))
         self.heading(self.level, "What σ_t² does", "points-in-two-dimensions")
         self.two(
@@ -921,8 +925,7 @@ class Page:
             f"noise, with {formula('η = 0')} none, and suffers least.</p>"
             f'<div id=points data-samplers="{"|".join(samplers)}" data-steps="'
             f'{"|".join(map(str, steps))}"></div>',
-            f"<div class=wide tabindex=0 role=region aria-label=Points><table><thead><tr><td></td>"
-            f"{head}</tr></thead><tbody>{panels}</tbody></table></div>")
+            wide(f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{panels}</tbody></table>"))
 
     # --- the other parts ----------------------------------------------------------------------
 
@@ -932,18 +935,15 @@ class Page:
         rows = ""
         for symbol, what, where in table("Symbols"):
             markup = tex(symbol.strip("$"))
-            text = re.sub("<.*?>", "", markup)
+            text, base = re.sub("<.*?>", "", markup), base_of(markup)
+            key = text if not base or "θ" in text or "0" in text or text == "xt" else base
             address = "sym-" + slug(symbol.replace("\\", ""))
-            base = re.search(r"<m(?:sub|sup)>(.*?</m\w+>)(?=<m)", markup)
-            key = text if "θ" in text or "0" in text or not base or "xt" == text else \
-                re.sub("<.*?>", "", base[1]) + "_"
             said = f"{what} ({where})"
             self.known[key] = self.known[text] = (address, said)
-            number = numbers(where)
-            target = next((a for _, a, title in self.contents if number & numbers(title)), "")
-            rows += f'<dt id="{address}">{markup}</dt><dd>{prose(said)}</dd>' + target[:0]
+            rows += f'<dt id="{address}">{markup}</dt><dd>{prose(said)}</dd>'
         data = html.escape(json.dumps(self.known, ensure_ascii=False), quote=True)
-        return f'<h3 id=symbols data-symbols="{data}">Symbols</h3><dl>{rows}</dl>'
+        return (f'<h3 id=symbols data-symbols="{data}">{anchor("symbols")}Symbols</h3>'
+                f"<dl>{rows}</dl>")
 
     def linked(self, body: str) -> str:
         """Symbols that stand alone in the text lead to their definitions, once in each paragraph."""
@@ -952,18 +952,15 @@ class Page:
 
             def one(match: re.Match) -> str:
                 text = re.sub("<.*?>", "", match[1])
-                base = re.match(r"<mrow><m(?:sub|sup|subsup)>(.*?</m\w+>)(?=<m)", match[1])
-                entry = self.known.get(text) or base and self.known.get(
-                    re.sub("<.*?>", "", base[1]) + "_")
+                entry = self.known.get(text) or self.known.get(base_of(match[1]))
                 if not entry or entry in seen:
                     return match[0]
                 seen.add(entry)
-                return (f'<a class=sym href="#{entry[0]}" data-tip="{html.escape(entry[1])}">'
-                        f"{match[0]}</a>")
+                return (f'<a class=sym href="#{entry[0]}" aria-label="{text}" data-tip="'
+                        f'{html.escape(entry[1])}">{match[0]}</a>')
             parts = re.split(r"(<a .*?</a>|<summary>.*?</summary>)", found[0])
-            parts[::2] = [re.sub(r"<math>(<mrow>(?:<m(?:sub|sup|subsup|over)\b(?:(?!</math>).)*|<mi>.</mi>)"
-                                 r"</mrow>)</math>", one, part) if part.count("<m") else part
-                          for part in parts[::2]]
+            parts[::2] = [re.sub(r"<math>(?:<mrow>)*(<(msub|msup|msubsup|mi)>(?:(?!</math>|<msub>.*<msub>"
+                                 r").)*?</\2>)(?:</mrow>)*</math>", one, part) for part in parts[::2]]
             return "".join(parts)
         return re.sub(r"(?s)<(p|li|dd)>.*?</\1>", paragraph, body)
 
@@ -995,7 +992,8 @@ class Page:
         """The symptoms, with links to the mistakes that look so."""
         self.heading(2, "What you see, and what it may be", "symptoms")
         rows = "".join(f"<tr><td>{prose(what)}</td><td>" + "; ".join(
-            f'<a href="#mistake-{slug(name)}">{prose(name)}</a>' for name in names.split("; "))
+            f'<a href="#mistake-{slug(name)}" aria-label="{html.escape(name)}">{prose(name)}</a>'
+            for name in names.split("; "))
             + f"</td><td>{inline(met)}</td></tr>" for what, names, met in table("Symptoms"))
         said = markdown(chapter("Symptoms").split("\n| ")[0])
         self.body.append(f"<div class=prose>{said}</div>" + wide(
@@ -1015,7 +1013,7 @@ class Page:
                       markdown(chapter("Four libraries, judged")))
         while "_{" in text:  # from the inside out
             text = re.sub(r"_\{([^{}]*)\}", r"<sub>\1</sub>", text)
-        self.body.append(f'<div class="only-screen">{text}</div>')
+        self.body.append(text)
 
     def others(self) -> None:
         """The mistakes in files that are not on this page."""
@@ -1029,7 +1027,8 @@ class Page:
         for i, (level, address, title) in enumerate(self.contents):
             out += "<ul>" * (level - depth) + "</li></ul>" * (depth - level) + (
                 "</li>" if i and level <= depth else "")
-            out += f'<li><a href="#{address}">{title}</a>'
+            out += (f'<li><a href="#{address}" aria-label="{re.sub("<.*?>", "", title)}">{title}'
+                    "</a>")
             depth = level
         return out + "</li></ul>" * (depth - 1)
 
@@ -1037,6 +1036,11 @@ SHOWN = ("T changed, β not rescaled", "1 − ᾱ_t in place of its root in Eq. 
          "√ᾱ_t in place of √α_t in Eq. 7", "Eq. 15 divided by ᾱ_t", "σ_t² in place of σ_t",
          "the network given i in place of τ_i")
 BESIDE = {"vlb_term": "terms", "p_sample_loop": "over_time", "receive": "files"}  # under a docstring
+
+def base_of(markup: str) -> str:
+    """What has an index or exponent, and a stroke for it: "α¯_" for ᾱ_t and for ᾱ_{t−1}."""
+    found = re.search(r"<m(?:sub|sup|subsup)>(<(\w+)\b.*?</\2>)", markup)
+    return re.sub("<.*?>", "", found[1]) + "_" if found else ""
 
 def tables(file: str, *names: str) -> list:
     """Tables of a file that imports torch, without the rest of it."""
@@ -1060,6 +1064,10 @@ def settings() -> str:
                      f"<td>{prose(meaning.value)}</td></tr>")
     return wide("<table><thead><tr><th>setting</th><th>value</th><th>meaning</th></tr></thead>"
                 f"<tbody>{rows}</tbody></table>")
+
+def anchor(address: str, name: str = "this section") -> str:
+    """The link of a heading to itself."""
+    return f'<a class=anchor href="#{address}" aria-label="Link to {name}">#</a>'
 
 def crop(name: str, x: float, y: float, width: float, height: float, shown: int, label: str,
          kind: str = "") -> str:
@@ -1134,11 +1142,13 @@ def build(repository: str = "") -> str:
     page.file("train.py", "training", only="Algorithm 1")
     page.file("support/data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
     page.file("unet.py", "the network")
+    page.body.append("<div class=only-screen>")
     page.seen_first()
     page.judged()
     page.runs()
     page.others()
     page.helpers()
+    page.body.append("</div>")
     face = lambda family, file, more="": (
         f'@font-face {{ font-family: "DDPM {family}"; {more}src: url(data:font/woff2;base64,'
         + base64.b64encode((TOOLS / "fonts" / f"{file}.woff2").read_bytes()).decode()
@@ -1157,7 +1167,7 @@ def build(repository: str = "") -> str:
         paths=(DRAWN / "paths.json").read_text(encoding="utf-8"),
         contents=page.table_of_contents(), body=body, pictures="".join(page.pictures.values()),
         paper=inline(read("PAPER.md").splitlines()[2]), chain=chain,
-        run=f"<h2 id=run>Run it</h2><pre>{html.escape(run.strip())}</pre>",
+        run=f"<h2 id=run>{anchor('run')}Run it</h2><pre>{html.escape(run.strip())}</pre>",
         steps=f'{page.numbers["loss"][-1][0]:,}', preview=preview if repository else "",
         repository=f' <a href="{repository}">The repository.</a>' if repository else "")
 
