@@ -105,7 +105,7 @@ if (place) {
     }), make("span", {}, value.split("_")[0], ...value.split("_").slice(1).map(
       index => make("sub", {}, index))))));
   place.append(canvas, make("div", {},
-    choice("sampler", place.dataset.samplers.split("|"), "σ_t² of Algorithm 2, or η of DDIM"),
+    choice("sampler", place.dataset.samplers.split("|"), "variance of Algorithm 2, or η of DDIM"),
     choice("steps", place.dataset.steps.split("|"), "network calls"), holder));
   load();
 }
