@@ -1,8 +1,7 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the mathematics.
 
 Read it from top to bottom beside the paper (arXiv 2006.11239): sections, equations, algorithms and
-symbols are the paper's, and so is the order, but Eq. 15 follows Eq. 4. The network is any
-`model(x_t, t)`.
+symbols are the paper's, in its order but for Eqs. 1 and 15. The network is any `model(x_t, t)`.
 
     t         the paper's time 1 … T: (B,) int64, one number for each image of the batch; in the
               algorithms, where all images have the same time, one int
@@ -53,7 +52,7 @@ Model = Callable[[Tensor, Tensor], Tensor]
 # One factor of Eq. 1 is `p_mean_variance` in §3.2; `p_sample_loop` walks the whole chain.
 
 class Gaussian(NamedTuple):
-    """A Gaussian with a diagonal covariance, as are all distributions of Eqs. 1, 2, 4 and 6."""
+    """A Gaussian with a diagonal covariance, as in each step of Eqs. 1, 2, 4 and 6."""
     mean: Tensor    # (B, …)
     sigma2: Tensor  # σ², for each image or each dimension; it broadcasts against the mean
 
@@ -137,7 +136,7 @@ def _all(t: int, x: Tensor) -> Tensor:
 def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t = √(1 − β_t) x_{t−1} + √β_t ε, a sample of q(x_t | x_{t−1}).   [DDPM Eq. 2]
 
-    x: x_{t−1} (B, …) → x_t (B, …). If x_{t−1} has variance 1, then so has x_t:
+    x is x_{t−1} (B, …), the result x_t. If x_{t−1} has variance 1, then so has x_t:
     (1 − β_t) · 1 + β_t = 1. Training does not walk these steps: Eq. 4 jumps to any t at once.
     """
     return _like(s.alphas[t].sqrt(), x) * x + _like(s.betas[t].sqrt(), x) * eps
@@ -145,11 +144,11 @@ def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 # --- Eq. 3: the bound -----------------------------------------------------------------------------
 #
 #     −log p_θ(x_0) ≤ L,                                                                     [Eq. 3]
-#     L = E_q[ −log p(x_T) − Σ_{t≥1} log [p_θ(x_{t−1} | x_t) / q(x_t | x_{t−1})] ]
+#     L = E_q[ −log [p_θ(x_{0:T}) / q(x_{1:T} | x_0)] ]
+#       = E_q[ −log p(x_T) − Σ_{t≥1} log [p_θ(x_{t−1} | x_t) / q(x_t | x_{t−1})] ]
 #
-# by Jensen's inequality (derived in PAPER.md). Here L is a function of one x_0; the paper's
-# L is its mean over the data. L is the negative evidence lower bound (ELBO) of a variational
-# autoencoder with a fixed encoder q, whose latents x_1 … x_T have the shape of the data.
+# by Jensen's inequality (derived in PAPER.md), for one x_0; the paper's L is its mean over all x_0.
+# It is the negative evidence lower bound of a variational autoencoder whose encoder q is fixed.
 
 # --- Eq. 4: from x_0 to any x_t in one jump -------------------------------------------------------
 
@@ -264,21 +263,21 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 #
 # For t > 1 and a fixed σ_t² the divergence L_{t−1} depends on θ through the mean μ_θ alone:
 #
-#     L_{t−1} = E_q[ ‖μ̃_t(x_t, x_0) − μ_θ(x_t, t)‖² / (2σ_t²) ] + C,                         [Eq. 8]
+#     L_{t−1} = E_q[ 1/(2σ_t²) · ‖μ̃_t(x_t, x_0) − μ_θ(x_t, t)‖² ] + C,                       [Eq. 8]
 #     C = D/2 · (log(σ_t²/β̃_t) + β̃_t/σ_t² − 1).
 #
-# By Eq. 15 x_0 is (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t, and with it Eq. 7 becomes (derived in PAPER.md)
+# Eq. 4 solved for x_0 is (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t. Put into Eq. 7 it gives (derived in PAPER.md)
 #
-#     L_{t−1} − C = E[ ‖μ̃_t(x_t, (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t) − μ_θ(x_t, t)‖² / (2σ_t²) ]      [Eq. 9]
-#     L_{t−1} − C = E[ ‖(x_t − β_t/√(1 − ᾱ_t) · ε)/√α_t − μ_θ(x_t, t)‖² / (2σ_t²) ]         [Eq. 10]
+#     L_{t−1} − C = E[ 1/(2σ_t²) · ‖μ̃_t(x_t, (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t) − μ_θ(x_t, t)‖² ]    [Eq. 9]
+#     L_{t−1} − C = E[ 1/(2σ_t²) · ‖1/√α_t · (x_t − β_t/√(1 − ᾱ_t) · ε) − μ_θ(x_t, t)‖² ]   [Eq. 10]
 #
-# where x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, and E is the mean over x_0 and ε. The network is given x_t,
-# and only ε is left to predict: μ_θ takes the same form, with the output ε_θ(x_t, t) for ε:
+# where x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, and the mean is over x_0 and ε. The network is given x_t, and
+# only ε is left to predict: μ_θ takes the same form, with the output ε_θ(x_t, t) for ε:
 #
-#     μ_θ(x_t, t) = (x_t − β_t/√(1 − ᾱ_t) · ε_θ(x_t, t)) / √α_t                             [Eq. 11]
+#     μ_θ(x_t, t) = 1/√α_t · (x_t − β_t/√(1 − ᾱ_t) · ε_θ(x_t, t))                           [Eq. 11]
 #     L_{t−1} − C = E[ β_t²/(2σ_t² α_t (1 − ᾱ_t)) · ‖ε − ε_θ(x_t, t)‖² ]                    [Eq. 12]
 #
-# `p_mean_variance` computes it in two steps, as the same algebra allows: x̂_0 (Eq. 15), and with it
+# `p_mean_variance` computes μ_θ in two steps, as the same algebra allows: x̂_0 (Eq. 15), and with it
 # μ̃_t(x_t, x̂_0) (Eq. 7). A sampling step, this mean plus σ_t z, resembles Langevin dynamics:
 # −ε_θ/√(1 − ᾱ_t) estimates ∇ log q(x_t), the gradient of a log-density.
 
@@ -381,8 +380,8 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, sigma2: Tensor
     nats ≤ 0 in float64, one number for each dimension (the log of Eq. 13's product is their sum).
     δ₋ and δ₊ are the ends of the bin x_0 ± 1/255. The bins touch, and the two outermost ones extend
     to ∓∞. So the 256 probabilities sum to 1, and −log₂ of them is the length of a code for 8-bit
-    data. Φ is the distribution function of N(0, 1).
-    Ho et al.'s code approximates Φ with a tanh and floors the probability at 10⁻¹²; this does not.
+    data. Ho et al.'s code approximates Φ, the distribution function of N(0, 1), with a tanh, and
+    floors the probability at 10⁻¹²; this does not.
     """
     infinity = 1e30  # a large finite number, because a true ∞ would make gradients NaN
     mean, sigma = _float64(mean), _float64(sigma2).sqrt()
@@ -429,7 +428,7 @@ def bits_per_dim(nats: Tensor, x0: Tensor) -> Tensor:
     """nats / (D ln 2): bits for each dimension of x0 (B, …).   [DDPM Table 1]"""
     return nats / (x0[0].numel() * math.log(2))
 
-# === §3.4  The simplified training objective ======================================================
+# === §3.4  The simplified training objective (Eq. 14) =============================================
 #
 #     L_simple(θ) = E_{t,x_0,ε}[ ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖² ]                   [Eq. 14]
 
@@ -439,8 +438,9 @@ def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
 
     Returns (B,), to be averaged over a batch in which t is uniform on 1 … T. The factor 1/D is the
     released code's; the paper has none. For t > 1 it is Eq. 12 without its weight, which is largest
-    at small t. So L_simple counts the errors at small t, where x_t has little noise, less than the
-    bound does. At t = 1 it approximates L_0 (see PAPER.md). Algorithm 1 is in train.py.
+    at small t. So L_simple gives the errors at small t, where x_t has little noise, less weight
+    than the bound does. At t = 1 it approximates L_0 (see PAPER.md). Algorithm 1 is
+    `train.training_step`, which `train.train` repeats.
     predict: "x0" (§3.2) and "mean" (Table 2) compare the network with x_0 and μ̃_t in place of ε.
     """
     x_t = q_sample(s, x0, t, eps)
@@ -458,10 +458,9 @@ def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
 #
 # A sender who knows x_0 transmits x_T, x_{T−1}, …, x_1 and at last x_0 to a receiver who knows only
 # the model. With reverse channel coding a sample of q can be sent to somebody who knows p in about
-# KL(q ‖ p) nats, on average and approximately, which the paper assumes. (To draw a value from q and
-# then to code it with p, to a precision δ in each dimension, would cost E_q[−log p] − D log δ. That
-# grows without limit as δ → 0.) So the messages have the lengths L_T, L_{T−1}, …, L_1, and the last
-# one L_0, which makes the code lossless. At each time t the receiver has an estimate x̂_0 (Eq. 15).
+# KL(q ‖ p) nats, on average and approximately, which the paper assumes. So the messages have the
+# lengths L_T, L_{T−1}, …, L_1, and the last one L_0, which makes the code lossless. At each time t
+# the receiver has an estimate x̂_0 (Eq. 15).
 
 # --- Algorithm 3: sending -------------------------------------------------------------------------
 
@@ -545,7 +544,7 @@ def interpolate(s: Schedule, model: Model, x0: Tensor, other: Tensor, lam: Tenso
     lam: (B,), one λ in [0, 1] for each row of the batch; x0, other: (B, …), the two images in each
     row; t: one number, 500 in the paper; eps, eps_other: the noise that encodes them as x_t and
     x'_t (Eq. 4), the same for every λ; loop: Algorithm 2, or `ddim_loop`; noise, choices: as there.
-    Yields the states at t, t − 1, …, 0.
+    Yields the states at t, t − 1, …, 0. (Where x_t and x'_t stand, the paper prints x_0 and x'_0.)
     """
     x_t = q_sample(s, x0, _all(t, x0), eps)
     other_t = q_sample(s, other, _all(t, x0), eps_other)

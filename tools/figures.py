@@ -29,7 +29,7 @@ import sample
 import train
 
 OUT = ROOT / ".github" / "images" / "page"
-TIMES = list(range(0, 1001, 50))          # of the frames of x_t
+TIMES = [1, *range(50, 1001, 50)]          # of the frames of x_t
 CUTS = [16, 24, 32, 48, 64, 96, 128, 192]  # bytes of a file
 STEPS = (10, 50, 1000)
 
@@ -63,8 +63,8 @@ def forward(trained: Trained, model: ddpm.Model, x0: Tensor) -> Tensor:
     s, rows = trained.s, []
     eps = Noise(1, range(len(x0)), trained.shape)()
     for t in TIMES:
-        now = ddpm._all(max(t, 1), x0)
-        x_t = ddpm.q_sample(s, x0, now, eps) if t else x0
+        now = ddpm._all(t, x0)
+        x_t = ddpm.q_sample(s, x0, now, eps)
         p = ddpm.p_mean_variance(s, model, x_t, now, **trained.choices)
         rows.append(torch.stack([x_t, eps / 3, model(x_t, now) / 3, p.x0_hat], 1).flatten(0, 1))
     return tiled(data.to_uint8(torch.stack(rows, 1).flatten(0, 1)), len(TIMES))

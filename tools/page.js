@@ -59,7 +59,7 @@ for (const seen of document.querySelectorAll(".seen")) {
   const [right, wrong] = [".right", ".wrong"].map(kind => seen.querySelector(`figure${kind} use`));
   if (!right || !wrong) continue;
   const first = right.getAttribute("href"), caption = right.closest("figure").lastElementChild;
-  const button = make("button", {type: "button", className: "switch"}, "Switch right / wrong");
+  const button = make("button", {type: "button", className: "switch"}, "Flip the left picture");
   button.setAttribute("aria-pressed", "false");
   button.addEventListener("click", () => {
     const on = button.getAttribute("aria-pressed") === "false";
@@ -67,7 +67,7 @@ for (const seen of document.querySelectorAll(".seen")) {
     right.setAttribute("href", on ? wrong.getAttribute("href") : first);
     caption.textContent = on ? "wrong" : "right";
   });
-  seen.append(button);
+  wrong.closest("figure").after(button);
 }
 
 // Points on their way from noise to the data.
@@ -92,8 +92,10 @@ if (place) {
   let control, play;
   const load = () => {
     play?.stop();
+    const t = frames.length ? frames[control.get()][0] : 0;
     frames = paths[`${chosen.sampler}, ${chosen.steps}`];
-    control = slider("time", frames.map(f => `t = ${f[0]}`), frames.length - 1, draw);
+    control = slider("time", frames.map(f => `t = ${f[0]}`),
+                     frames.findLastIndex(f => f[0] >= t), draw);
     play = player(control, () => frames.length, 90);
     control.box.append(play.button);
     holder.replaceChildren(control.box);

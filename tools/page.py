@@ -64,8 +64,9 @@ def tex(source: str, display: bool = False) -> str:
     found = html.unescape(re.sub(r"&#x(0003C|00026|0003E);", r"&amp;#x\1;", found))
     for letter, style, code_point in (("N", "script", "𝒩"), ("E", "double-struck", "𝔼")):
         found = found.replace(f'<mi mathvariant="{style}">{letter}</mi>', f"<mi>{code_point}</mi>")
-    found = re.sub(r'<mo(?: stretchy="\w+")?>([¯^~])</mo></mover>',
-                   lambda m: f'<mo stretchy="false">{HATS.get(m[1], m[1])}</mo></mover>', found)
+    found = re.sub(r'<mover>(<m[io]>[^<]*</m[io]>)<mo(?: stretchy="\w+")?>([¯^~])</mo></mover>',
+                   lambda m: f'<mover accent="true">{m[1]}<mo stretchy="false">'
+                   f"{HATS.get(m[2], m[2])}</mo></mover>", found)
     for kind, space in (("mo", "0"), ("mi", "0.28em")):  # the norm ‖x‖, and KL(q ‖ p)
         found = found.replace(f"<{kind}>‖</{kind}>", '<mo stretchy="false" '
                               f'lspace="{space}" rspace="{space}">‖</mo>')
@@ -176,8 +177,8 @@ class Formula:
         start = self.text[self.i:]
         if start[0] == "‖" and self.text[self.i - 1:self.i + 2].strip(" ") != "‖":
             self.i += 1
-            norm = '<mo stretchy="false" lspace="0" rspace="0">‖</mo>'
             inner = self.row("‖")
+            norm = f'<mo stretchy="{str("<mfrac>" in inner).lower()}" lspace="0" rspace="0">‖</mo>'
             self.i += 1
             return "factor", self.with_scripts(f"<mrow>{norm}{inner}{norm}</mrow>")
         if re.match(rf"(?:{'|'.join(FUNCTIONS)})(?![a-zA-Z(\[_])", start):
@@ -343,7 +344,7 @@ class Link:
         self.units, self.arguments = {} if units is None else units, set(arguments)
 
     def __call__(self, name: str) -> str | None:
-        return self.units.get(name.removeprefix("ddpm.").removesuffix("()"))
+        return self.units.get(re.sub(r"^(ddpm|train|unet)\.", "", name).removesuffix("()"))
 
 def prose(text: str, link: Link = Link(), display: bool = False) -> str:
     """A sentence with its formulas typeset and its `names` as code."""
@@ -561,9 +562,9 @@ def items(source: str) -> list[tuple[str, object]]:
     return out
 
 def section(source: str, banner: tuple[str, str]) -> str:
-    """The comment below a banner."""
+    """What stands below a banner, up to the next one."""
     rest = source.split(f"# {banner[0]} {banner[1]} ", 1)[1]
-    return re.match(r".*\n(?:#.*\n)*", rest)[0]
+    return re.split(r"(?m)^# (?:===|---) ", rest)[0].replace('."""', "").replace('"""', "")
 
 def whole_lines(file: str, replacements: list) -> list[tuple[str, str]]:
     """The right lines and the wrong ones, in full."""
@@ -639,6 +640,7 @@ class Page:
 
         The theorems of an equation that no function computes wait until that text is over."""
         shown = set().union(*(numbers(m[1]) for m in map(LABEL.search, text.splitlines()) if m))
+        shown -= {13}  # of which a function has the logarithm
         found = ""
         for label, statement, functions, tests in self.rows:
             if not numbers(label) & numbers(title):
@@ -709,13 +711,16 @@ class Page:
                     picture, 0, 0, one["width"], one["height"], 3 * one["width"],
                     f"{control}, {name}: what comes with the {kind} line")
                     + f"<figcaption>{kind}</figcaption></figure>")
-        if result["loss"] and right["loss"]:
+        if result["loss"] and right["loss"] and not result["text"].startswith("the same loss"):
             figures += plot({"right": right["loss"], "wrong": result["loss"]}, "step", "loss",
                             f"loss over steps: {name}")
         short = lambda text: re.sub(r"\d+\.\d{6}\b", lambda m: f"{float(m[0]):.3f}", text)
         pairs = [(a, b) if short(a) == short(b) else (short(a), short(b))
                  for a, b in result["printed"]]
         lines = diff(pairs) if pairs else ""
+        result = {**result, "text": re.sub(r"(bits/dim \S+) in place of (\S+?)(?=;|$)", lambda m: m[0]
+                  if short(m[1]) != "bits/dim " + short(m[2]) else "bits/dim the same to 0.001",
+                  result["text"])}
         text = "" if lines and result["text"] == "nothing" else html.escape(short(result["text"]))
         return (f'<p class=numbers>Seen (<a href="#runs">{control}</a>) {text}</p>'
                 f"{lines}<div class=seen>{figures}</div>")
@@ -771,14 +776,10 @@ class Page:
         here = {test: path == file and line in whole for test, (path, line) in here.items()}
         self.two(said, listing + self.proofs(here, wrong), self.units[name])
 
-    def file(self, name: str, title: str, only: str = "", names: tuple = ()) -> None:
-        """A source file in its own order; `only` one of its sections, or some functions."""
+    def file(self, name: str, title: str, only: tuple = (), names: tuple = ()) -> None:
+        """A source file in its own order; `only` some of its sections, or some functions."""
         source = read(name)
         parts = items(source)
-        for kind, thing in parts:
-            if kind == "statement" and hasattr(thing, "name"):
-                prefix = "" if name == "ddpm.py" else f"{Path(name).stem}-"
-                self.units[thing.name] = prefix + thing.name
         self.heading(2, title, slug(name), f"<code>{name}</code>: {title}")
         if not only and not names:
             said = document(ast.get_docstring(ast.parse(source)), self.link)
@@ -791,7 +792,7 @@ class Page:
         inside, due, said, plain = not only, "", "", []
         for kind, thing in [*parts, ("end", None)]:
             if kind == "banner" and thing[0] == "===":
-                inside = not only or only in thing[1]
+                inside = not only or thing[1] in only
             if not inside and kind != "end" or names and getattr(thing, "name", "") not in names:
                 continue
             if kind != "text" and due:  # below the text of the section
@@ -853,9 +854,9 @@ class Page:
             + f"<figcaption>{formula(what)}</figcaption></figure>" for what, y in rows)
         times = json.dumps([f"t = {t}" for t in self.numbers["times"]])
         return (f"<figure data-frames='{times}' data-label=time data-start={start}><div class=row>"
-                f"{pictures}</div><figcaption>Two garments at t = 300, with the noise that is in "
-                "them, what a network takes for it, and the estimate of Eq. 15. (On the pictures "
-                "noise is divided by 3.)</figcaption></figure>")
+                f"{pictures}</div><figcaption>Two garments (without the slider: at t = 300), with the "
+                "noise that is in them, what a network takes for it, and the estimate of Eq. 15, "
+                "clipped. On the pictures noise is divided by 3.</figcaption></figure>")
 
     def jump(self) -> str:
         """One garment at t = 0, 100 … 1000 over the two coefficients of Eq. 4."""
@@ -915,7 +916,7 @@ class Page:
         samplers, steps = ("β_t", "β̃_t", "η = 0.5", "η = 0"), self.numbers["steps"]
         panels = "".join(
             f"<tr><th scope=row>{n} calls</th>" + "".join(
-                f"<td>{crop(name, 120 * j, 120 * i, 120, 120, 132, f'{who}, {n} calls')}</td>"
+                f"<td>{crop(name, 120 * j, 120 * i, 120, 120, 132, f'{who}, {n} calls', 'panel')}</td>"
                 for j, who in enumerate(samplers)) + "</tr>" for i, n in enumerate(steps))
         head = "".join(f"<td>{formula(what)}</td>" for what in (
             "σ_t² = β_t", "σ_t² = β̃_t", "η = 0.5", "η = 0"))
@@ -999,13 +1000,22 @@ class Page:
     def seen_first(self) -> None:
         """The symptoms, with links to the mistakes that look so."""
         self.heading(2, "What you see, and what it may be", "symptoms")
-        rows = "".join(f"<tr><td>{prose(what)}</td><td>" + "; ".join(
-            f'<a href="#mistake-{slug(name)}" aria-label="{html.escape(name)}">{prose(name)}</a>'
-            for name in names.split("; "))
-            + f"</td><td>{inline(met)}</td></tr>" for what, names, met in table("Symptoms"))
+        rows = ""
+        for what, names, met in table("Symptoms"):
+            names, picture = names.split("; "), ""
+            for name in reversed([name for name in names if name in self.mistakes]):
+                for control in self.mistakes[name][3].split():
+                    if (one := self.results[f"{control}/{name}"])["picture"]:
+                        picture = crop(self.picture(KEPT / one["picture"]), 0, 0, 64, 64, 72, name)
+            causes = "; ".join(
+                f'<a href="#mistake-{slug(name)}" aria-label="{html.escape(name)}">{prose(name)}</a>'
+                if name in self.mistakes else prose(name) for name in names)
+            rows += (f"<tr><td>{prose(what)}</td><td>{picture}</td><td>{causes}</td>"
+                     f"<td>{inline(met)}</td></tr>")
         said = markdown(chapter("Symptoms").split("\n| ")[0])
         self.body.append(f"<div class=prose>{said}</div>" + wide(
-            "<table><thead><tr><th>what you see</th><th>what it may be</th><th>met by others</th>"
+            "<table><thead><tr><th>what you see</th><th>such as</th><th>what it may be</th>"
+            "<th>met by others</th>"
             f"</tr></thead><tbody>{rows}</tbody></table>"))
 
     def judged(self) -> None:
@@ -1099,7 +1109,7 @@ def plot(lines: dict, across: str, up: str, label: str, log: bool = True, width:
         if not log:
             step = next(s for s in (0.2, 0.5, 1, 10, 100, 1000) if (high - low) / s <= most)
             return [(v * step, f"{v * step:g}") for v in range(round(high / step) + 1)]
-        some = [(math.log10(m) + e, f"{m * 10.0 ** e:g}" if e > -3 else f"10{raised(e)}")
+        some = [(math.log10(m) + e, f"{m * 10.0 ** e:g}" if e > -3 else f"{m} · 10{raised(e)}"[4 * (m == 1):])
                 for e in range(-9, 8) for m in ((1,) if high - low > 3 else (1, 2, 5))]
         some = [tick for tick in some if low - 1e-9 <= tick[0] <= high + 1e-9]
         return some[::max(1, math.ceil(len(some) / most))]
@@ -1136,7 +1146,7 @@ def libraries(theorem: str) -> str:
     record, found = json.loads(read("tools/peers/matrix.json"))["libraries"], {}
     for library, judged in record.items():
         for name, row in judged["theorems"].items():
-            if name.split("_")[0] == theorem.split("_")[1] and row["verdict"] != "not offered":
+            if f"test_{name}" == theorem and row["verdict"] != "not offered":
                 bad = row["verdict"] == "fails" and judged["notes"].get(name, [""])[0] != "choice"
                 found[library] = found.get(library, False) or bad
     said = [f"{word} in {', '.join(names)}" for word, bad in (("holds", False), ("fails", True))
@@ -1148,8 +1158,13 @@ def build(repository: str = "") -> str:
     """The page; repository: its address, to which the page then links."""
     page = Page()
     chain = page.chain()
+    for name in ("ddpm.py", "train.py", "unet.py"):
+        for node in ast.parse(read(name)).body:
+            if hasattr(node, "name"):
+                prefix = "" if name == "ddpm.py" else f"{Path(name).stem}-"
+                page.units.setdefault(node.name, prefix + node.name)
     page.file("ddpm.py", "the mathematics")
-    page.file("train.py", "training", only="Algorithm 1")
+    page.file("train.py", "training", only=("Algorithm 1", "Its parts"))
     page.file("support/data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
     page.file("unet.py", "the network")
     page.body.append("<div class=only-screen>")
