@@ -718,9 +718,9 @@ class Page:
         pairs = [(a, b) if short(a) == short(b) else (short(a), short(b))
                  for a, b in result["printed"]]
         lines = diff(pairs) if pairs else ""
-        result = {**result, "text": re.sub(r"(bits/dim \S+) in place of (\S+?)(?=;|$)", lambda m: m[0]
-                  if short(m[1]) != "bits/dim " + short(m[2]) else "bits/dim the same to 0.001",
-                  result["text"])}
+        same = lambda m: m[0] if short(m[1]) != short(m[2]) else "bits/dim the same to 0.001"
+        result = {**result, "text": re.sub(r"bits/dim (\S+) in place of (\S+?)(?=;|$)", same,
+                                           result["text"])}
         text = "" if lines and result["text"] == "nothing" else html.escape(short(result["text"]))
         return (f'<p class=numbers>Seen (<a href="#runs">{control}</a>) {text}</p>'
                 f"{lines}<div class=seen>{figures}</div>")
@@ -854,8 +854,8 @@ class Page:
             + f"<figcaption>{formula(what)}</figcaption></figure>" for what, y in rows)
         times = json.dumps([f"t = {t}" for t in self.numbers["times"]])
         return (f"<figure data-frames='{times}' data-label=time data-start={start}><div class=row>"
-                f"{pictures}</div><figcaption>Two garments (without the slider: at t = 300), with the "
-                "noise that is in them, what a network takes for it, and the estimate of Eq. 15, "
+                f"{pictures}</div><figcaption>Two garments (without the slider: at t = 300), with "
+                "the noise that is in them, what a network takes for it, and the estimate of Eq. 15, "
                 "clipped. On the pictures noise is divided by 3.</figcaption></figure>")
 
     def jump(self) -> str:
@@ -916,8 +916,8 @@ class Page:
         samplers, steps = ("β_t", "β̃_t", "η = 0.5", "η = 0"), self.numbers["steps"]
         panels = "".join(
             f"<tr><th scope=row>{n} calls</th>" + "".join(
-                f"<td>{crop(name, 120 * j, 120 * i, 120, 120, 132, f'{who}, {n} calls', 'panel')}</td>"
-                for j, who in enumerate(samplers)) + "</tr>" for i, n in enumerate(steps))
+                f"<td>{crop(name, 120 * j, 120 * i, 120, 120, 132, f'{who}, {n} calls', 'panel')}"
+                "</td>" for j, who in enumerate(samplers)) + "</tr>" for i, n in enumerate(steps))
         head = "".join(f"<td>{formula(what)}</td>" for what in (
             "σ_t² = β_t", "σ_t² = β̃_t", "η = 0.5", "η = 0"))
         self.heading(self.level, "What σ_t² does", "points-in-two-dimensions")
@@ -1008,8 +1008,8 @@ class Page:
                     if (one := self.results[f"{control}/{name}"])["picture"]:
                         picture = crop(self.picture(KEPT / one["picture"]), 0, 0, 64, 64, 72, name)
             causes = "; ".join(
-                f'<a href="#mistake-{slug(name)}" aria-label="{html.escape(name)}">{prose(name)}</a>'
-                if name in self.mistakes else prose(name) for name in names)
+                f'<a href="#mistake-{slug(name)}" aria-label="{html.escape(name)}">{prose(name)}'
+                "</a>" if name in self.mistakes else prose(name) for name in names)
             rows += (f"<tr><td>{prose(what)}</td><td>{picture}</td><td>{causes}</td>"
                      f"<td>{inline(met)}</td></tr>")
         said = markdown(chapter("Symptoms").split("\n| ")[0])
@@ -1109,7 +1109,8 @@ def plot(lines: dict, across: str, up: str, label: str, log: bool = True, width:
         if not log:
             step = next(s for s in (0.2, 0.5, 1, 10, 100, 1000) if (high - low) / s <= most)
             return [(v * step, f"{v * step:g}") for v in range(round(high / step) + 1)]
-        some = [(math.log10(m) + e, f"{m * 10.0 ** e:g}" if e > -3 else f"{m} · 10{raised(e)}"[4 * (m == 1):])
+        some = [(math.log10(m) + e, f"{m * 10.0 ** e:g}" if e > -3 else
+                 f"{m} · 10{raised(e)}".removeprefix("1 · "))
                 for e in range(-9, 8) for m in ((1,) if high - low > 3 else (1, 2, 5))]
         some = [tick for tick in some if low - 1e-9 <= tick[0] <= high + 1e-9]
         return some[::max(1, math.ceil(len(some) / most))]
@@ -1158,7 +1159,7 @@ def build(repository: str = "") -> str:
     """The page; repository: its address, to which the page then links."""
     page = Page()
     chain = page.chain()
-    for name in ("ddpm.py", "train.py", "unet.py"):
+    for name in ("ddpm.py", "train.py", "support/data.py", "unet.py"):
         for node in ast.parse(read(name)).body:
             if hasattr(node, "name"):
                 prefix = "" if name == "ddpm.py" else f"{Path(name).stem}-"
