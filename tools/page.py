@@ -854,8 +854,8 @@ class Page:
             + f"<figcaption>{formula(what)}</figcaption></figure>" for what, y in rows)
         times = json.dumps([f"t = {t}" for t in self.numbers["times"]])
         return (f"<figure data-frames='{times}' data-label=time data-start={start}><div class=row>"
-                f"{pictures}</div><figcaption>Two garments (without the slider: at t = 300), with "
-                "the noise that is in them, what a network takes for it, and the estimate of Eq. 15, "
+                f"{pictures}</div><figcaption>Two garments (without the slider: at t = 300), "
+                "with the noise in them, what a network takes for it, and the estimate of Eq. 15, "
                 "clipped. On the pictures noise is divided by 3.</figcaption></figure>")
 
     def jump(self) -> str:
