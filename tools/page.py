@@ -702,7 +702,8 @@ class Page:
 
     def seen(self, name: str, control: str) -> str:
         """The numbers, the pictures and the loss of the runs."""
-        result, right = (self.results[f"{control}/{line}"] for line in (name, "right"))
+        result = self.results[f"{control}/{name}"]
+        right = self.results[result.get("beside", f"{control}/right")]  # run on the same machine
         figures = ""
         for one, kind in ((right, "right"), (result, "wrong")):
             if one["picture"]:
