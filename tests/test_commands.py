@@ -957,10 +957,10 @@ def test_compile_falls_back(monkeypatch):
         asked.append(options)
         return real(net, backend=backend, **options)
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
     trains(*SMALL, "--steps", 2, "--out", "plain")
     assert not asked
-    trains(*SMALL, "--steps", 2, "--compile", "--out", "compiled")
+    with torch._dynamo.config.patch(suppress_errors=False):
+        trains(*SMALL, "--steps", 2, "--compile", "--out", "compiled")
     assert asked[:2] == [{"dynamic": False}, "backend"]
     assert_equal(checkpoint("compiled"), checkpoint("plain"))
 
