@@ -1,4 +1,4 @@
-"""The page of tools/page.py in two browsers: `pytest tools/test_page.py`, after
+"""The page of tools/page.py in two browsers: `pytest --noconftest tools/test_page.py`, after
 `pip install -r tools/requirements.txt`, with Chromium (or Chrome) and Firefox on the machine.
 
 Chromium is driven by Playwright. Firefox is spoken to in WebDriver BiDi, its own protocol, because
