@@ -64,7 +64,8 @@ def tex(source: str, display: bool = False) -> str:
     found = html.unescape(re.sub(r"&#x(0003C|00026|0003E);", r"&amp;#x\1;", found))
     for letter, style, code_point in (("N", "script", "𝒩"), ("E", "double-struck", "𝔼")):
         found = found.replace(f'<mi mathvariant="{style}">{letter}</mi>', f"<mi>{code_point}</mi>")
-    found = re.sub(r'<mover>(<m[io]>[^<]*</m[io]>)<mo(?: stretchy="\w+")?>([¯^~])</mo></mover>',
+    found = re.sub(r'<mover(?: accent="true")?>((?:<mrow>)?<m[io]>[^<]*</m[io]>(?:</mrow>)?)'
+                   r'<mo(?: stretchy="\w+")?>([¯^~])</mo></mover>',
                    lambda m: f'<mover accent="true">{m[1]}<mo stretchy="false">'
                    f"{HATS.get(m[2], m[2])}</mo></mover>", found)
     for kind, space in (("mo", "0"), ("mi", "0.28em")):  # the norm ‖x‖, and KL(q ‖ p)
@@ -1013,7 +1014,7 @@ class Page:
                 "</a>" if name in self.mistakes else prose(name) for name in names)
             rows += (f"<tr><td>{prose(what)}</td><td>{picture}</td><td>{causes}</td>"
                      f"<td>{inline(met)}</td></tr>")
-        said = markdown(chapter("Symptoms").split("\n| ")[0])
+        said = markdown(chapter("Symptoms").split("\n| ")[0]).replace("#easy-mistakes", "#runs")
         self.body.append(f"<div class=prose>{said}</div>" + wide(
             "<table><thead><tr><th>what you see</th><th>such as</th><th>what it may be</th>"
             "<th>met by others</th>"
