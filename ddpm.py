@@ -244,9 +244,9 @@ def _float64(x: Tensor) -> Tensor:
 def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
     """Σ_θ = σ_t² I with σ_t² = β_t ("fixed_large") or σ_t² = β̃_t ("fixed_small").   [DDPM §3.2]
 
-    Returns (B,) in float64. The true variance of x_{t−1} given x_t is β_t if x_0 ~ N(0, I), and β̃_t
-    if x_0 is always the same point. Ho et al.'s CIFAR-10 code, not the paper: at t = 1 both choices
-    are β̃_2, since L_0 would divide by β̃_1 = 0, and since β̃_2 is said there to give a better
+    Returns (B,) in float64. The true variance of x_{t−1} given x_t is β_t if x_0 ~ N(0, I), and
+    β̃_t if x_0 is always one point. Ho et al.'s CIFAR-10 code, not the paper: at t = 1 both are
+    β̃_2, since L_0 would divide by β̃_1 = 0, and since β̃_2 is said there to give a better
     likelihood than β_1. Only L_0 depends on σ_1². (A schedule of one step has σ_1² = β_1.)
     """
     if s.T == 1:
@@ -263,12 +263,12 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 #
 # For t > 1 and a fixed σ_t² the divergence L_{t−1} depends on θ through the mean μ_θ alone:
 #
-#     L_{t−1} = E_q[ 1/(2σ_t²) · ‖μ̃_t(x_t, x_0) − μ_θ(x_t, t)‖² ] + C,                       [Eq. 8]
+#     L_{t−1} = E_q[ 1/(2σ_t²) · ‖μ̃_t(x_t, x_0) − μ_θ(x_t, t)‖² ] + C,                      [Eq. 8]
 #     C = D/2 · (log(σ_t²/β̃_t) + β̃_t/σ_t² − 1).
 #
 # Eq. 4 solved for x_0 is (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t. Put into Eq. 7 it gives (derived in PAPER.md)
 #
-#     L_{t−1} − C = E[ 1/(2σ_t²) · ‖μ̃_t(x_t, (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t) − μ_θ(x_t, t)‖² ]    [Eq. 9]
+#     L_{t−1} − C = E[ 1/(2σ_t²) · ‖μ̃_t(x_t, (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t) − μ_θ(x_t, t)‖² ]   [Eq. 9]
 #     L_{t−1} − C = E[ 1/(2σ_t²) · ‖1/√α_t · (x_t − β_t/√(1 − ᾱ_t) · ε) − μ_θ(x_t, t)‖² ]   [Eq. 10]
 #
 # where x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, and the mean is over x_0 and ε. The network is given x_t, and
@@ -277,8 +277,8 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 #     μ_θ(x_t, t) = 1/√α_t · (x_t − β_t/√(1 − ᾱ_t) · ε_θ(x_t, t))                           [Eq. 11]
 #     L_{t−1} − C = E[ β_t²/(2σ_t² α_t (1 − ᾱ_t)) · ‖ε − ε_θ(x_t, t)‖² ]                    [Eq. 12]
 #
-# `p_mean_variance` computes μ_θ in two steps, as the same algebra allows: x̂_0 (Eq. 15), and with it
-# μ̃_t(x_t, x̂_0) (Eq. 7). A sampling step, this mean plus σ_t z, resembles Langevin dynamics:
+# `p_mean_variance` computes μ_θ in two steps, as the same algebra allows: x̂_0 (Eq. 15), and with
+# it μ̃_t(x_t, x̂_0) (Eq. 7). A sampling step, this mean plus σ_t z, resembles Langevin dynamics:
 # −ε_θ/√(1 − ᾱ_t) estimates ∇ log q(x_t), the gradient of a log-density.
 
 def vlb_weight(s: Schedule, t: Tensor, variance: str = "fixed_large") -> Tensor:

@@ -8,6 +8,7 @@ terms of the bound, the loss by thirds of t, and points in two dimensions (`path
 """
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import sys
@@ -33,11 +34,14 @@ TIMES = [1, *range(50, 1001, 50)]          # of the frames of x_t
 CUTS = [16, 24, 32, 48, 64, 96, 128, 192]  # bytes of a file
 STEPS = (10, 50, 1000)
 
+def small(picture: Tensor, width: int) -> Tensor:
+    """A picture of `data.tiled`, which enlarges each pixel, at its own width."""
+    k = picture.shape[2] // width
+    return picture[:, ::k, ::k]
+
 def tiled(images: Tensor, columns: int) -> Tensor:
     """`data.tiled` with a pixel for each pixel."""
-    picture = data.tiled(images, columns)
-    k = picture.shape[2] // (columns * images.shape[3])
-    return picture[:, ::k, ::k]
+    return small(data.tiled(images, columns), columns * images.shape[3])
 
 def chain(trained: Trained, model: ddpm.Model, x0: Tensor) -> Tensor:
     """Figure 2: a row is x_0, x_t by the steps of Eq. 2 up to x_T, and Algorithm 2 from there."""
@@ -51,12 +55,11 @@ def chain(trained: Trained, model: ddpm.Model, x0: Tensor) -> Tensor:
         columns += [x_t] if t in shown[:-1] else []
     return tiled(data.to_uint8(torch.stack(columns, 1).flatten(0, 1)), len(columns))
 
-def over_time(trained: Trained, model: ddpm.Model) -> Tensor:
-    """Figure 6: a row is x̂_0(x_t) at eleven times from T to 1, and the sample."""
-    s, noise, columns = trained.s, Noise(0, range(4), trained.shape), []
-    for t, _, x0_hat in sample.choose_sampler(trained).loop(s, model, noise(), noise):
-        columns += [x0_hat] if t % 100 == 0 or t == 1 else []
-    return tiled(data.to_uint8(torch.stack(columns, 1).flatten(0, 1)), len(columns))
+def over_time(trained: Trained, model: ddpm.Model, machine: Machine) -> Tensor:
+    """Figure 6, of sample.py: eleven times and the sample."""
+    args = argparse.Namespace(seed=0, n=4)
+    picture = sample.progressive(trained, sample.choose_sampler(trained), model, args, machine)
+    return small(picture, 12 * trained.shape[2])
 
 def forward(trained: Trained, model: ddpm.Model, x0: Tensor) -> Tensor:
     """A column for each of TIMES; for each image the rows x_t, ε, ε_θ(x_t, t) and x̂_0."""
@@ -148,19 +151,21 @@ def main(argv=None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the run")
     parser.add_argument("--dataset", type=word, required=True, help="images for the pictures")
     args = parser.parse_args(argv)
-    trained = load(args.checkpoint, machine=start_machine("cpu", "fp32"))
-    model = inference_model(trained.net, Machine(torch.device("cpu"), torch.float32))
+    machine = start_machine("cpu", "fp32")
+    trained = load(args.checkpoint, machine=machine)
+    model = inference_model(trained.net, machine)
     images, _ = data.load(args.dataset, args.data_dir or "data", "test", trained.shape[1])
     some = images[[0, 2, 3, 6, 9, 11, 18, 19]]
     x0 = data.to_model(some)
-    numbers = {"times": TIMES, "cuts": CUTS, "steps": STEPS, "settings": trained.settings,
-               "loss": [[e["step"], *e["loss_thirds"]] for e in train.log_entries(args.checkpoint)],
+    numbers = {"times": TIMES, "cuts": CUTS, "steps": STEPS,
+               "alpha_bars": [round(x, 6) for x in trained.s.alpha_bars[::20].tolist()],
+               "loss": [[e["step"], *(float(f"{x:.4g}") for x in e["loss_thirds"])]
+                        for e in train.log_entries(args.checkpoint)],
                **terms(trained, model, data.to_model(images[:32]))}
     frames, panels = paths()
     files, numbers["bytes"] = beginnings(trained, some[:4])
     pictures = {"chain": chain(trained, model, x0), "forward": forward(trained, model, x0[[0, 6]]),
-                "progress": over_time(trained, model),
-                "files": files, "paths": panels}
+                "progress": over_time(trained, model, machine), "files": files, "paths": panels}
     for name, picture in pictures.items():
         with written(OUT / f"{name}.png") as file:
             file.write(data.png(picture))

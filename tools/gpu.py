@@ -191,7 +191,7 @@ def fashion(args) -> dict:
         flags = ["--channels", 32, "--multipliers", 1, "--timesteps", 4, "--batch-size", 2]
     if parts and not (folder / "checkpoint.pt").exists():
         joined.write_bytes(b"".join(part.read_bytes() for part in parts))
-        flags = [*flags[4:], "--init", joined]
+        flags = [*flags[4:], "--init", joined]  # which has its own channels and multipliers
         say("no checkpoint: this run starts from the joined weights, with a new Adam and warm-up")
     words = ["train.py", "--dataset", "fashion_mnist", "--data-dir", args.data_dir, "--out", folder,
              "--save-every", 1000, "--device", args.device, *flags]

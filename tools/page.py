@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import functools
 import html
 import itertools
 import json
@@ -40,6 +41,7 @@ TOOLS = ROOT / "tools"
 KEPT = ROOT / ".github" / "images" / "mistakes"
 DRAWN = ROOT / ".github" / "images" / "page"
 
+@functools.cache
 def read(name: str) -> str:
     """The text of a file of the repository."""
     return (ROOT / name).read_text(encoding="utf-8")
@@ -735,8 +737,10 @@ class Page:
                                f'image/png;base64,{base64.b64encode(content).decode()}"/>')
         return name
 
-    def proofs(self, tests: list[str], mistakes: list[str]) -> str:
-        """Theorems and mistakes in one line that opens; below it what one sees best."""
+    def proofs(self, tests: dict[str, bool], mistakes: list[str]) -> str:
+        """Theorems and mistakes in one line that opens; below it what one sees best.
+
+        tests: each with whether it is shown here, or elsewhere."""
         folded = [self.mistake(m) for m in mistakes if m not in SHOWN]
         count = lambda n, word: f"{n} {word}{'s' * (n != 1)}" if n else ""
         title = ", ".join(filter(None, (count(len(tests), "theorem"),
@@ -847,7 +851,8 @@ class Page:
             "2 draws another one.</figcaption></figure>")
 
     def jump_text(self) -> str:
-        rows = [(f"{what}", 16 * i) for i, what in enumerate(("x_t", "ε", "ε_θ(x_t, t)", "x̂_0"))]
+        """Two garments at the time of a slider."""
+        rows = [(what, 16 * i) for i, what in enumerate(("x_t", "ε", "ε_θ(x_t, t)", "x̂_0"))]
         name, start = self.picture(DRAWN / "forward.png"), 6
         pictures = "".join(
             "<figure>" + "".join(crop(name, 16 * start, y + 64 * k, 16, 16, 80,
@@ -862,12 +867,9 @@ class Page:
 
     def jump(self) -> str:
         """One garment at t = 0, 100 … 1000 over the two coefficients of Eq. 4."""
-        name, bar, bars = self.picture(DRAWN / "forward.png"), 1.0, [1.0]
-        for t in range(1, 1001):
-            bar *= 1 - (1e-4 + (0.02 - 1e-4) * (t - 1) / 999)
-            bars.append(bar)
-        curves = {"√ᾱ_t": [(t, math.sqrt(bars[t])) for t in range(0, 1001, 20)],
-                  "√(1 − ᾱ_t)": [(t, math.sqrt(1 - bars[t])) for t in range(0, 1001, 20)]}
+        name, bars = self.picture(DRAWN / "forward.png"), self.numbers["alpha_bars"]
+        curves = {"√ᾱ_t": [(20 * i, math.sqrt(bar)) for i, bar in enumerate(bars)],
+                  "√(1 − ᾱ_t)": [(20 * i, math.sqrt(1 - bar)) for i, bar in enumerate(bars)]}
         return plot(curves, "t", "", "the coefficients of Eq. 4 over t, and a garment at eleven "
                     "times", log=False, width=520, strip=lambda x, y: "".join(
                         f'<svg x="{x(100 * i) - 20:.0f}" y="{y}" width=40 height=40 viewBox='
@@ -908,9 +910,9 @@ class Page:
         """Figure 6."""
         return "<figure>" + self.sheet(
             "progress.png", 192, 64, 576, "The estimate of the sample from early to late", [
-                *range(1000, 0, -100), 1, 0]) + (
-            f"<figcaption>{formula('x̂_0')} while Algorithm 2 runs (the paper's Figure 6), with the "
-            "t of each column: the large things are decided first.</figcaption></figure>")
+                *(round(1000 - 99.9 * i) for i in range(11)), 0]) + (
+            f"<figcaption>{formula('x̂_0')} while Algorithm 2 runs (the paper's Figure 6), with "
+            "the t of each column: the large things are decided first.</figcaption></figure>")
 
     def points(self) -> None:
         """Algorithm 2 and DDIM on points, where the best network is known."""
@@ -920,8 +922,8 @@ class Page:
             f"<tr><th scope=row>{n} calls</th>" + "".join(
                 f"<td>{crop(name, 120 * j, 120 * i, 120, 120, 132, f'{who}, {n} calls', 'panel')}"
                 "</td>" for j, who in enumerate(samplers)) + "</tr>" for i, n in enumerate(steps))
-        head = "".join(f"<td>{formula(what)}</td>" for what in (
-            "σ_t² = β_t", "σ_t² = β̃_t", "η = 0.5", "η = 0"))
+        head = "".join(f"<td>{formula(what if 'η' in what else f'σ_t² = {what}')}</td>"
+                       for what in samplers)
         self.heading(self.level, "What σ_t² does", "points-in-two-dimensions")
         self.two(
             f"<p>400 points, drawn with the best {formula('ε_θ')} there is: the data are 64 narrow "
@@ -1126,10 +1128,12 @@ def plot(lines: dict, across: str, up: str, label: str, log: bool = True, width:
         kind = name if name in ("right", "wrong") else f"c{i}"
         out += (f'<polyline class={kind} points="' + " ".join(
             f"{X(f(x)):.1f},{Y(f(y)):.1f}" for x, y in points) + '"/>')
-    said = "; ".join(f"{KEYS[i]}: {prose(name) if name in ('right', 'wrong') else formula(name)}"
-                     for i, name in enumerate(lines)) if len(lines) > 1 else formula(*lines)
     if "right" in lines:
         said = "right: solid; wrong: dashed"
+    elif len(lines) > 1:
+        said = "; ".join(f"{key}: {formula(name)}" for key, name in zip(KEYS, lines))
+    else:
+        said = formula(*lines)
     axes = f"{up} over {across}" if up else f"over {formula(across)}"
     out += strip(X, round(height)) if strip else ""
     full = height + foot
@@ -1145,15 +1149,16 @@ def raised(number: int) -> str:
 KEYS = ("solid", "dashed", "dotted")
 
 def libraries(theorem: str) -> str:
-    """In which libraries the judge's statements of the same equation hold, and in which not."""
-    record, found = json.loads(read("tools/peers/matrix.json"))["libraries"], {}
-    for library, judged in record.items():
-        for name, row in judged["theorems"].items():
-            if f"test_{name}" == theorem and row["verdict"] != "not offered":
-                bad = row["verdict"] == "fails" and judged["notes"].get(name, [""])[0] != "choice"
-                found[library] = found.get(library, False) or bad
-    said = [f"{word} in {', '.join(names)}" for word, bad in (("holds", False), ("fails", True))
-            if (names := [name for name in found if found[name] is bad])]
+    """In which libraries all the judge's statements of the same equation hold, some, or none."""
+    number, found = theorem.split("_")[1], {}
+    for library, judged in json.loads(read("tools/peers/matrix.json"))["libraries"].items():
+        verdicts = {row["verdict"] for name, row in judged["theorems"].items()
+                    if name.split("_")[0] == number} - {"not offered"}
+        if verdicts:
+            word = "holds in part" if len(verdicts) > 1 else {
+                "holds": "holds", "fails": "differs"}[verdicts.pop()]
+            found.setdefault(word, []).append(library)
+    said = [f"{word} in {', '.join(names)}" for word, names in found.items()]
     judged = '<a href="#judge">judged</a>'
     return f"<p class=file>As {judged}, the equation {'; '.join(said)}.</p>" if said else ""
 
