@@ -33,45 +33,49 @@ from torch import Tensor
 
 import ddpm
 
-MAGIC, HEADER = b"DDPM\2", 13  # 2: the version; then b, 4 bytes of a hash, 3 of the length
+MAGIC, HEADER = b"DDPM\3", 13  # 3: the version; then b, 4 bytes of a hash, 3 of the length
 STEPS, CLASSES, BLOCK, BITS = 20, 8, 1024, 16
 
 # === The arithmetic code ==========================================================================
 
 class Code:
-    """An arithmetic code, read from `content` or else written.
+    """An arithmetic code, read from `content` or else written, in a time linear in its length.
 
-    The symbols so far are an interval [low, low + width) / 2^bits, in exact integers.
+    The symbols so far are an interval of numbers in [0, 1): those that begin with the bytes `sent`
+    and go on with 16 bytes, as an integer, in [low, low + width), where width ≥ 2^64.
     """
 
     def __init__(self, content: bytes | None = None):
-        self.low, self.width, self.bits, self.content = 0, 1, 0, content
+        self.low, self.width, self.sent, self.content = 0, 2 ** 128, bytearray(), content
 
     def __call__(self, frequencies: list[int], symbol: int = 0) -> int:
         """Writes a symbol, or reads one, and returns it. The frequencies sum to 2^16.
 
         EOFError if the bytes to be read allow more than one symbol.
         """
-        self.low, self.bits = self.low << BITS, self.bits + BITS
+        unit = self.width >> BITS
         if self.content is not None:
-            value, more = int.from_bytes(self.content, "big"), self.bits - 8 * len(self.content)
-            ends = list(itertools.accumulate(frequencies))
-            few, many = max(more, 0), max(-more, 0)
-            symbol, other = (bisect.bisect_right(ends, ((x >> many) - self.low) // self.width)
-                             for x in (value << few, (value + 1 << few) - 1))
+            known = self.content[len(self.sent):len(self.sent) + 16]
+            ends, values = list(itertools.accumulate(frequencies)), (
+                int.from_bytes(known.ljust(16, end), "big") for end in (b"\0", b"\xff"))
+            symbol, other = (bisect.bisect_right(ends, (x - self.low) // unit) for x in values)
             if symbol != other or symbol == len(ends):
                 raise EOFError
-        self.low += self.width * sum(frequencies[:symbol])
-        self.width *= frequencies[symbol]
+        self.low += unit * sum(frequencies[:symbol])
+        self.width = unit * frequencies[symbol]
+        while (same := (self.low ^ self.low + self.width - 1) < 2 ** 120) or self.width < 2 ** 64:
+            if not same:  # narrow, and around a multiple of 2^120: what lies above is given up
+                self.width = -self.low % 2 ** 64
+            self.sent.append(self.low >> 120)
+            self.low, self.width = self.low % 2 ** 120 << 8, self.width << 8
         return symbol
 
     def to_bytes(self) -> bytes:
         """The fewest bytes after which, whatever follows, a number lies in the interval."""
         for n in itertools.count():
-            more, less = max(8 * n - self.bits, 0), max(self.bits - 8 * n, 0)
-            value = -(-(self.low << more) >> less)                                # rounded up
-            if value + 1 << less <= self.low + self.width << more:
-                return value.to_bytes(n, "big")
+            value = -(-self.low >> (less := 128 - 8 * n))                         # rounded up
+            if value + 1 << less <= self.low + self.width:
+                return bytes(self.sent) + value.to_bytes(n, "big")
 
 def frequencies(p: Tensor) -> Tensor:
     """Whole numbers above 0 with sum 2^16, as proportional to p (n, …) ≥ 0 as they can be."""
@@ -220,7 +224,7 @@ def measure(trained: Trained, images: Tensor, b: int) -> Tensor:
 
     Returns a picture: what CUTS and all bytes show of the first eight images, a row each.
     """
-    from PIL import Image
+    Image = data.pillow()
     rows, shown, progress = {}, [], Progress(len(images), "images")
     for i, image in enumerate(images, 1):
         content = encode(trained, image, b)
@@ -261,7 +265,7 @@ def main(argv=None) -> int:
     for flag, actions in {"b": "encode measure", "bytes": "decode", "n": "measure"}.items():
         if getattr(args, flag) and args.action not in actions:
             raise UsageError(f"--{flag} does not go with {args.action}")
-    trained = load(args.checkpoint, args.data_dir or "data", True, start_machine("cpu"))
+    trained = load(args.checkpoint, args.data_dir, True, start_machine("cpu"))
     if trained.settings["variance"] == "learned":
         raise ValueError("a network with learned variance takes all T steps: too many bits")
     if args.action == "measure" and "dataset" not in trained.settings:
@@ -269,13 +273,12 @@ def main(argv=None) -> int:
     source, target = args.files or (None, Path("compress.png"))
     with written(target) as file:  # opened before the work
         if args.action == "measure":
-            images, _ = data.load(trained.settings["dataset"], args.data_dir
-                                  or trained.settings["data_dir"], "test", trained.shape[1])
+            images, _ = data.load(trained.settings["dataset"], args.data_dir, "test",
+                                  trained.shape[1])
             file.write(data.png(measure(trained, images[:args.n or 20], args.b or 12)))
             said = "shows what the first bytes tell"
         elif args.action == "encode":
-            from PIL import Image
-            with reading(source, "a PNG"), Image.open(source, formats=["PNG"]) as picture:
+            with reading(source, "a PNG"), data.pillow().open(source, formats=["PNG"]) as picture:
                 if picture.mode not in ("L", "RGB"):
                     raise ValueError(f"it is not 8-bit grey or RGB, but {picture.mode}")
                 content = encode(trained, data.pixels(picture), args.b or 12, False)

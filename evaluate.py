@@ -240,12 +240,11 @@ def main(argv=None) -> int:
     args.batch_size = args.batch_size or (256 if machine.device.type == "cuda" else 16)
     trained, settings, made = None, {}, data.read_tensor(args.samples) if args.samples else None
     if made is None or not args.dataset:
-        trained = load(args.checkpoint, args.data_dir or "data", not args.no_ema, machine)
+        trained = load(args.checkpoint, args.data_dir, not args.no_ema, machine)
         settings = trained.settings
     name = args.dataset or settings.get("dataset")
     if not name:
         raise UsageError("--dataset is missing, and the checkpoint names none")
-    args.data_dir = args.data_dir or settings.get("data_dir", "data")
     with machine.chief_first():
         images, about = data.load(name, args.data_dir, args.split, settings.get("image_size"))
     shape = trained.shape if made is None else tuple(made.shape[1:])

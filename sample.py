@@ -139,8 +139,7 @@ def interpolation(trained: Trained, sampler: Sampler, model: ddpm.Model, args, m
     if not name:
         raise UsageError("--interpolate needs --dataset: the checkpoint names none")
     with machine.chief_first():
-        images, _ = data.load(name, args.data_dir or trained.settings.get("data_dir", "data"),
-                              "test", trained.settings["image_size"])
+        images, _ = data.load(name, args.data_dir, "test", trained.settings["image_size"])
     if tuple(images.shape[1:]) != trained.shape:
         raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, the network's "
                          f"{trained.shape}")
@@ -201,7 +200,7 @@ def main(argv=None) -> int:
     """Samples images and writes them: see the text at the head of this file."""
     args = parse(argv)
     machine = start_machine(args.device, args.precision)
-    trained = load(args.checkpoint, args.data_dir or "data", not args.no_ema, machine)
+    trained = load(args.checkpoint, args.data_dir, not args.no_ema, machine)
     if args.export:
         weights.export(trained.net, trained.settings, args.export)
         say(f"{args.export} holds {trained.source}")

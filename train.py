@@ -45,7 +45,6 @@ from unet import build_network
 
 SETTINGS = {
     "dataset": ("cifar10", word, f"{', '.join(data.NAMES)}, a .pt file or a folder of pictures"),
-    "data_dir": ("data", word, "folder of the data sets, and of downloads"),
     "image_size": (None, whole(1, 4096), "side of a folder's pictures (256) or of shapes (16)"),
     "flip": (True, bool, "mirror each image at random, with probability 1/2"),
     "steps": (800_000, count, "training steps in all"),
@@ -89,7 +88,7 @@ RECIPES = {  # what differs for other data sets
     LARGE: dict(multipliers=[1, 1, 2, 2, 4, 4], dropout=0.0, steps=500_000, batch_size=64, lr=2e-5,
                 variance="fixed_small", samples=16),
 }
-MAY_CHANGE = {"dataset", "data_dir", "steps", "log_every", "save_every", "sample_every", "samples",
+MAY_CHANGE = {"dataset", "steps", "log_every", "save_every", "sample_every", "samples",
               "sample_steps", "keep"}  # when a run is resumed
 
 # === Algorithm 1 ==================================================================================
@@ -362,7 +361,7 @@ def parse(argv) -> dict:
     depends on the data and the checkpoint."""
     recipes = (f"For {name} the defaults differ: " + ", ".join(
         f"{key} {value}" for key, value in recipe.items()) for name, recipe in RECIPES.items())
-    parser = Parser(__doc__, "--device", "--precision", epilog="\n".join(
+    parser = Parser(__doc__, "--data-dir", "--device", "--precision", epilog="\n".join(
         textwrap.fill(text, 98) for text in recipes))
     for name, (default, kind, meaning) in SETTINGS.items():
         options = ({"action": argparse.BooleanOptionalAction} if kind is bool else
@@ -407,7 +406,7 @@ def settle(given: dict, images: Tensor, stored: dict, init: dict) -> dict:
 
 def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: Path) -> Run:
     """The run that the flags ask for, before its first step. stored: the checkpoint's settings."""
-    init = load(given["init"], given.get("data_dir", "data"), machine=machine) if (
+    init = load(given["init"], given["data_dir"], machine=machine) if (
         given["init"] and not stored) else None
     settings = settle(given, images, stored, init.model_settings if init else {})
     if settings["batch_size"] % machine.world:
@@ -474,7 +473,7 @@ def main(argv=None) -> int:
         if given[key] != stored[key]:
             raise UsageError(f"this run has --{key.replace('_', '-')} {stored[key]}, not "
                              f"{given[key]}: give a new run another --out")
-    known = {"dataset": name, "data_dir": "data", "image_size": None, **stored, **given}
+    known = {"dataset": name, "image_size": None, **stored, **given}
     with machine.chief_first():
         images, about = data.load(known["dataset"], known["data_dir"], "train", known["image_size"])
     run = begin(given, images, stored, machine, folder)
@@ -485,8 +484,7 @@ def main(argv=None) -> int:
         if state:
             with reading(path, "the state of this run"):
                 step = restore(run, state)
-        machine.agree(step, {**run.settings, "data_dir": ""}, data.fingerprint(images),
-                      torch.__version__)
+        machine.agree(step, run.settings, data.fingerprint(images), torch.__version__)
         if machine.chief:
             describe(run, step, about)
         step = train(run, step)

@@ -45,7 +45,8 @@ FLAGS = {  # those that several commands have
     "--checkpoint": dict(type=word, help="a checkpoint of train.py or its folder, a folder of "
                          "diffusers, or a model's name on the hub (default: the newest run)"),
     "--no-ema": dict(action="store_true", help="the last weights, not their average"),
-    "--data-dir": dict(type=word, help="folder of data and downloads (default: the run's)"),
+    "--data-dir": dict(type=word, default="data", help="folder of the data sets, and of downloads "
+                       "(default: data)"),
     "--steps": dict(type=count, help="network calls for each sample, at times evenly spaced from T "
                     "to 1 (default: all T)"),
     "--no-clip": dict(action="store_true", help="do not clip x̂_0 to [−1, 1] (the paper has no "
@@ -109,7 +110,7 @@ def command(main: Callable) -> Callable:
                 needed = {"PIL": "pillow"}.get(error.name, error.name)
                 text = f"this needs a package that is not installed: pip install {needed}"
             elif "out of memory" in text or "can't allocate memory" in text:
-                text = "out of memory: a smaller --batch-size or a smaller network needs less"
+                text = "out of memory: fewer images at a time, or a smaller network, need less"
             elif not isinstance(error, (ValueError, OSError)):
                 text = f"unforeseen {type(error).__name__}: {text} (DDPM_TRACEBACK=1 shows where)"
             say(f"{script}: {text}")

@@ -12,6 +12,7 @@ import io
 import math
 import struct
 import tarfile
+import warnings
 import zlib
 from pathlib import Path
 from typing import Callable
@@ -110,8 +111,8 @@ def read_cifar10(path: Path, split: str = "train") -> Tensor:
     """
     files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     with reading(path, "CIFAR-10's binary archive"):
-        content = gzip.open(path).read()  # all of it, so that its checksum is verified
-        archive = tarfile.open(fileobj=io.BytesIO(content))
+        content = gzip.open(path).read(2 ** 28)  # all of it, so that its checksum is verified
+        archive = tarfile.open(fileobj=io.BytesIO(content), mode="r:")
         raw = b"".join(archive.extractfile("cifar-10-batches-bin/" + f).read() for f in files)
         records = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, 3073)
         if records[:, 0].max() > 9:
@@ -124,7 +125,7 @@ def read_idx(path: Path) -> Tensor:
         magic, n, rows, columns = struct.unpack(">4I", file.read(16))
         if (magic, rows, columns) != (2051, 28, 28):
             raise ValueError(f"it begins with {magic}, {n}, {rows}, {columns}")
-        return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8).view(n, 1, 28, 28)
+        return torch.frombuffer(bytearray(file.read(2 ** 26)), dtype=torch.uint8).view(n, 1, 28, 28)
 
 def read_tensor(path: Path) -> Tensor:
     """A tensor saved by `torch.save`: uint8 N×C×H×W, C = 1 or 3. ValueError for anything else."""
@@ -160,16 +161,23 @@ def read_folder(source: Path, cache: Path, size: int) -> Tensor:
         x = torch.from_file(str(path), size=len(files) * 3 * size * size, dtype=torch.uint8)
     return x.view(-1, 3, size, size)
 
+def pillow():
+    """Pillow, which says of 89 million pixels or more that they are too many, as an error."""
+    from PIL import Image
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    return Image
+
 def decode(file: Path, size: int) -> Tensor:
     """A picture as it is meant to be seen, its middle square resized: uint8 (3, size, size).
 
     It is turned as its EXIF data say, 16-bit grey is scaled to 8 bits, and what is transparent
     becomes white.
     """
-    from PIL import Image, ImageOps
-    with reading(file, "a picture"), Image.open(file, formats=FORMATS) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I;16") or (picture.mode, opened.format) == ("I", "PNG"):
+    from PIL import ImageOps
+    Image = pillow()
+    with reading(file, "a picture"), Image.open(file, formats=FORMATS) as picture:
+        ImageOps.exif_transpose(picture, in_place=True)
+        if picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG"):
             picture = picture.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
         if picture.mode in ("I", "F"):
             raise ValueError("grey of 32 bits has no known range")

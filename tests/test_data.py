@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 
 import pytest
 import torch
@@ -94,6 +95,23 @@ def test_idx_corrupted(tmp_path_factory, where, how):
         assert "\n" not in str(error) and str(path) in str(error)
     else:
         assert images.flatten().tolist() == list(idx(1)[16:])
+
+
+@pytest.mark.parametrize("name, file", [("mnist", "train-images-idx3-ubyte.gz"),
+                                        ("cifar10", "cifar-10-binary.tar.gz")])
+def test_a_file_that_grows_without_end_is_refused(tmp_path, name, file):
+    """2 GiB of zeros in 2 MB are read as far as the true file would go, with IDX's header or without.
+
+    Kills: a read without a bound, which takes the memory of the machine."""
+    first = idx(1)[:16] if name == "mnist" else b""
+    zeros = gzip.compress(bytes(2 ** 26))
+    (tmp_path / file).write_bytes(gzip.compress(first) + zeros * 32)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=file):
+        data.load(name, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 ** 30
 
 
 # ---------------------------------------------------------------------------------------- CIFAR-10
@@ -391,6 +409,15 @@ def test_a_picture_of_a_kind_that_runs_a_program_is_none(tmp_path, monkeypatch):
     (tmp_path / "p" / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program is started"))
     with pytest.raises(ValueError, match="a.png cannot be read as a picture: cannot identify"):
+        data.load(str(tmp_path / "p"), tmp_path / "data", image_size=8)
+
+
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path):
+    """13,000² white pixels, 32 KB as a PNG, would be 500 MB. Pillow only warns of them."""
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    (tmp_path / "p").mkdir()
+    image.new("1", (13_000, 13_000)).save(tmp_path / "p" / "a.png")
+    with pytest.raises(ValueError, match="a.png cannot be read as a picture: .*exceeds limit"):
         data.load(str(tmp_path / "p"), tmp_path / "data", image_size=8)
 
 

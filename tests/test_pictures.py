@@ -360,17 +360,16 @@ def test_the_images_that_are_mixed(run, monkeypatch, capsys):
     asked, real = [], torch.load("images.pt")
     images, file = real, Path("runs/images/checkpoint.pt")
     state = checkpoint.load_checkpoint(file)
-    save_checkpoint(file, {**state, "settings": {**state["settings"], "data_dir": "kept"}})
     monkeypatch.setattr(data, "load", lambda *x: asked.append(x) or (images, "test"))
     flags = [*FLAGS, "--interpolate", "--n", "1", "--steps", "2", "--time", "1"]
-    for more, place in (([], ("images.pt", "kept")), (["--dataset", "a"], ("a", "kept")),
+    for more, place in (([], ("images.pt", "data")), (["--dataset", "a"], ("a", "data")),
                         (["--dataset", "b", "--data-dir", "there"], ("b", "there"))):
         assert sample.main([*flags, *more]) == 0
         assert asked.pop() == (*place, "test", SIDE)
     images = real[:, :1]
     assert sample.main([*flags, "--dataset", "grey"]) == 1 and "grey" in capsys.readouterr().err
     images = real
-    del state["settings"]["dataset"], state["settings"]["data_dir"]
+    del state["settings"]["dataset"]
     save_checkpoint(file, state)
     assert sample.main([*flags, "--dataset", "a"]) == 0 and asked[-1] == ("a", "data", "test", SIDE)
     assert sample.main(flags) == 2 and "--dataset" in capsys.readouterr().err

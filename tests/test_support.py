@@ -54,7 +54,7 @@ def test_every_shared_flag_has_a_default_and_a_meaning():
     """None stands for "as it is best here", and the seed is 0; each is explained, on lines of text."""
     parser = command.Parser("text", *command.FLAGS)
     assert vars(parser.parse_args([])) == {
-        "checkpoint": None, "no_ema": False, "data_dir": None, "steps": None, "no_clip": False, "seed": 0,
+        "checkpoint": None, "no_ema": False, "data_dir": "data", "steps": None, "no_clip": False, "seed": 0,
         "batch_size": None, "device": None, "precision": None}
     given = parser.parse_args("--steps 1 --seed 9223372036854775807 --batch-size 1000000000".split())
     assert (given.steps, given.seed, given.batch_size) == (1, 2 ** 63 - 1, 10 ** 9)
@@ -107,8 +107,8 @@ def ends(with_error) -> int:
     (ModuleNotFoundError("No module named 'PIL'", name="PIL"), 1, ["pip install pillow"]),
     (ModuleNotFoundError("No module named 'diffusers'", name="diffusers"), 1, ["pip install diffusers"]),
     (ImportError("cannot import name 'Nett' from 'mynet'", name="mynet"), 1, ["ImportError", "Nett"]),
-    (RuntimeError("CUDA out of memory. 5"), 1, ["--batch-size"]),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, ["--batch-size"]),
+    (RuntimeError("CUDA out of memory. 5"), 1, ["fewer images"]),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, ["fewer images"]),
     (KeyboardInterrupt(), 128 + signal.SIGINT, [])])
 def test_the_status_tells_how_a_command_ended(error, status, said, capsys, monkeypatch):
     """One line that begins with the name of the script. DDPM_TRACEBACK lets errors through."""
@@ -601,7 +601,7 @@ def test_the_hash_of_a_network_changes_with_all_that_its_numbers_depend_on():
     net = torch.nn.Linear(2, 2)
     trained = checkpoint.Trained(net, ddpm.make_schedule(), SETTINGS, "here")
     hashes = [checkpoint.weights_hash(trained)]
-    same = trained._replace(settings={**SETTINGS, "lr": 7, "steps": 3, "data_dir": "x", "clip": True}, source="there")
+    same = trained._replace(settings={**SETTINGS, "lr": 7, "steps": 3, "dataset": "x", "clip": True}, source="there")
     assert checkpoint.weights_hash(same) == hashes[0] and len(hashes[0]) == 32
     for name in trained.model_settings:
         hashes.append(checkpoint.weights_hash(trained._replace(settings={**SETTINGS, name: "other"})))

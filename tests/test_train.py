@@ -24,7 +24,7 @@ from unet import build_network
 
 in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
 PAPER = {  # and what it does not say: how a run is watched
-    **test_commands.CIFAR10, "dataset": "cifar10", "data_dir": "data", "image_size": None,
+    **test_commands.CIFAR10, "dataset": "cifar10", "image_size": None,
     "seed": 0, "micro_batch": None, "ema_ramp": True, "log_every": 100, "save_every": 5000,
     "sample_every": 25_000, "samples": 64, "sample_steps": 50, "keep": None}
 HUGE = {**PAPER, **test_commands.LARGE, "samples": 16}
@@ -114,11 +114,11 @@ def test_every_flag_has_its_type_and_its_range():
     for name, words in WORDS.items():
         assert [parsed(name, word) for word in words] == list(words)
         refused(name, "other")
-    switches, texts = ("flip", "ema_ramp"), ("dataset", "data_dir", "schedule")
+    switches, texts = ("flip", "ema_ramp"), ("dataset", "schedule")
     for name in switches:
         flag = name.replace("_", "-")
         assert train.parse([f"--{flag}"])[name] is True and train.parse([f"--no-{flag}"])[name] is False
-    assert [parsed(name, "any thing") for name in (*texts, "init")] == ["any thing"] * 4
+    assert [parsed(name, "any thing") for name in (*texts, "init", "data_dir")] == ["any thing"] * 4
     for name in (*texts, "init"):
         refused(name, " ")
     assert {*WHOLE, *REAL, *WORDS, *switches, *texts} == set(train.SETTINGS)
@@ -142,7 +142,7 @@ def test_help_shows_every_setting_with_its_value(capsys, monkeypatch):
 
 def test_a_flag_that_is_not_given_has_no_entry():
     others = {"out": None, "init": None, "compile": None, "deterministic": False, "device": None,
-              "precision": None}
+              "precision": None, "data_dir": "data"}
     assert train.parse([]) == others
     assert train.parse("--no-flip --attention 8 4 --lr 1 --no-compile".split()) == {
         **others, "flip": False, "attention": [8, 4], "lr": 1.0, "compile": False}
@@ -162,7 +162,7 @@ class Begun(ValueError):
     """What ends a command where the run would begin."""
 
 
-FREE = {"dataset": "other.pt", "data_dir": "there", "steps": 70, "log_every": 71, "save_every": 72, "sample_every": 73,
+FREE = {"dataset": "other.pt", "steps": 70, "log_every": 71, "save_every": 72, "sample_every": 73,
         "samples": 74, "sample_steps": 75, "keep": 76}
 FIXED = {"image_size": 16, "flip": False, "batch_size": 6, "micro_batch": 3,
          "lr": 0.5, "warmup": 9, "grad_clip": 3.0, "ema": 0.5, "ema_ramp": False, "dropout": 0.25,
@@ -202,7 +202,7 @@ def test_what_may_change_when_a_run_is_resumed(monkeypatch, capsys):
     monkeypatch.setattr(data, "load", lambda *x: asked.append(x) or real("images.pt"))
     same = {name: stored[name] for name in FIXED}
     for flags, place in (({}, "data"), ({**FREE, **same}, "there")):
-        assert train.main(["--out", "runs/r", *words(flags)]) == 1
+        assert train.main(["--out", "runs/r", "--data-dir", place, *words(flags)]) == 1
         given, known, folder = begun.pop()
         assert known == stored and folder == Path("runs/r")
         said = {key: value for key, value in flags.items() if value != []}  # which no flag says
@@ -428,7 +428,7 @@ def test_init_starts_from_the_averages_of_another_run(monkeypatch):
     for average in other.ema.parameters():
         average += 0.5
     train.save(other, 0)
-    given = {"init": "other", "dataset": "shapes"}
+    given = {"init": "other", "dataset": "shapes", "data_dir": "there"}
     new = train.begin(given, data.shapes(4, 8), {}, CPU, Path("new"))
     for net in (new.net, new.ema):
         assert_equal(dict(net.state_dict()), dict(other.ema.state_dict()))
@@ -441,9 +441,8 @@ def test_init_starts_from_the_averages_of_another_run(monkeypatch):
     asked = []
     monkeypatch.setattr(train, "load", lambda name, folder, machine: asked.append((name, folder, machine)) or load(
         "other", machine=machine))
-    for more, folder in (({}, "data"), ({"data_dir": "there"}, "there")):
-        train.begin({**given, "init": "a/b", **more}, data.shapes(4, 8), {}, CPU, Path("new"))
-        assert asked.pop() == ("a/b", folder, CPU)
+    train.begin({**given, "init": "a/b"}, data.shapes(4, 8), {}, CPU, Path("new"))
+    assert asked == [("a/b", "there", CPU)]
 
 
 def test_compile_is_tried_on_one_batch(monkeypatch, capsys):

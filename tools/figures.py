@@ -154,7 +154,7 @@ def main(argv=None) -> int:
     machine = start_machine("cpu", "fp32")
     trained = load(args.checkpoint, machine=machine)
     model = inference_model(trained.net, machine)
-    images, _ = data.load(args.dataset, args.data_dir or "data", "test", trained.shape[1])
+    images, _ = data.load(args.dataset, args.data_dir, "test", trained.shape[1])
     some = images[[0, 2, 3, 6, 9, 11, 18, 19]]
     x0 = data.to_model(some)
     numbers = {"times": TIMES, "cuts": CUTS, "steps": STEPS,

@@ -256,7 +256,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     args.device = args.device or ("cpu" if args.rehearse else "cuda")
     args.cuda = start_machine(args.device).device.type == "cuda"
-    args.data_dir = str(Path(args.data_dir or "data").resolve())
+    args.data_dir = str(Path(args.data_dir).resolve())
     args.pick = lambda whole, tiny: tiny if args.rehearse else whole
     if args.rehearse:
         torch.compile = functools.partial(torch.compile, backend="aot_eager")

@@ -467,7 +467,7 @@ def main(argv=None) -> int:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "features.pt").exists():
-        prepare(out, args.data_dir or "data")
+        prepare(out, args.data_dir)
     chance = () if args.only else SEEDS
     tasks = [("right", control) for control in CONTROLS
              if any(control == c for _, c in wanted) or control in ("training", *chance)] + wanted

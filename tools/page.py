@@ -1081,7 +1081,7 @@ def settings() -> str:
         default, meaning = ast.literal_eval(value.elts[0]), value.elts[2]
         if key.value == "seed":
             break  # what follows is no part of the model
-        if default is not None and key.value != "data_dir" and isinstance(meaning, ast.Constant):
+        if default is not None and isinstance(meaning, ast.Constant):
             rows += (f"<tr><td><code>{key.value}</code></td><td>{html.escape(str(default))}</td>"
                      f"<td>{prose(meaning.value)}</td></tr>")
     return wide("<table><thead><tr><th>setting</th><th>value</th><th>meaning</th></tr></thead>"

@@ -101,7 +101,7 @@ def main(argv=None) -> int:
                         help="network calls (default: 20 50 100)")
     args = parser.parse_args(argv)
     machine = start_machine(args.device, args.precision)
-    folder = args.data_dir or "data"
+    folder = args.data_dir
     train, test = (data.load("fashion_mnist", folder, split)[0] for split in ("train", "test"))
     kept = args.out / "classifier.pt"
     if kept.exists():
