@@ -379,6 +379,43 @@ def test_measure_takes_the_test_images_of_the_run(run, monkeypatch):
         assert asked.pop() == ("images.pt", folder, "test", 8)
 
 
+ACTIONS = {"encode": "picture.png x", "decode": "file.ddpm x.png", "measure": ""}
+SAYS = {"--b 7": {"encode", "measure"}, "--n 1": {"measure"}, "--bytes 100": {"decode"}, "--data-dir there": {"measure"},
+        "--checkpoint runs/other": {*ACTIONS}}
+MEANT = {"--b 7": {"encode", "measure"}, "--n 1": {"measure"}, "--bytes 100": {"decode"}}  # others are refused
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_every_choice_reaches_every_file(run, monkeypatch, capsys, action):
+    """Each flag changes what it must and is refused where it has no meaning; another network cannot
+    read a file. The flags are read off the parser, so that a new one without a line above fails."""
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    known, parse = set(), compress.Parser.parse_intermixed_args
+    monkeypatch.setattr(compress.Parser, "parse_intermixed_args", lambda self, *x: known.update(
+        word for word in self._option_string_actions if word.startswith("--")) or parse(self, *x))
+    monkeypatch.setattr(compress.data, "load", lambda name, place, *_: (data.shapes(3, 8)[2 * (place != "data"):][:2], ""))
+    state = checkpoint.load_checkpoint(Path("runs/images/checkpoint.pt"))
+    state["ema"]["conv_out.bias"] += 0.1
+    checkpoint.save_checkpoint(Path("runs/other/checkpoint.pt"), {k: v for k, v in state.items() if k != "format"})
+    files = ["encode", "picture.png", "file.ddpm", "--checkpoint", "runs/images", "--b", "6"]
+    assert compress.main(files) == 0 and capsys.readouterr()
+
+    def made(*flags) -> tuple[str, bytes]:
+        base = ["--checkpoint", "runs/images"] + (["--b", "6"] if action != "decode" else [])
+        assert compress.main([action, *ACTIONS[action].split(), *base, *flags]) == 0
+        out = Path("compress.png" if action == "measure" else ACTIONS[action].split()[1])
+        return capsys.readouterr().out, out.read_bytes()
+    base = made()
+    assert made() == base and known == {words.split()[0] for words in SAYS} | {"--help"}
+    for words in SAYS:
+        if action not in MEANT.get(words, ACTIONS):
+            assert compress.main([action, *ACTIONS[action].split(), *words.split()]) == 2, words
+        elif (action, words) == ("decode", "--checkpoint runs/other"):
+            assert compress.main([action, *ACTIONS[action].split(), *words.split()]) == 1
+        else:
+            assert (made(*words.split()) == base) == (action not in SAYS[words]), words
+
+
 def test_measure_prints_every_format(run, capsys):
     """The whole files are exact, as PNG is; their beginnings err less and less. A row of the picture
     is what 16, 32, 64, 128, 256 and all bytes of a file show."""

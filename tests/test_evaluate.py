@@ -268,10 +268,14 @@ def test_inception_score_of_uniform_and_of_one_hot():
 class Inception(torch.nn.Module):
     """A stand-in with the original network's interface, for TorchScript."""
 
+    def __init__(self, power: float = 1.0):
+        super().__init__()
+        self.power = power
+
     def forward(self, img: torch.Tensor, return_features: bool = False,
                 no_output_bias: bool = False) -> torch.Tensor:
         assert img.dtype == torch.uint8 and img.size(1) == 3
-        x = img.to(torch.float32).mean([2, 3]) / 255
+        x = (img.to(torch.float32).mean([2, 3]) / 255) ** self.power
         features = torch.cat([x, x * x, x[:, :1] * x[:, 1:2]], 1)
         if return_features:
             return features
@@ -581,6 +585,53 @@ def test_fid_of_a_set_and_itself_is_0(network, capsys):
     """And of others it is not."""
     torch.save(torch.load("images.pt"), "same.pt")
     assert score(capsys, "--samples", "same.pt")[0] < 1e-4 < score(capsys)[0]
+
+
+KINDS = {"bound": "--n 4", "estimate": "--n 4 --terms 3", "fid": "--n 12 --fid --inception inception.pt",
+         "samples": "--fid --inception inception.pt --samples made.pt"}
+CHANGES = {  # the flags, and the kinds of evaluation whose numbers they change
+    "--seed 4": {"bound", "estimate", "fid"}, "--no-clip": {"bound", "estimate", "fid"},
+    "--no-ema": {"bound", "estimate", "fid"}, "--n 11": {"bound", "estimate", "fid"}, "--steps 3": {"fid"},
+    "--terms 4": {"bound", "estimate"}, "--inception other.pt": {"fid", "samples"},
+    "--samples more.pt": {"samples"}, "--fid": {"bound"}, **dict.fromkeys(
+        ("--dataset other.pt", "--data-dir there", "--split other"), {*KINDS})}
+NOTHING = ("--batch-size 3", "--device cpu", "--precision fp32", "--checkpoint runs/images/checkpoint.pt", "--out there")
+REFUSED = {"--steps 3": {"bound", "estimate"}, "--terms 4": {"fid"}, "--inception other.pt": {"bound", "estimate"},
+           "--samples more.pt": {"bound", "estimate", "fid"}, "--fid": {"estimate"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_choice_reaches_every_number(run, monkeypatch, capsys, kind):
+    """Each flag of evaluate.py changes the numbers that it must, is refused where it has no meaning,
+    and changes no other; samples that are there already have their choices behind them. The flags
+    are read off its own parser, so that a new one without a line above fails.
+
+    Kills: a choice that the bound follows and the FID does not, or the reverse."""
+    def load(name, place, split, size):
+        seed = {"images.pt": 0, "other.pt": 1}[name] + 2 * (place != "data") + 4 * (split != split_of_the_paper)
+        return torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)), ""
+
+    def numbers(*flags) -> list[str]:
+        assert evaluate.main([*f"--device cpu --precision fp32 {KINDS[kind]}".split(), *" ".join(flags).split()]) == 0
+        return re.findall(r"\d+\.\d{3,}", "".join(capsys.readouterr().out.splitlines(True)[1:]))
+    known, parse_args = set(), evaluate.Parser.parse_args
+    monkeypatch.setattr(evaluate.Parser, "parse_args", lambda self, *x: known.update(
+        word for word in self._option_string_actions if word.startswith("--")) or parse_args(self, *x))
+    monkeypatch.setattr(data, "load", load)
+    split_of_the_paper, other = ("test", "train") if kind in ("bound", "estimate") else ("train", "test")
+    torch.save(data.shapes(30, 8), "more.pt")
+    torch.jit.script(Inception(2.0)).save("other.pt")
+    base = numbers()
+    assert base and known == {words.split()[0] for words in (*CHANGES, *NOTHING)} | {"--help"}
+    for words in (*CHANGES, *NOTHING):
+        asked = words.replace("--split other", f"--split {other}")
+        if kind in REFUSED.get(words, ()) or (kind == "samples" and words in ("--n 11", "--steps 3", "--terms 4")):
+            assert evaluate.main([*KINDS[kind].split(), *asked.split()]) == 2, words
+            continue
+        more = "--inception inception.pt" if words == "--fid" else ""
+        found = numbers(asked, more)
+        close = len(found) == len(base) and [float(x) for x in found] == pytest.approx([float(x) for x in base], rel=2e-4)
+        assert close == (kind not in CHANGES.get(words, ())), (words, base, found)
 
 
 def test_mistakes_are_one_line(run, capsys, monkeypatch):

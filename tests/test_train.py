@@ -387,6 +387,50 @@ def test_alg1_three_steps_by_hand(flip, micro, scale, rank, world):
     assert not flip or 4 < flipped < 20
 
 
+BASE = {"dataset": "images.pt", "steps": 4, "log_every": 9, "save_every": 9, "sample_every": 9, "samples": 1,
+        "sample_steps": 3, "batch_size": 4, "lr": 1e-3, "warmup": 2, "grad_clip": 0.01, "ema": 0.9, "dropout": 0.1,
+        "channels": 32, "multipliers": [1, 1], "blocks": 1, "attention": [8], "timesteps": 20, "beta_end": 0.018,
+        "objective": "vlb"}
+OTHER = {**FIXED, "dataset": "other.pt", "steps": 5, "log_every": 2, "save_every": 2, "sample_every": 2,
+         "samples": 2, "sample_steps": 20, "keep": 2, "channels": 64, "blocks": 2, "attention": [4],
+         "timesteps": 30, "variance": "fixed_small", "objective": "simple", "ema": 0.05}
+WATCHED = {"log_every": "log.jsonl", "sample_every": "samples-0000002.png", "samples": "samples-0000004.png",
+           "sample_steps": "samples-0000004.png", "keep": "ema-0000002.pt"}
+
+
+def trained(folder: str, **changes) -> tuple[dict, dict]:
+    """The averages and the files, without what the clock says, of a run by the command."""
+    assert train.main(["--out", folder, "--device", "cpu", "--precision", "fp32",
+                       *words({**BASE, **changes})]) == 0
+    files = {path.name: path.read_bytes() for path in Path(folder).iterdir()
+             if path.suffix != ".json" and path.name not in ("checkpoint.pt", "loss.png")}
+    files["log.jsonl"] = [{**line, "images_per_s": 0} for line in log(folder)]
+    return load_checkpoint(Path(folder, "checkpoint.pt"))["ema"], files
+
+
+def test_every_setting_reaches_the_training():
+    """Four steps by the command, with dropout: another value of a setting gives other averages, or,
+    if it says how a run is watched, another file and the same averages. The parts of a batch
+    give the same without dropout, but for rounding.
+
+    Kills: a setting that is lost between the flag and the step, or drawn into it."""
+    for i, name in enumerate(("images.pt", "other.pt")):
+        torch.save(data.shapes(64, 8, ("train", "test")[i]), name)
+    assert OTHER.keys() == train.SETTINGS.keys()
+    want, files = trained("base")
+    whole, parts = (trained(f"in {n}", micro_batch=n, dropout=0.0)[0] for n in (4, 3))
+    assert all((parts[key] - whole[key]).abs().mean() < 2e-6 for key in whole)
+    for name in sorted(train.SETTINGS.keys() - {"image_size", "micro_batch"}):  # a tensor has its size
+        got, found = trained(name, **{name: OTHER[name]})
+        if name in WATCHED or name == "save_every":
+            assert_equal(got, want)
+            changed = {key for key in files.keys() | found if files.get(key) != found.get(key)}
+            assert WATCHED.get(name, "log.jsonl") in changed, name
+        else:
+            assert got.keys() != want.keys() or any(
+                got[key].shape != want[key].shape or (got[key] - want[key]).abs().max() > 1e-6 for key in want), name
+
+
 # ------------------------------------------------------------------------------- a run at its start
 
 def test_a_run_begins_with_the_weights_of_its_seed():
