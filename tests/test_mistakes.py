@@ -3,9 +3,9 @@
 tools/mistakes.py lists them. The wrong lines are written into a copy of the files, and pytest runs
 the named test there, in this process.
 """
+import os
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
@@ -27,10 +27,9 @@ class Result:
         self.errors.append(call.excinfo.value)
 
 
-def own(place) -> bool:
+def own(place: str) -> bool:
     """Whether this file is the project's, and not of an environment that lies in its folder."""
-    place = Path(place)
-    return ROOT in place.parents and "site-packages" not in place.parts and ".venv" not in place.parts
+    return place.startswith(f"{ROOT}{os.sep}") and "site-packages" not in place and ".venv" not in place
 
 
 @pytest.fixture
@@ -45,7 +44,9 @@ def copy(tmp_path, monkeypatch):
     for name, module in before.items():
         if own(getattr(module, "__file__", None) or ""):
             del sys.modules[name]
-    monkeypatch.setattr(sys, "path", [place for place in sys.path if not own(Path(place, "x"))])
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not own(f"{place}{os.sep}")])
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path  # no assertion is rewritten
+                                           if not hasattr(finder, "mark_rewrite")])
     settings.register_profile("unshrunk", settings.get_profile("ddpm"), phases=(Phase.explicit, Phase.generate))
     yield tmp_path
     settings.load_profile("ddpm")
@@ -64,7 +65,7 @@ def test_the_mistake_is_noticed(name, copy):
     path, = copy.rglob(f"{module}.py")
     result = Result()
     without = [f"-pno:{name}" for name in ("cacheprovider", "faulthandler", "unraisableexception", "threadexception")]
-    pytest.main(["-x", "-s", "-q", "--tb=no", *without, "--hypothesis-profile=unshrunk", f"{path}::{function}"],
+    pytest.main(["-x", "-s", "-q", "--tb=no", "--assert=plain", *without, "--hypothesis-profile=unshrunk", f"{path}::{function}"],
                 [result])
     assert result.failed == [function], result.errors
     assert not isinstance(result.errors[0], (NameError, SyntaxError)), result.errors
