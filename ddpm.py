@@ -48,7 +48,7 @@ Model = Callable[[Tensor, Tensor], Tensor]
 #     p_θ(x_{t−1} | x_t) = N(μ_θ(x_t, t), Σ_θ(x_t, t))
 #
 # Training looks for the θ under which the data are likely: it lowers a bound on −log p_θ(x_0),
-# where p_θ(x_0) = ∫ p_θ(x_{0:T}) dx_{1:T}. E_q is the mean over x_1 … x_T of the forward process.
+# where p_θ(x_0) = ∫ p_θ(x_{0:T}) dx_{1:T}. E_q is the mean over x_1 … x_T ~ q, given x_0.
 # One factor of Eq. 1 is `p_mean_variance` in §3.2; `p_sample_loop` walks the whole chain.
 
 class Gaussian(NamedTuple):
@@ -261,7 +261,7 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 
 # --- Eqs. 8 to 12: from L_{t−1} to a prediction of the noise --------------------------------------
 #
-# For t > 1 and a fixed σ_t² the divergence L_{t−1} depends on θ through the mean μ_θ alone:
+# From here on L_{t−1} is a mean. For t > 1 and a fixed σ_t² it depends on θ through μ_θ alone:
 #
 #     L_{t−1} = E_q[ 1/(2σ_t²) · ‖μ̃_t(x_t, x_0) − μ_θ(x_t, t)‖² ] + C,                      [Eq. 8]
 #     C = D/2 · (log(σ_t²/β̃_t) + β̃_t/σ_t² − 1).

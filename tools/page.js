@@ -59,7 +59,7 @@ for (const seen of document.querySelectorAll(".seen")) {
   const [right, wrong] = [".right", ".wrong"].map(kind => seen.querySelector(`figure${kind} use`));
   if (!right || !wrong) continue;
   const first = right.getAttribute("href"), caption = right.closest("figure").lastElementChild;
-  const button = make("button", {type: "button", className: "switch"}, "Flip the left picture");
+  const button = make("button", {type: "button", className: "switch"}, "Show the wrong one on the left");
   button.setAttribute("aria-pressed", "false");
   button.addEventListener("click", () => {
     const on = button.getAttribute("aria-pressed") === "false";
@@ -107,7 +107,7 @@ if (place) {
     }), make("span", {}, value.split("_")[0], ...value.split("_").slice(1).map(
       index => make("sub", {}, index))))));
   place.append(canvas, make("div", {},
-    choice("sampler", place.dataset.samplers.split("|"), "variance of Algorithm 2, or η of DDIM"),
+    choice("sampler", place.dataset.samplers.split("|"), "variance, or η of DDIM"),
     choice("steps", place.dataset.steps.split("|"), "network calls"), holder));
   load();
 }

@@ -696,7 +696,7 @@ class Page:
         said = re.sub(r"(?<![*\w])\*(\w+)\*", r"<em>\1</em>", prose(said, self.link))
         inside = (f"<p>{said}</p>"
                   f"{diff(whole_lines(file, replacements))}{seen}<p class=file>In "
-                  f"<code>{file}</code>; noticed by {target}</p>")
+                  f"<code>{file}</code>; noticed, among others, by {target}</p>")
         if name in SHOWN:
             return (f'<div class="mistake shown" id="mistake-{slug(name)}"><p><strong>{title}'
                     f"</strong></p>{inside}</div>")
@@ -726,6 +726,8 @@ class Page:
         result = {**result, "text": re.sub(r"bits/dim (\S+) in place of (\S+?)(?=;|$)", same,
                                            result["text"])}
         text = "" if lines and result["text"] == "nothing" else html.escape(short(result["text"]))
+        if any(re.match(r" *\d+ +\d\.\d+ +\d", wrong) for _, wrong in pairs):
+            text += " (lines of three numbers are rows of Table 4: steps, rate in bits/dim, RMSE)"
         return (f'<p class=numbers>Seen (<a href="#runs">{control}</a>) {text}</p>'
                 f"{lines}<div class=seen>{figures}</div>")
 
@@ -863,7 +865,7 @@ class Page:
         return (f"<figure data-frames='{times}' data-label=time data-start={start}><div class=row>"
                 f"{pictures}</div><figcaption>Two garments (without the slider: at t = 300), "
                 "with the noise in them, what a network takes for it, and the estimate of Eq. 15, "
-                "clipped. On the pictures noise is divided by 3.</figcaption></figure>")
+                "clipped. ε and ε_θ are shown a third as strong as they are.</figcaption></figure>")
 
     def jump(self) -> str:
         """One garment at t = 0, 100 … 1000 over the two coefficients of Eq. 4."""
@@ -929,10 +931,10 @@ class Page:
             f"<p>400 points, drawn with the best {formula('ε_θ')} there is: the data are 64 narrow "
             f"Gaussians along a spiral, so that {formula('E[ε | x_t]')} is known, and every "
             "difference comes from the sampler. With 1,000 calls all of them find the spiral. With "
-            f"50 {formula('σ_t² = β_t')} leaves noise: the median distance to the spiral is 0.054, "
-            "and 0.023 with the others. It is the right variance for data that are noise "
-            f"themselves, as {formula('σ_t² = β̃_t')} is for a single point. "
-            "With 10 none of them finds it. "
+            f"50 calls, {formula('σ_t² = β_t')} leaves noise: the median distance to the spiral is "
+            f"0.054, and 0.023 with the others. {formula('β_t')} is the right variance for data "
+            f"that are noise themselves, as {formula('β̃_t')} is for a single point. "
+            "With 10 calls none of them finds the spiral. "
             f"{formula('β_t')} leaves far too much noise, and the others draw the points to the "
             "middle (their root mean square is 0.33, 0.36 and 0.38, and that of the data 0.54), "
             "the less so, the less noise they add. η belongs to DDIM (Song et al. 2021).</p>"
@@ -997,7 +999,7 @@ class Page:
             f"<code>{html.escape(line)}</code>" for line in lines) + "</dd>"
             for name, lines in self.controls.items())
         self.two(markdown(said[said.index("**The runs.**"):]),
-                 "<details class=helpers><summary>The commands: TREE is the program, right or "
+                 "<details class=helpers open><summary>The commands: TREE is the program, right or "
                  "wrong, SHARED the network of the right lines, TRAIN and TEST the images"
                  f"</summary><dl>{rows}</dl></details>")
 
@@ -1157,7 +1159,8 @@ def libraries(theorem: str) -> str:
         if verdicts:
             word = "holds in part" if len(verdicts) > 1 else {
                 "holds": "holds", "fails": "differs"}[verdicts.pop()]
-            found.setdefault(word, []).append(library)
+            found.setdefault(word, []).append({"lucidrains": "denoising-diffusion-pytorch"}.get(
+                library, library))
     said = [f"{word} in {', '.join(names)}" for word, names in found.items()]
     judged = '<a href="#judge">judged</a>'
     return f"<p class=file>As {judged}, the equation {'; '.join(said)}.</p>" if said else ""
