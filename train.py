@@ -52,6 +52,7 @@ SETTINGS = {
     "micro_batch": (None, count, "images per forward pass; gradients are accumulated"),
     "lr": (2e-4, real(1e-12, 1000), "learning rate of Adam"),
     "warmup": (5000, whole(0, 10 ** 9), "steps in which the learning rate rises from 0"),
+    "decay": (0.0, real(0, 1), "last part of --steps, in which the learning rate falls to 0"),
     "grad_clip": (1.0, real(1e-12, 1e9), "largest norm of the gradient; it is scaled down to it"),
     "ema": (0.9999, real(0, 1), "decay of the averaged weights, which sampling uses"),
     "ema_ramp": (True, bool, "warm the EMA decay up: (1 + k)/(10 + k) in step k, at most --ema"),
@@ -80,9 +81,10 @@ LARGE = "images of 256×256 pixels or more"
 RECIPES = {  # what differs for other data sets
     "mnist": dict(flip=False),
     "fashion_mnist": dict(flip=False),
-    "shapes": dict(steps=2000, batch_size=32, lr=2e-3, warmup=100, ema=0.998, dropout=0.0,
-                   channels=64, multipliers=[1, 1], blocks=1, attention=[], variance="fixed_small",
-                   save_every=500, sample_every=500, samples=16, sample_steps=100),
+    "shapes": dict(steps=1500, batch_size=32, lr=3e-3, warmup=100, decay=0.6, ema=0.99,
+                   dropout=0.0, channels=64, multipliers=[1, 1], blocks=1, attention=[],
+                   variance="fixed_small", save_every=500, sample_every=500, samples=16,
+                   sample_steps=100),
     # CelebA-HQ and LSUN (§4, Appendix B). LSUN took 1.2 to 2.4 million steps, and LSUN Bedroom was
     # not flipped. The variance is that of the released code.
     LARGE: dict(multipliers=[1, 1, 2, 2, 4, 4], dropout=0.0, steps=500_000, batch_size=64, lr=2e-5,
@@ -214,8 +216,13 @@ def loss_of(settings: dict, s: ddpm.Schedule, model: ddpm.Model, x0: Tensor, t: 
     return ddpm.bits_per_dim(ddpm.vlb_term(s, x0, x_t, t, p), x0)
 
 def learning_rate(settings: dict, k: int) -> float:
-    """lr · min(k / warmup, 1), as in the released code, which counts k from 0."""
-    return settings["lr"] * (min(k / settings["warmup"], 1) if settings["warmup"] else 1)
+    """lr · min(k / warmup, 1), as in the released code, which counts k from 0.
+
+    With --decay it falls at the end, to 0: not in the paper, but a short run is better for it.
+    """
+    rise, fall = settings["warmup"], settings["decay"] * settings["steps"]
+    return settings["lr"] * min(k / rise if rise else 1,
+                                (settings["steps"] - k) / fall if fall else 1, 1)
 
 def ema_decay(settings: dict, k: int) -> float:
     """min(decay, (1 + k)/(10 + k)) after step k, or the decay itself with --no-ema-ramp.

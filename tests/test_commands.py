@@ -105,8 +105,8 @@ def said(capsys) -> str:
 # ---------------------------------------------------------------------------------- the settings
 
 CIFAR10 = {  # §4 and Appendix B; of the released code alone: flips as a choice, warm-up, clipping
-    "flip": True, "steps": 800_000, "batch_size": 128, "lr": 2e-4, "warmup": 5000, "grad_clip": 1.0,
-    "ema": 0.9999, "dropout": 0.1, "channels": 128, "multipliers": [1, 2, 2, 2], "blocks": 2,
+    "flip": True, "steps": 800_000, "batch_size": 128, "lr": 2e-4, "warmup": 5000, "decay": 0.0,
+    "grad_clip": 1.0, "ema": 0.9999, "dropout": 0.1, "channels": 128, "multipliers": [1, 2, 2, 2], "blocks": 2,
     "attention": [16], "timesteps": 1000, "schedule": "linear", "beta_start": 1e-4,
     "beta_end": 0.02, "predict": "eps", "variance": "fixed_large", "objective": "simple"}
 LARGE = {**CIFAR10, "steps": 500_000, "batch_size": 64, "lr": 2e-5, "dropout": 0.0,
@@ -232,7 +232,7 @@ def draws(monkeypatch, step: int = 0, images=None, rank: int = 0, world: int = 1
     if images is None:
         images = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)  # not its own mirror image
     settings = {"seed": 0, "batch_size": 4096, "flip": True, "grad_clip": 1.0, "lr": 1e-3,
-                "warmup": 0, "ema": 0.9, "ema_ramp": False, "micro_batch": None, **settings}
+                "steps": 9, "warmup": 0, "decay": 0.0, "ema": 0.9, "ema_ramp": False, "micro_batch": None, **settings}
     seen, net = [], nn.ParameterList([torch.ones(1)])
     run = train.Run(settings, ddpm.make_schedule(5), images, net, net, nn.ParameterList([torch.ones(1)]),
                     torch.optim.Adam(net.parameters()), torch.amp.GradScaler("cpu", enabled=False),

@@ -28,8 +28,8 @@ PAPER = {  # and what it does not say: how a run is watched
     "seed": 0, "micro_batch": None, "ema_ramp": True, "log_every": 100, "save_every": 5000,
     "sample_every": 25_000, "samples": 64, "sample_steps": 50, "keep": None}
 HUGE = {**PAPER, **test_commands.LARGE, "samples": 16}
-SHAPES = {**PAPER, "dataset": "shapes", "steps": 2000, "batch_size": 32, "lr": 2e-3,
-          "warmup": 100, "ema": 0.998, "dropout": 0.0, "channels": 64, "multipliers": [1, 1],
+SHAPES = {**PAPER, "dataset": "shapes", "steps": 1500, "batch_size": 32, "lr": 3e-3,
+          "warmup": 100, "decay": 0.6, "ema": 0.99, "dropout": 0.0, "channels": 64, "multipliers": [1, 1],
           "blocks": 1, "attention": [], "variance": "fixed_small", "save_every": 500,
           "sample_every": 500, "samples": 16, "sample_steps": 100}
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -84,7 +84,7 @@ WHOLE = {"image_size": (1, 4096), "steps": (1, 10 ** 9), "batch_size": (1, 10 **
          "timesteps": (2, 10 ** 5), "seed": (0, 2 ** 63 - 1), "log_every": (1, 10 ** 4),
          "save_every": (1, 10 ** 9), "sample_every": (1, 10 ** 9), "keep": (1, 10 ** 9),
          "samples": (0, 10 ** 4), "sample_steps": (2, 10 ** 5)}
-REAL = {"lr": (1e-12, 1000), "grad_clip": (1e-12, 1e9), "ema": (0, 1), "dropout": (0, 0.99),
+REAL = {"lr": (1e-12, 1000), "grad_clip": (1e-12, 1e9), "decay": (0, 1), "ema": (0, 1), "dropout": (0, 0.99),
         "beta_start": (1e-12, 0.999), "beta_end": (1e-12, 0.999)}
 WORDS = {"predict": ("eps", "x0", "mean"), "objective": ("simple", "vlb"),
          "variance": ("fixed_large", "fixed_small", "learned")}
@@ -165,7 +165,7 @@ class Begun(ValueError):
 FREE = {"dataset": "other.pt", "steps": 70, "log_every": 71, "save_every": 72, "sample_every": 73,
         "samples": 74, "sample_steps": 75, "keep": 76}
 FIXED = {"image_size": 16, "flip": False, "batch_size": 6, "micro_batch": 3,
-         "lr": 0.5, "warmup": 9, "grad_clip": 3.0, "ema": 0.5, "ema_ramp": False, "dropout": 0.25,
+         "lr": 0.5, "warmup": 9, "decay": 0.5, "grad_clip": 3.0, "ema": 0.5, "ema_ramp": False, "dropout": 0.25,
          "channels": 96, "multipliers": [2], "blocks": 7, "attention": [16], "timesteps": 300,
          "schedule": "quadratic", "beta_start": 0.01, "beta_end": 0.5, "predict": "x0",
          "variance": "fixed_large", "objective": "vlb", "seed": 8}
@@ -306,11 +306,16 @@ def test_eq05_and_eq14_for_every_choice(predict, variance):
 
 
 def test_learning_rates_and_decays():
-    """lr · min(k/warmup, 1) and min(ema, (1 + k)/(10 + k)); each constant without its ramp."""
-    settings = {"lr": 0.5, "warmup": 4, "ema": 0.25, "ema_ramp": True}
+    """lr · min(k/warmup, 1) and min(ema, (1 + k)/(10 + k)); each constant without its ramp. In the
+    last part of the steps the rate falls linearly, to where the step after the last would have 0."""
+    settings = {"lr": 0.5, "warmup": 4, "decay": 0.0, "steps": 10, "ema": 0.25, "ema_ramp": True}
     rates = [train.learning_rate(settings, k) for k in (0, 1, 2, 4, 5, 9)]
     assert rates == [0, .125, .25, .5, .5, .5]
     assert [train.ema_decay(settings, k) for k in range(4)] == [1 / 10, 2 / 11, 3 / 12, 0.25]
+    falls = {**settings, "decay": 0.5}
+    assert [train.learning_rate(falls, k) for k in (1, 4, 5, 6, 9)] == pytest.approx([.125, .5, .5, .4, .1])
+    both = [train.learning_rate({**falls, "decay": 1.0}, k) for k in (0, 2, 3, 5)]
+    assert both == pytest.approx([0, .25, .35, .25])
     constant = {**settings, "warmup": 0, "ema_ramp": False}
     assert train.learning_rate(constant, 0) == 0.5 and train.ema_decay(constant, 0) == 0.25
 
