@@ -224,7 +224,7 @@ def measure(trained: Trained, images: Tensor, b: int) -> Tensor:
 
     Returns a picture: what CUTS and all bytes show of the first eight images, a row each.
     """
-    Image = data.pillow()
+    Image, _ = data.pillow()
     rows, shown, progress = {}, [], Progress(len(images), "images")
     for i, image in enumerate(images, 1):
         content = encode(trained, image, b)
@@ -278,10 +278,10 @@ def main(argv=None) -> int:
             file.write(data.png(measure(trained, images[:args.n or 20], args.b or 12)))
             said = "shows what the first bytes tell"
         elif args.action == "encode":
-            with reading(source, "a PNG"), data.pillow().open(source, formats=["PNG"]) as picture:
-                if picture.mode not in ("L", "RGB"):
-                    raise ValueError(f"it is not 8-bit grey or RGB, but {picture.mode}")
-                content = encode(trained, data.pixels(picture), args.b or 12, False)
+            with reading(source, "a PNG"), data.pillow()[0].open(source, formats=["PNG"]) as image:
+                if image.mode not in ("L", "RGB"):
+                    raise ValueError(f"it is not 8-bit grey or RGB, but {image.mode}")
+                content = encode(trained, data.pixels(image), args.b or 12, False)
             file.write(content)
             said = f"has {len(content)} bytes"
         else:

@@ -45,8 +45,7 @@ FLAGS = {  # those that several commands have
     "--checkpoint": dict(type=word, help="a checkpoint of train.py or its folder, a folder of "
                          "diffusers, or a model's name on the hub (default: the newest run)"),
     "--no-ema": dict(action="store_true", help="the last weights, not their average"),
-    "--data-dir": dict(type=word, default="data", help="folder of the data sets, and of downloads "
-                       "(default: data)"),
+    "--data-dir": dict(type=word, default="data", help="folder of data, downloads (default: data)"),
     "--steps": dict(type=count, help="network calls for each sample, at times evenly spaced from T "
                     "to 1 (default: all T)"),
     "--no-clip": dict(action="store_true", help="do not clip x̂_0 to [−1, 1] (the paper has no "

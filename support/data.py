@@ -162,10 +162,10 @@ def read_folder(source: Path, cache: Path, size: int) -> Tensor:
     return x.view(-1, 3, size, size)
 
 def pillow():
-    """Pillow, which says of 89 million pixels or more that they are too many, as an error."""
-    from PIL import Image
+    """Pillow's two modules, which refuse a picture of more than 89 million pixels."""
+    from PIL import Image, ImageOps
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    return Image
+    return Image, ImageOps
 
 def decode(file: Path, size: int) -> Tensor:
     """A picture as it is meant to be seen, its middle square resized: uint8 (3, size, size).
@@ -173,8 +173,7 @@ def decode(file: Path, size: int) -> Tensor:
     It is turned as its EXIF data say, 16-bit grey is scaled to 8 bits, and what is transparent
     becomes white.
     """
-    from PIL import ImageOps
-    Image = pillow()
+    Image, ImageOps = pillow()
     with reading(file, "a picture"), Image.open(file, formats=FORMATS) as picture:
         ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG"):

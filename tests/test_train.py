@@ -46,7 +46,7 @@ def no_signal(monkeypatch):
 def run_of(dtype=torch.float32, images=None, folder=".", **changes) -> train.Run:
     """A run with a small network."""
     settings = {"dataset": "shapes", "channels": 32, "multipliers": [1], "timesteps": 20,
-                "batch_size": 2, "warmup": 4, "samples": 0, **changes}
+                "batch_size": 2, "warmup": 4, "decay": 0.0, "samples": 0, **changes}
     images = data.shapes(4, 8) if images is None else images
     Path(folder).mkdir(exist_ok=True)
     return train.begin({"init": None, **settings}, images, {},
@@ -484,7 +484,7 @@ def test_init_starts_from_the_averages_of_another_run(monkeypatch):
     new = train.begin(given, data.shapes(4, 8), {}, CPU, Path("new"))
     for net in (new.net, new.ema):
         assert_equal(dict(net.state_dict()), dict(other.ema.state_dict()))
-    assert new.settings["predict"] == "x0" and new.settings["lr"] == 2e-3
+    assert new.settings["predict"] == "x0" and new.settings["lr"] == 3e-3
     assert {p.requires_grad for p in new.net.parameters()} == {True}
     with pytest.raises(UsageError, match="predict"):
         train.begin({**given, "predict": "eps"}, data.shapes(4, 8), {}, CPU, Path("new"))
@@ -690,11 +690,11 @@ def test_a_line_of_the_log_by_hand():
     train.log(run, 4, records_of(([5.0, 6.0, 10.0], [8, 14, 9], 8.0)), 1.5)
     bad = [([math.inf] * 3, [1, 9, 20], math.inf), ([1.0] * 3, [1, 9, 20], math.nan)]
     train.log(run, 5, records_of(bad[0], *steps, bad[1]), 2.0)
-    first = {"step": 3, "loss": 32 / 6, "loss_thirds": [1.5, 6, 8.5], "lr": 2e-3 * 2 / 4,
+    first = {"step": 3, "loss": 32 / 6, "loss_thirds": [1.5, 6, 8.5], "lr": 3e-3 * 2 / 4,
              "grad_norm": 2.5, "grad_norm_max": 3, "images_per_s": 24}
-    second = {"step": 4, "loss": 7, "loss_thirds": [None, 7, None], "lr": 2e-3 * 3 / 4,
+    second = {"step": 4, "loss": 7, "loss_thirds": [None, 7, None], "lr": 3e-3 * 3 / 4,
               "grad_norm": 8, "grad_norm_max": 8, "images_per_s": 2}
-    third = {**first, "step": 5, "lr": 2e-3, "images_per_s": 6}
+    third = {**first, "step": 5, "lr": 3e-3, "images_per_s": 6}
     for entry, want in zip(log(), (first, second, third), strict=True):
         assert entry.keys() == want.keys()
         for key, value in want.items():

@@ -3,6 +3,9 @@
     python tools/bench.py                              the paper's CIFAR-10 network, batch 8
     python tools/bench.py --batch-size 32 --precision fp32
     python tools/bench.py --vs diffusers               UNet2DModel in the same loops, in turn
+    python tools/bench.py --vs pytorch-ddpm --clones FOLDER    and networks of other reproductions
+
+FOLDER has clones of github.com/pesser/pytorch_diffusion, w86763777/pytorch-ddpm, tqch/ddpm-torch.
 
 A training step is forward, backward, clipping, Adam and averaging. Both networks run in the same
 precision, under torch.autocast with channels_last, and for sampling both have their weights cast
@@ -14,6 +17,7 @@ import platform
 import statistics
 import sys
 import time
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,20 +31,43 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import unet
 
-def diffusers_network(channels: int, multipliers: list[int]) -> nn.Module:
-    """UNet2DModel with the same settings, as a function of the paper's t."""
+class From0(nn.Module):
+    """A network whose times begin at 0, as a function of the paper's t."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        out = self.net(x, t - 1)
+        return getattr(out, "sample", out)
+
+def diffusers(c: int, m: list[int]) -> nn.Module:
     from diffusers import UNet2DModel
-    down = ["AttnDownBlock2D" if 32 // 2 ** level == 16 else "DownBlock2D"
-            for level in range(len(multipliers))]
+    down = ["DownBlock2D", "AttnDownBlock2D", *["DownBlock2D"] * (len(m) - 2)]
+    return UNet2DModel(sample_size=32, block_out_channels=[c * k for k in m],
+                       down_block_types=down, attention_head_dim=None, norm_eps=1e-6, dropout=0.1,
+                       up_block_types=[kind.replace("Down", "Up") for kind in down[::-1]],
+                       downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
 
-    class Network(UNet2DModel):
-        def forward(self, x, t):
-            return super().forward(x, t - 1).sample
+def pytorch_diffusion(c: int, m: list[int]) -> nn.Module:
+    from pytorch_diffusion.model import Model
+    return Model(ch=c, out_ch=3, ch_mult=tuple(m), num_res_blocks=2, attn_resolutions=(16,),
+                 dropout=0.1, in_channels=3, resolution=32)
 
-    return Network(sample_size=32, block_out_channels=[channels * m for m in multipliers],
-                   down_block_types=down, attention_head_dim=None, norm_eps=1e-6, dropout=0.1,
-                   up_block_types=[kind.replace("Down", "Up") for kind in down[::-1]],
-                   downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
+def pytorch_ddpm(c: int, m: list[int]) -> nn.Module:
+    from model import UNet
+    return UNet(T=1000, ch=c, ch_mult=m, attn=[1], num_res_blocks=2, dropout=0.1)
+
+def ddpm_torch(c: int, m: list[int]) -> nn.Module:
+    package = sys.modules["ddpm_torch"] = types.ModuleType("ddpm_torch")  # its own needs more
+    package.__path__ = [f"{sys.path[-1]}/ddpm_torch"]
+    from ddpm_torch.models.unet import UNet
+    return UNet(3, c, 3, m, 2, [level == 1 for level in range(len(m))], drop_rate=0.1)
+
+# The same network elsewhere, with c channels and the multipliers m.
+RIVALS = {"diffusers": diffusers, "pytorch_diffusion": pytorch_diffusion,
+          "pytorch-ddpm": pytorch_ddpm, "ddpm-torch": ddpm_torch}
 
 def jobs_of(net: nn.Module, machine: Machine, x: torch.Tensor, compile: bool) -> tuple:
     """A training step, and one network call of the sampler."""
@@ -128,7 +155,8 @@ def main(argv=None) -> int:
     parser.add_argument("--multipliers", type=count, nargs="+", default=[1, 2, 2, 2],
                         help="(default: 1 2 2 2)")
     parser.add_argument("--compile", action="store_true", help="torch.compile for training")
-    parser.add_argument("--vs", choices=("diffusers",), help="compare with UNet2DModel")
+    parser.add_argument("--vs", choices=RIVALS, nargs="+", default=[], help="compare with these")
+    parser.add_argument("--clones", type=Path, default=Path(), help="folder of their clones")
     args = parser.parse_args(argv)
     machine, n = start_machine(args.device, args.precision), args.batch_size
     x = torch.randn(n, 3, 32, 32, device=machine.device)
@@ -137,9 +165,10 @@ def main(argv=None) -> int:
         net(x[:1].cpu(), torch.ones(1, dtype=torch.int64))
     gflop = counter.get_total_flops() / 1e9
     rivals = {"ours": jobs_of(net, machine, x, args.compile)}
-    if args.vs:
-        theirs = diffusers_network(args.channels, args.multipliers)
-        rivals["diffusers"] = jobs_of(theirs, machine, x, args.compile)
+    for name in args.vs:
+        sys.path.append(str(args.clones / name))
+        theirs = From0(RIVALS[name](args.channels, args.multipliers))
+        rivals[name] = jobs_of(theirs, machine, x, args.compile)
     rivals["convolutions"] = limits(net, machine, x)
     memory = {name: saved_memory(train) for name, (train, _) in rivals.items()}
     times = {(name, what): [] for name in rivals for what in (0, 1)}
@@ -163,7 +192,7 @@ def main(argv=None) -> int:
         values = sorted((n / t, 1e3 * t / n)[what] for t in took)
         speed = (3, 1)[what] * n * gflop / statistics.median(took)
         ratio = statistics.median(t / own for t, own in zip(took, times["ours", what]))
-        print(f"{name:12} {('train', 'sample')[what]:6} {statistics.median(values):8.2f} "
+        print(f"{name:17} {('train', 'sample')[what]:6} {statistics.median(values):8.2f} "
               f"{('images/s', 'ms an image')[what]:11} ({values[0]:.2f} – {values[-1]:.2f})  "
               f"{speed:6.0f} GFLOP/s  {ratio:.2f} × the time of ours")
     print("kept for the backward pass: " + ", ".join(f"{name} {size:.2f} GiB"

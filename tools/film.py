@@ -44,8 +44,9 @@ def main(argv=None) -> int:
                 picture = picture[:, ::2, ::2]
                 frame = picture.expand(3, -1, -1).permute(1, 2, 0)
                 frames.append(Image.frombytes("RGB", frame.shape[1::-1], data.raw_bytes(frame)))
-        frames[0].save(file, format="PNG", save_all=True, append_images=frames[1:], loop=0,
-                       optimize=True, duration=[70] * (len(frames) - 1) + [2500])
+        # The samples come first, too, for whoever sees a still picture.
+        frames[-1].save(file, format="PNG", save_all=True, append_images=frames, loop=0,
+                        optimize=True, duration=[900, *[70] * (len(frames) - 1), 2500])
     say(f"{args.out} has {len(frames)} frames")
     return 0
 

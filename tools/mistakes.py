@@ -179,7 +179,7 @@ MISTAKES = {
     "attention's softmax over the queries": ("unet.py", U + "test_softmax_is_over_the_keys", [
         ("scores.softmax(dim=2)", "scores.softmax(dim=1)")], "training"),
     "no SiLU before the time projections": ("unet.py", U + "test_golden_outputs_of_diffusers", [
-        ("emb = F.silu(", "emb = (")], "training sampling"),
+        ("emb = F.silu(", "emb = (")], "sampling training"),
     "a normalisation left out": ("unet.py", U + "test_every_parameter_matters", [
         ("self.conv1(F.silu(self.norm1(x)))", "self.conv1(F.silu(x))")], "training"),
     "t embedded in place of t − 1": ("unet.py", U + "test_time_1_is_embedded_as_0", [
@@ -246,6 +246,10 @@ MISTAKES = {
         (".tolist()} | {0}", ".tolist()}")], "figure-6"),
     "Figure 7 without x_t": ("sample.py", "test_pictures.test_fig7_samples_that_share_x_t", [
         ("torch.cat([x[t], state.x_t])", "state.x_t")], "figure-7"),
+    "averages without their ramp in a short run": (
+        "train.py", T + "test_learning_rates_and_decays", [
+        ('min(settings["ema"], (1 + k) / (10 + k)) if settings["ema_ramp"] else settings["ema"]',
+         'settings["ema"]')], "ramp"),
 }
 
 def wrong_source(file: str, replacements: list) -> str:
@@ -276,6 +280,7 @@ CONTROLS = {
     "training": [FIT, DRAW, BITS],
     **{name: [f"{FIT} --seed {name[-1]}", DRAW, BITS] for name in SEEDS},
     "short": [FIT + " --timesteps 100", DRAW, BITS],
+    "ramp": [FIT + " --ema 0.9999", DRAW, BITS],
     "mean": [FIT + " --predict mean", DRAW, BITS],
     "learned": [FIT + " --objective vlb --variance learned", DRAW, BITS],
     "flips": [FIT.replace("--no-flip", "--flip"), DRAW, BITS],

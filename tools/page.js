@@ -137,11 +137,14 @@ document.addEventListener("click", event => {
   if (found) location.hash = found[0];
 });
 
+document.getElementById("contents").addEventListener("click", event => {  // a link closes the contents
+  if (event.target.closest("a") && event.currentTarget.matches(":popover-open")) event.currentTarget.hidePopover();
+});
+
 // What scrolls by itself can be reached from the keyboard.
 const reach = () => {
   for (const e of document.querySelectorAll(".formula > span:first-child"))
-    if (e.scrollWidth > e.clientWidth) e.tabIndex = 0;
-    else e.removeAttribute("tabindex");
+    e.scrollWidth > e.clientWidth ? e.tabIndex = 0 : e.removeAttribute("tabindex");
 };
 addEventListener("resize", reach);
 document.fonts.ready.then(reach);

@@ -743,11 +743,11 @@ class Page:
         """Theorems and mistakes in one line that opens; below it what one sees best.
 
         tests: each with whether it is shown here, or elsewhere."""
-        folded = [self.mistake(m) for m in mistakes if m not in SHOWN]
+        theorems = "".join(self.theorem(test, here) for test, here in tests.items())
+        folded = [self.mistake(m) for m in mistakes if m not in SHOWN]  # they name theorems
         count = lambda n, word: f"{n} {word}{'s' * (n != 1)}" if n else ""
         title = ", ".join(filter(None, (count(len(tests), "theorem"),
                                         count(len(folded), "easy mistake"))))
-        theorems = "".join(self.theorem(test, here) for test, here in tests.items())
         fold = (f"<details class=proofs><summary>{title}</summary><div class=inside>{theorems}"
                 f"{''.join(folded)}</div></details>") if title else ""
         return fold + "".join(self.mistake(m) for m in mistakes if m in SHOWN)
@@ -1008,20 +1008,21 @@ class Page:
         self.heading(2, "What you see, and what it may be", "symptoms")
         rows = ""
         for what, names, met in table("Symptoms"):
-            names, picture = names.split("; "), ""
-            for name in reversed([name for name in names if name in self.mistakes]):
-                for control in self.mistakes[name][3].split():
-                    if (one := self.results[f"{control}/{name}"])["picture"]:
-                        picture = crop(self.picture(KEPT / one["picture"]), 0, 0, 64, 64, 72, name)
+            names = names.split("; ")
+            runs = (self.results[f"{control}/{name}"] for name in names if name in self.mistakes
+                    for control in self.mistakes[name][3].split())
+            picture = "" if re.search("loss|bits|nothing", what) else next(  # no number has one
+                (crop(self.picture(KEPT / one["picture"]), 0, 0, 64, 64, 96, what)
+                 for one in runs if one["picture"]), "")
             causes = "; ".join(
                 f'<a href="#mistake-{slug(name)}" aria-label="{html.escape(name)}">{prose(name)}'
                 "</a>" if name in self.mistakes else prose(name) for name in names)
             rows += (f"<tr><td>{prose(what)}</td><td>{picture}</td><td>{causes}</td>"
                      f"<td>{inline(met)}</td></tr>")
-        said = markdown(chapter("Symptoms").split("\n| ")[0]).replace("#easy-mistakes", "#runs")
+        said = re.sub("</?a.*?>", "", markdown(chapter("Symptoms").split("\n| ")[0]))
         self.body.append(f"<div class=prose>{said}</div>" + wide(
-            "<table><thead><tr><th>what you see</th><th>such as</th><th>what it may be</th>"
-            "<th>met by others</th>"
+            "<table class=symptoms><thead><tr><th>what you see</th><th>such as</th>"
+            "<th>what it may be</th><th>met by others</th>"
             f"</tr></thead><tbody>{rows}</tbody></table>"))
 
     def judged(self) -> None:
