@@ -601,6 +601,7 @@ class Page:
         self.pictures: dict[str, str] = {}             # name → picture
         self.rows = table("The map")
         self.waiting: list[str] = []                   # tests to show below a section's text
+        self.above = ""                                # what stands above the code of a function
         self.symptoms = {row[0]: row[1] for row in table("Easy mistakes") if len(row) == 3}
         self.algorithms = dict(re.findall(r"(?ms)^### Algorithm (\d): \w+\n\n(.*?)(?=^### |\Z)",
                                           chapter("The four algorithms")))
@@ -782,7 +783,8 @@ class Page:
                 tests += near or listed
         here = {test: self.home.get(test, (file, whole)) for test in tests}
         here = {test: path == file and line in whole for test, (path, line) in here.items()}
-        self.two(said, listing + self.proofs(here, wrong), self.units[name])
+        self.two(said, self.above + listing + self.proofs(here, wrong), self.units[name])
+        self.above = ""
 
     def file(self, name: str, title: str, only: tuple = (), names: tuple = ()) -> None:
         """A source file in its own order; `only` some of its sections, or some functions."""
@@ -808,8 +810,9 @@ class Page:
                 beside += self.proofs(dict.fromkeys(self.waiting, True), [])
                 if numbers(due) == {4}:
                     said, beside = said + self.jump_text(), self.jump()
-                if said or beside:
+                if said:
                     self.two(said, beside)
+                self.above = "" if said else beside  # beside the statement of the function below
                 self.waiting, due, said = [], "", ""
             if plain and (kind != "statement" or hasattr(thing, "name")):
                 listing = code("\n".join(plain))
