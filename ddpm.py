@@ -261,7 +261,7 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 
 # --- Eqs. 8 to 12: from L_{t−1} to a prediction of the noise --------------------------------------
 #
-# From here on L_{t−1} is a mean. For t > 1 and a fixed σ_t² it depends on θ through μ_θ alone:
+# In Eqs. 8 to 12 L_{t−1} is a mean. For t > 1 and a fixed σ_t² it depends on θ through μ_θ alone:
 #
 #     L_{t−1} = E_q[ 1/(2σ_t²) · ‖μ̃_t(x_t, x_0) − μ_θ(x_t, t)‖² ] + C,                      [Eq. 8]
 #     C = D/2 · (log(σ_t²/β̃_t) + β̃_t/σ_t² − 1).

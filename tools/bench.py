@@ -44,7 +44,7 @@ class From0(nn.Module):
 
 def diffusers(c: int, m: list[int]) -> nn.Module:
     from diffusers import UNet2DModel
-    down = ["DownBlock2D", "AttnDownBlock2D", *["DownBlock2D"] * (len(m) - 2)]
+    down = [f"{'Attn' if level == 1 else ''}DownBlock2D" for level in range(len(m))]
     return UNet2DModel(sample_size=32, block_out_channels=[c * k for k in m],
                        down_block_types=down, attention_head_dim=None, norm_eps=1e-6, dropout=0.1,
                        up_block_types=[kind.replace("Down", "Up") for kind in down[::-1]],

@@ -102,8 +102,8 @@ def measure(net, machine, x, compiled: bool, repeat: int) -> dict:
 def training(precision: str, who: str, compiled: bool, args) -> dict:
     """The paper's network at batch 128, or diffusers' with the same settings."""
     machine, batch = start_machine(args.device, precision), args.pick(128, 2)
-    net = (OURS if who == "ours" else bench.diffusers_network)(*args.pick(
-        (128, (1, 2, 2, 2)), (32, (1,))))
+    shape = args.pick((128, (1, 2, 2, 2)), (32, (1,)))
+    net = OURS(*shape) if who == "ours" else bench.From0(bench.diffusers(*shape))
     x = torch.randn(batch, 3, 32, 32, device=machine.device)
     found = measure(net, machine, x, compiled, args.pick(20, 1))
     if rate := args.results.get("matmul", {}).get(precision):

@@ -771,6 +771,7 @@ class Page:
                      f"{markdown(self.algorithms[found[1]])}</div>")
         if name in BESIDE:
             said += getattr(self, BESIDE[name])()
+            listing += self.jump() if name == "q_sample" else ""
         whole = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
         wrong = [m for m, (path, _, replacements, controls) in self.mistakes.items()
                  if path == file and controls and m in self.left and replacements[0][0] in whole]
@@ -808,8 +809,6 @@ class Page:
             if kind != "text" and due:  # below the text of the section
                 beside = self.derivations(due) if name == "ddpm.py" else ""
                 beside += self.proofs(dict.fromkeys(self.waiting, True), [])
-                if numbers(due) == {4}:
-                    said, beside = said + self.jump_text(), self.jump()
                 if said:
                     self.two(said, beside)
                 self.above = "" if said else beside  # beside the statement of the function below
@@ -908,7 +907,8 @@ class Page:
         return (f"<figure data-frames='{said}' data-label='first bytes' data-start={last}>{strip}"
                 f"<div class=row>{frames}</div><figcaption>Four test images from the first 16, 24, "
                 "32 … bytes of files that <code>compress.py</code> wrote; a whole file has "
-                f"{sum(self.numbers['bytes']) / 4:.0f} bytes on average, and gives the picture "
+                f"{sum(self.numbers['bytes']) / 4:.0f} bytes on average (this network has "
+                "learned longer than that of the mistakes), and gives the picture "
                 "back exactly.</figcaption></figure>")
 
     def over_time(self) -> str:
@@ -933,14 +933,16 @@ class Page:
         self.two(
             f"<p>400 points, drawn with the best {formula('ε_θ')} there is: the data are 64 narrow "
             f"Gaussians along a spiral, so that {formula('E[ε | x_t]')} is known, and every "
-            "difference comes from the sampler. With 1,000 calls all of them find the spiral. With "
+            "difference comes from the sampler. (η is DDIM's, of Song et al. 2021, and fewer calls "
+            "are those of <code>respace</code>; both stand further below.) With 1,000 calls all of "
+            "them find the spiral. With "
             f"50 calls, {formula('σ_t² = β_t')} leaves noise: the median distance to the spiral is "
             f"0.054, and 0.023 with the others. {formula('β_t')} is the right variance for data "
             f"that are noise themselves, as {formula('β̃_t')} is for a single point. "
             "With 10 calls none of them finds the spiral. "
             f"{formula('β_t')} leaves far too much noise, and the others draw the points to the "
             "middle (their root mean square is 0.33, 0.36 and 0.38, and that of the data 0.54), "
-            "the less so, the less noise they add. η belongs to DDIM (Song et al. 2021).</p>"
+            "the less so, the less noise they add.</p>"
             f'<div id=points data-samplers="{"|".join(samplers)}" data-steps="'
             f'{"|".join(map(str, steps))}"></div>',
             wide(f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{panels}</tbody></table>"))
@@ -1063,7 +1065,8 @@ class Page:
 SHOWN = ("T changed, β not rescaled", "1 − ᾱ_t in place of its root in Eq. 4",  # the best to see
          "√ᾱ_t in place of √α_t in Eq. 7", "Eq. 15 divided by ᾱ_t", "σ_t² in place of σ_t",
          "the network given i in place of τ_i")
-BESIDE = {"vlb_term": "terms", "p_sample_loop": "over_time", "receive": "files"}
+BESIDE = {"q_sample": "jump_text", "vlb_term": "terms", "p_sample_loop": "over_time",
+          "receive": "files"}
 
 def base_of(markup: str) -> str:
     """What has an index or exponent, and a stroke for it: "α¯_" for ᾱ_t and for ᾱ_{t−1}."""
