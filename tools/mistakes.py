@@ -364,7 +364,8 @@ def run(name: str, control: str, out: Path, threads: int) -> dict:
         result["commands"].append({"line": line.replace(str(out) + "/", ""),
                                    "status": done.returncode, "out": done.stdout.splitlines(),
                                    "err": errors[-3:], "seconds": time.monotonic() - started})
-    if (log := work / "run" / "log.jsonl").exists():
+    log = work / "run" / "log.jsonl"
+    if "train.py" in "".join(CONTROLS[control]) and log.exists():
         entries = map(json.loads, log.read_text(encoding="utf-8").splitlines())
         result["loss"] = [(x["step"], x["loss"]) for x in entries if x["loss"] is not None]
     if (work / "samples.pt").exists():
