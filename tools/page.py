@@ -867,7 +867,9 @@ class Page:
         return (f"<figure data-frames='{times}' data-label=time data-start={start}><div class=row>"
                 f"{pictures}</div><figcaption>Two garments (without the slider: at t = 300), "
                 "with the noise in them, what a network takes for it, and the estimate of Eq. 15, "
-                "clipped. ε and ε_θ are shown a third as strong as they are.</figcaption></figure>")
+                "clipped. "
+                f"{formula('ε')} and {formula('ε_θ')} are shown a third as strong as they are."
+                "</figcaption></figure>")
 
     def jump(self) -> str:
         """One garment at t = 0, 100 … 1000 over the two coefficients of Eq. 4."""
