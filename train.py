@@ -52,7 +52,7 @@ SETTINGS = {
     "micro_batch": (None, count, "images per forward pass; gradients are accumulated"),
     "lr": (2e-4, real(1e-12, 1000), "learning rate of Adam"),
     "warmup": (5000, whole(0, 10 ** 9), "steps in which the learning rate rises from 0"),
-    "decay": (0.0, real(0, 1), "last part of --steps, in which the learning rate falls to 0"),
+    "decay": (0.0, real(0, 1), "the learning rate falls to 0 over this last fraction of --steps"),
     "grad_clip": (1.0, real(1e-12, 1e9), "largest norm of the gradient; it is scaled down to it"),
     "ema": (0.9999, real(0, 1), "decay of the averaged weights, which sampling uses"),
     "ema_ramp": (True, bool, "warm the EMA decay up: (1 + k)/(10 + k) in step k, at most --ema"),
