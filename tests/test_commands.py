@@ -892,7 +892,7 @@ def test_a_process_that_waits_for_another_hears_a_signal():
     """Also before they have met, where the waiting is not Python's."""
     process, = ranks("a")
     with pytest.raises(subprocess.TimeoutExpired):
-        process.communicate(timeout=4)
+        process.communicate(timeout=3)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode != 0
