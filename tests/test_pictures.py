@@ -683,15 +683,21 @@ def made(kind: str, *more: str) -> list:
     return [torch.load(path).int() if path.suffix == ".pt" else read_png(path)]
 
 
+def flags_read(monkeypatch, parser, method: str = "parse_args") -> set[str]:
+    """The flags of every parser of this kind that reads some from now on."""
+    known, read = set(), getattr(parser, method)
+    monkeypatch.setattr(parser, method, lambda self, *x: known.update(
+        word for word in self._option_string_actions if word.startswith("--")) or read(self, *x))
+    return known
+
+
 @pytest.mark.parametrize("kind", PICTURES)
 def test_every_choice_reaches_every_picture(run, monkeypatch, kind):
     """Each flag of sample.py changes what it must and nothing else; the flags are read off its own
     parser, so that a new one without a line above fails.
 
     Kills: a choice that a figure does not follow, or that is lost on the way to one."""
-    known, parse_args = set(), sample.Parser.parse_args
-    monkeypatch.setattr(sample.Parser, "parse_args", lambda self, *x: known.update(
-        word for word in self._option_string_actions if word.startswith("--")) or parse_args(self, *x))
+    known = flags_read(monkeypatch, sample.Parser)
     torch.save(torch.load("images.pt").flip(0), "other.pt")
     base = made(kind)
     assert known == {*CHOICES, *NEUTRAL, *PICTURES, "--out", "--export", "--help"} - {"grid", "tensor", "folder"}

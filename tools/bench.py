@@ -43,6 +43,7 @@ class From0(nn.Module):
         return getattr(out, "sample", out)
 
 def diffusers(c: int, m: list[int]) -> nn.Module:
+    """UNet2DModel with c channels and the multipliers m, as are those below."""
     from diffusers import UNet2DModel
     down = [f"{'Attn' if level == 1 else ''}DownBlock2D" for level in range(len(m))]
     return UNet2DModel(sample_size=32, block_out_channels=[c * k for k in m],
@@ -51,21 +52,23 @@ def diffusers(c: int, m: list[int]) -> nn.Module:
                        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
 
 def pytorch_diffusion(c: int, m: list[int]) -> nn.Module:
+    """pesser's network."""
     from pytorch_diffusion.model import Model
     return Model(ch=c, out_ch=3, ch_mult=tuple(m), num_res_blocks=2, attn_resolutions=(16,),
                  dropout=0.1, in_channels=3, resolution=32)
 
 def pytorch_ddpm(c: int, m: list[int]) -> nn.Module:
+    """w86763777's network."""
     from model import UNet
     return UNet(T=1000, ch=c, ch_mult=m, attn=[1], num_res_blocks=2, dropout=0.1)
 
 def ddpm_torch(c: int, m: list[int]) -> nn.Module:
+    """tqch's network."""
     package = sys.modules["ddpm_torch"] = types.ModuleType("ddpm_torch")  # its own needs more
     package.__path__ = [f"{sys.path[-1]}/ddpm_torch"]
     from ddpm_torch.models.unet import UNet
     return UNet(3, c, 3, m, 2, [level == 1 for level in range(len(m))], drop_rate=0.1)
 
-# The same network elsewhere, with c channels and the multipliers m.
 RIVALS = {"diffusers": diffusers, "pytorch_diffusion": pytorch_diffusion,
           "pytorch-ddpm": pytorch_ddpm, "ddpm-torch": ddpm_torch}
 

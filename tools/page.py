@@ -771,7 +771,6 @@ class Page:
                      f"{markdown(self.algorithms[found[1]])}</div>")
         if name in BESIDE:
             said += getattr(self, BESIDE[name])()
-            listing += self.jump() if name == "q_sample" else ""
         whole = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
         wrong = [m for m, (path, _, replacements, controls) in self.mistakes.items()
                  if path == file and controls and m in self.left and replacements[0][0] in whole]
@@ -869,7 +868,7 @@ class Page:
                 "with the noise in them, what a network takes for it, and the estimate of Eq. 15, "
                 "clipped. "
                 f"{formula('ε')} and {formula('ε_θ')} are shown a third as strong as they are."
-                "</figcaption></figure>")
+                f"</figcaption></figure>{self.jump()}")
 
     def jump(self) -> str:
         """One garment at t = 0, 100 … 1000 over the two coefficients of Eq. 4."""
@@ -1162,14 +1161,13 @@ KEYS = ("solid", "dashed", "dotted")
 def libraries(theorem: str) -> str:
     """In which libraries all the judge's statements of the same equation hold, some, or none."""
     number, found = theorem.split("_")[1], {}
-    for library, judged in json.loads(read("tools/peers/matrix.json"))["libraries"].items():
+    for judged in json.loads(read("tools/peers/matrix.json"))["libraries"].values():
         verdicts = {row["verdict"] for name, row in judged["theorems"].items()
                     if name.split("_")[0] == number} - {"not offered"}
         if verdicts:
             word = "holds in part" if len(verdicts) > 1 else {
                 "holds": "holds", "fails": "differs"}[verdicts.pop()]
-            found.setdefault(word, []).append({"lucidrains": "denoising-diffusion-pytorch"}.get(
-                library, library))
+            found.setdefault(word, []).append(judged["package"])
     said = [f"{word} in {', '.join(names)}" for word, names in found.items()]
     judged = '<a href="#judge">judged</a>'
     return f"<p class=file>As {judged}, the equation {'; '.join(said)}.</p>" if said else ""

@@ -101,24 +101,24 @@ def main(argv=None) -> int:
                         help="network calls (default: 20 50 100)")
     args = parser.parse_args(argv)
     machine = start_machine(args.device, args.precision)
-    folder = args.data_dir
-    train, test = (data.load("fashion_mnist", folder, split)[0] for split in ("train", "test"))
+    train, test = (data.load("fashion_mnist", args.data_dir, split)[0]
+                   for split in ("train", "test"))
     kept = args.out / "classifier.pt"
     if kept.exists():
         net = Classifier().eval()
         net.load_state_dict(torch.load(kept, weights_only=True))
     else:
-        net = classifier(train, labels(Path(folder), "train"))
+        net = classifier(train, labels(Path(args.data_dir), "train"))
         with written(kept) as file:
             torch.save(net.state_dict(), file)
     with torch.no_grad():
         features = {split: torch.cat([net(x) for x in images.split(500)])
                     for split, images in (("train", train[:N]), ("test", test))}
-        right = net.classes(features["test"]).argmax(1) == labels(Path(folder), "test")
+        right = net.classes(features["test"]).argmax(1) == labels(Path(args.data_dir), "test")
     print(f"the classifier is right for {right.double().mean():.1%} of the test images")
     print("2,000 training images in place of samples: {:.3f} ± {:.3f}".format(
         *distance(features["train"], features["test"])), flush=True)
-    trained, rows = load(args.checkpoint, folder, True, machine), []
+    trained, rows = load(args.checkpoint, args.data_dir, True, machine), []
     for steps in args.steps:
         for name, sampler in SAMPLERS.items():
             (key, value), = sampler.items()

@@ -102,7 +102,7 @@ def main() -> int:
         said = run(HERE, "--judge", name, out)[1]
         assert out.is_file(), f"{package} was not judged: {said}"
         libraries[name] = json.loads(out.read_text()) | {
-            "version": version, "seconds": round(time.time() - began, 1)}
+            "package": package, "version": version, "seconds": round(time.time() - began, 1)}
         out.unlink()
     defects = [reproduce(path) for path in sorted((HERE / "defects").glob("*.py"))
                if path.name.split("_")[0] in libraries]
