@@ -92,8 +92,7 @@ def start_machine(device: str | None = None, precision: str | None = None,
     if device == "cuda" and world > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found)
+        found = torch.zeros(1, device=device).device  # of a tensor: it has its index, "cuda:0"
     except Exception as error:  # each kind of device has its own
         raise UsageError(f"--device {device}: there is none here ({one_line(error)})") from error
     if cuda := found.type == "cuda":

@@ -171,6 +171,13 @@ def test_two_hyphens_are_no_value():
 
 # -------------------------------------------------------------------------------------- the machine
 
+def indexed(device: str, asked: list) -> torch.device:
+    """Where a tensor lies that was made there: on CUDA the device has its index."""
+    found = torch.device(device)
+    asked.append(torch.device(found.type, found.index or 0) if found.type == "cuda" else found)
+    return asked[-1]
+
+
 @pytest.fixture
 def pretend(monkeypatch):
     """Lets a machine have certain devices, without any; returns what was asked of them."""
@@ -186,7 +193,7 @@ def pretend(monkeypatch):
                 (backends.mps, "is_available", lambda: mps),
                 (torch.cuda, "set_device", asked.append),
                 (torch.cuda, "get_device_capability", lambda x: asked.append(x) or capability),
-                (torch, "zeros", lambda n, device: asked.append(device)),
+                (torch, "zeros", lambda n, device: types.SimpleNamespace(device=indexed(device, asked))),
                 (torch.cpu, "get_capabilities", lambda: cpu or {}),
                 (machine.dist, "init_process_group", lambda *a, **b: asked.append((a, b)) or [
                     signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == [signal.SIG_DFL] * 2
@@ -220,7 +227,7 @@ def test_the_precision_of_a_cpu(pretend, monkeypatch):
 def test_the_precision_of_a_gpu(pretend, capability, precision, dtype, tf32):
     """bfloat16 from compute capability 8.0 on, else TF32; fp32 alone is without TF32."""
     asked = pretend(cuda=True, mps=True, capability=capability)
-    gpu = torch.device("cuda")
+    gpu = torch.device("cuda:0")
     assert machine.start_machine(None, precision) == (gpu, dtype, 0, 1, True) and asked == [gpu] * 3
     assert torch.backends.cudnn.benchmark is True
     assert torch.backends.cudnn.allow_tf32 is tf32 is torch.backends.cuda.matmul.allow_tf32
@@ -228,7 +235,7 @@ def test_the_precision_of_a_gpu(pretend, capability, precision, dtype, tf32):
 
 def test_the_first_device_that_is_there(pretend):
     """cuda, then mps, then cpu. What a CPU can compute says nothing about mps."""
-    for cuda, mps, found in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+    for cuda, mps, found in ((True, True, "cuda:0"), (False, True, "mps"), (False, False, "cpu")):
         pretend(cuda, mps, cpu={"amx_bf16": True})
         assert machine.start_machine().device == torch.device(found)
     pretend(mps=True, cpu={"amx_bf16": True})
@@ -254,7 +261,7 @@ def test_processes_of_torchrun(pretend, monkeypatch):
         assert found_machine == (torch.device(found), torch.float32, 3, 5, found != "cpu") and not found_machine.chief
         assert asked[-1] == ((backend,), soon)
     asked = pretend(cuda=True, LOCAL_RANK="1")
-    assert machine.start_machine("cuda").device == torch.device("cuda") and len(asked) == 3
+    assert machine.start_machine("cuda").device == torch.device("cuda:0") and len(asked) == 3
     monkeypatch.setattr(machine.dist, "is_initialized", lambda: True)
     asked = pretend(RANK="0", WORLD_SIZE="2")
     assert machine.start_machine("cpu").chief and asked == [CPU]
