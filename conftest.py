@@ -3,6 +3,8 @@ the tests that run on a GPU, too, where there is one."""
 import contextlib
 import math
 
+import simulated_cuda  # noqa: F401  (before torch)
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode

@@ -8,7 +8,7 @@ symbols are the paper's, in its order but for Eqs. 1 and 15. The network is any 
     x0, x_t   (B, …) floating point: images (B, C, H, W) in [−1, 1], or data of any other shape
     eps, z    noise ~ N(0, I) of the same shape, which the caller draws
     x0_hat    x̂_0, an estimate of x_0 (Eq. 15)
-    s         a Schedule: β_t, α_t and ᾱ_t for t = 0 … T
+    s         a Schedule: β_t, α_t and ᾱ_t for t = 0 … T, on the device of t: `s.to(device)`
     D         the number of dimensions of one x0; for images C · H · W
 
 A function `*_mean_variance` returns a distribution. A function that returns a sample takes its
@@ -16,8 +16,8 @@ noise as an argument. `sigma2` is a variance σ², a tensor; `variance` is the w
 Likelihoods are in nats, summed over all dimensions unless the docstring says otherwise;
 `bits_per_dim` converts them.
 
-    s = make_schedule()
-    t = torch.randint(1, s.T + 1, (len(x0),))
+    s = make_schedule().to(x0.device)
+    t = torch.randint(1, s.T + 1, (len(x0),), device=x0.device)
     loss = loss_simple(s, model, x0, t, torch.randn_like(x0)).mean()          # Algorithm 1, line 5
     with torch.no_grad():
         for state in p_sample_loop(s, model, x_T, lambda t: torch.randn_like(x_T)):
@@ -124,6 +124,17 @@ def make_schedule(T: int = 1000, kind: str = "linear",
                          "image: the schedule needs a larger beta_end")
     return s
 
+def _at(table: Tensor, t: Tensor) -> Tensor:
+    """The entries (B,) of a table of the schedule at the times t (B,): integers from 0.
+
+    ValueError if the two are on different devices; IndexError or RuntimeError for times that are no
+    integers or not in the table.
+    """
+    if table.device != t.device:
+        raise ValueError(f"the schedule is on {table.device} and t on {t.device}: move one of them,"
+                         f" as in s.to({str(t.device)!r})")
+    return table.index_select(0, t)
+
 def _like(c: Tensor, x: Tensor) -> Tensor:
     """Reshapes c (B,) to (B, 1, …, 1), to multiply x (B, …), and casts it to the dtype of x."""
     c = c.to(x.device).to(x.dtype)  # the device first, because MPS has no float64
@@ -139,7 +150,7 @@ def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     x is x_{t−1} (B, …), the result x_t. If x_{t−1} has variance 1, then so has x_t:
     (1 − β_t) · 1 + β_t = 1. Training does not walk these steps: Eq. 4 jumps to any t at once.
     """
-    return _like(s.alphas[t].sqrt(), x) * x + _like(s.betas[t].sqrt(), x) * eps
+    return _like(_at(s.alphas, t).sqrt(), x) * x + _like(_at(s.betas, t).sqrt(), x) * eps
 
 # --- Eq. 3: the bound -----------------------------------------------------------------------------
 #
@@ -159,7 +170,7 @@ def q_mean_variance(s: Schedule, x0: Tensor, t: Tensor) -> Gaussian:
     a variance v into α_t v + β_t, so that 1 − ᾱ_{t−1} becomes α_t − ᾱ_t + β_t = 1 − ᾱ_t.
     t: 0 … T, where t = 0 stands for x_0 itself.
     """
-    alpha_bar = s.alpha_bars[t]
+    alpha_bar = _at(s.alpha_bars, t)
     return Gaussian(_like(alpha_bar.sqrt(), x0) * x0, _like(1 - alpha_bar, x0))
 
 def q_sample(s: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -171,12 +182,12 @@ def q_sample(s: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 
 def predict_x0_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t: Eq. 4 solved for x_0.   [DDPM Eq. 15]"""
-    alpha_bar = s.alpha_bars[t]
+    alpha_bar = _at(s.alpha_bars, t)
     return (x_t - _like((1 - alpha_bar).sqrt(), x_t) * eps) / _like(alpha_bar.sqrt(), x_t)
 
 def predict_eps_from_x0(s: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
     """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t): Eq. 4 solved for ε.   [DDPM Eq. 15 inverted]"""
-    alpha_bar = s.alpha_bars[t]
+    alpha_bar = _at(s.alpha_bars, t)
     return (x_t - _like(alpha_bar.sqrt(), x_t) * x0) / _like((1 - alpha_bar).sqrt(), x_t)
 
 # --- Eq. 5: the bound as a sum of KL divergences --------------------------------------------------
@@ -208,8 +219,8 @@ def q_posterior_mean_variance(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor) -
     By Bayes' rule it is proportional to q(x_t | x_{t−1}) q(x_{t−1} | x_0) as a function of x_{t−1},
     a product of two Gaussians (derived in PAPER.md). At t = 1 it is the point x_0, as β̃_1 = 0.
     """
-    beta, alpha = s.betas[t], s.alphas[t]
-    alpha_bar, alpha_bar_before = s.alpha_bars[t], s.alpha_bars[t - 1]
+    beta, alpha = _at(s.betas, t), _at(s.alphas, t)
+    alpha_bar, alpha_bar_before = _at(s.alpha_bars, t), _at(s.alpha_bars, t - 1)
     weight_x0 = alpha_bar_before.sqrt() * beta / (1 - alpha_bar)
     weight_x_t = alpha.sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
     beta_tilde = (1 - alpha_bar_before) / (1 - alpha_bar) * beta
@@ -218,9 +229,9 @@ def q_posterior_mean_variance(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor) -
 
 def predict_x0_from_mean(s: Schedule, x_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
     """x̂_0 = ((1 − ᾱ_t) μ̃_t − √α_t (1 − ᾱ_{t−1}) x_t) / (√ᾱ_{t−1} β_t).   [DDPM Eq. 7 inverted]"""
-    alpha_bar, alpha_bar_before = s.alpha_bars[t], s.alpha_bars[t - 1]
-    weight_x_t = s.alphas[t].sqrt() * (1 - alpha_bar_before)
-    weight_x0 = alpha_bar_before.sqrt() * s.betas[t]
+    alpha_bar, alpha_bar_before = _at(s.alpha_bars, t), _at(s.alpha_bars, t - 1)
+    weight_x_t = _at(s.alphas, t).sqrt() * (1 - alpha_bar_before)
+    weight_x0 = alpha_bar_before.sqrt() * _at(s.betas, t)
     return (_like(1 - alpha_bar, x_t) * mean - _like(weight_x_t, x_t) * x_t) / _like(weight_x0, x_t)
 
 # === §3.1  The forward process and L_T ============================================================
@@ -250,13 +261,13 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
     likelihood than β_1. Only L_0 depends on σ_1². (A schedule of one step has σ_1² = β_1.)
     """
     if s.T == 1:
-        return s.betas[t]
+        return _at(s.betas, t)
     u = t.clamp(min=2)
-    beta_tilde = (1 - s.alpha_bars[u - 1]) / (1 - s.alpha_bars[u]) * s.betas[u]
+    beta_tilde = (1 - _at(s.alpha_bars, u - 1)) / (1 - _at(s.alpha_bars, u)) * _at(s.betas, u)
     if variance == "fixed_small":
         return beta_tilde
     if variance == "fixed_large":
-        return torch.where(t == 1, beta_tilde, s.betas[t])
+        return torch.where(t == 1, beta_tilde, _at(s.betas, t))
     raise ValueError(f"no fixed variance is called {variance!r}: choose fixed_large or fixed_small")
 
 # --- Eqs. 8 to 12: from L_{t−1} to a prediction of the noise --------------------------------------
@@ -287,7 +298,7 @@ def vlb_weight(s: Schedule, t: Tensor, variance: str = "fixed_large") -> Tensor:
     Returns (B,) in float64. With these weights Eq. 12 resembles denoising score matching; L_simple
     leaves them out. t > 1: at t = 1 the term is L_0, to which Eq. 12 does not apply.
     """
-    weight = s.betas[t] ** 2 / (s.alphas[t] * (1 - s.alpha_bars[t]))
+    weight = _at(s.betas, t) ** 2 / (_at(s.alphas, t) * (1 - _at(s.alpha_bars, t)))
     return weight / (2 * p_variance(s, t, variance))
 
 # --- p_θ(x_{t−1} | x_t) ---------------------------------------------------------------------------
@@ -311,7 +322,7 @@ def p_mean_variance(s: Schedule, model: Model, x_t: Tensor, t: Tensor, predict: 
     ValueError for "learned" with a schedule of `respace`: the network knows the variance of its own
     steps only.
     """
-    out = model(x_t, s.times[t])
+    out = model(x_t, _at(s.times, t))
     if variance == "learned":
         if s.full is not None:
             raise ValueError("a learned variance can only be sampled with all its time steps")
@@ -325,7 +336,7 @@ def p_mean_variance(s: Schedule, model: Model, x_t: Tensor, t: Tensor, predict: 
     elif predict == "x0":
         x0_hat = out
     elif predict == "mean":
-        x0_hat = predict_x0_from_mean(s.full or s, x_t, s.times[t], out)
+        x0_hat = predict_x0_from_mean(s.full or s, x_t, _at(s.times, t), out)
     else:
         raise ValueError(f"no network predicts {predict!r}: choose eps, x0 or mean")
     if clip:
@@ -452,7 +463,7 @@ def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
         target = q_posterior_mean_variance(s, x0, x_t, t).mean
     else:
         raise ValueError(f"no network predicts {predict!r}: choose eps, x0 or mean")
-    return (target - model(x_t, s.times[t])).square().flatten(1).mean(1)
+    return (target - model(x_t, _at(s.times, t))).square().flatten(1).mean(1)
 
 # === §4.3  Progressive coding =====================================================================
 #
@@ -593,7 +604,7 @@ def ddim_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int], Ten
         yield State(t, x_t, x0_hat)
         eps = predict_eps_from_x0(s, x_t, now, x0_hat)
         z = noise(t) if eta and t > 1 else torch.zeros_like(x_t)
-        alpha_bar_before = _like(s.alpha_bars[now - 1], x_t)
+        alpha_bar_before = _like(_at(s.alpha_bars, now - 1), x_t)
         sigma2 = eta ** 2 * q_posterior_mean_variance(s, x0_hat, x_t, now).sigma2
         rest = (1 - alpha_bar_before - sigma2).clamp(min=0)  # rounding may make it −10⁻⁸
         x_t = alpha_bar_before.sqrt() * x0_hat + rest.sqrt() * eps + sigma2.sqrt() * z

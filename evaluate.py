@@ -172,23 +172,27 @@ def load_inception(path: str | None, data_dir: str, machine: Machine):
         return torch.jit.load(str(file), map_location=machine.device).eval()
 
 @torch.no_grad()
-def inception_outputs(net, images: Tensor, machine: Machine, batch: int, what: str) -> list[Tensor]:
-    """Features (N, F) and class probabilities (N, classes) of uint8 images, grey ones as RGB."""
+def inception_outputs(net, images: Tensor, machine: Machine, batch: int, what: str,
+                      *wanted: str) -> list[Tensor]:
+    """What the network returns for uint8 images, grey ones as RGB, if it is called with each of
+    these flags: return_features for the features (N, F), no_output_bias for the probabilities of
+    the classes (N, classes)."""
     if len(images) < machine.world:
         raise ValueError(f"{len(images)} images cannot be shared by {machine.world} processes")
     rows, mine = [], range(len(images))[machine.share]
     progress = Progress(len(images), what, quiet=not machine.chief)
     for i in range(0, len(mine), batch):
         x = images[list(mine[i:i + batch])].to(machine.device).expand(-1, 3, -1, -1)
-        rows.append([net(x, return_features=True).cpu().double(),
-                     net(x, no_output_bias=True).cpu().double()])
+        rows.append([net(x, **{flag: True}).cpu().double() for flag in wanted])
         progress.update(min((i + len(x)) * machine.world, len(images)))
     return [machine.gather(torch.cat(x), len(images)) for x in zip(*rows)]
 
 def scores(net, made: Tensor, images: Tensor, about: str, machine: Machine, args) -> None:
     """Prints the Inception score of samples, and their FID against `images`."""
-    features, probabilities = inception_outputs(net, made, machine, args.batch_size, "samples seen")
-    real, _ = inception_outputs(net, images, machine, args.batch_size, "images seen")
+    features, probabilities = inception_outputs(net, made, machine, args.batch_size, "samples seen",
+                                                "return_features", "no_output_bias")
+    real, = inception_outputs(net, images, machine, args.batch_size, "images seen",
+                              "return_features")
     if not machine.chief:
         return
     count = f"{len(made)} samples, rounded to 8 bits"
@@ -205,7 +209,7 @@ def scores(net, made: Tensor, images: Tensor, about: str, machine: Machine, args
 def parse(argv):
     """The flags of evaluate.py."""
     parser = Parser(__doc__, "--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip",
-                    "--seed", "--batch-size", "--device", "--precision")
+                    "--seed", "--batch-size", "--device", "--precision", "--compile")
     parser.add_argument("--dataset", type=word, help="as in train.py (default: that of the run)")
     parser.add_argument("--split", choices=("train", "test"), help="which images of the data set "
                         "(default: test; train for --fid)")
@@ -236,7 +240,7 @@ def parse(argv):
 def main(argv=None) -> int:
     """Evaluates a trained network: see the text at the head of this file."""
     args = parse(argv)
-    machine = start_machine(args.device, args.precision)
+    machine = start_machine(args.device, args.precision, args.compile)
     args.batch_size = args.batch_size or (256 if machine.device.type == "cuda" else 16)
     trained, settings, made = None, {}, data.read_tensor(args.samples) if args.samples else None
     if made is None or not args.dataset:

@@ -164,7 +164,7 @@ def interpolation(trained: Trained, sampler: Sampler, model: ddpm.Model, args, m
 def parse(argv):
     """The flags of sample.py."""
     parser = Parser(__doc__, "--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip",
-                    "--seed", "--batch-size", "--device", "--precision")
+                    "--seed", "--batch-size", "--device", "--precision", "--compile")
     parser.add_argument("--n", type=count, help="how many images (default: 64); rows of Figures 6 "
                         "and 8, samples in a row of Figure 7 (default: 8)")
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), help="Algorithm 2, or DDIM's steps "
@@ -199,7 +199,7 @@ def parse(argv):
 def main(argv=None) -> int:
     """Samples images and writes them: see the text at the head of this file."""
     args = parse(argv)
-    machine = start_machine(args.device, args.precision)
+    machine = start_machine(args.device, args.precision, args.compile)
     trained = load(args.checkpoint, args.data_dir, not args.no_ema, machine)
     if args.export:
         weights.export(trained.net, trained.settings, args.export)

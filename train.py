@@ -368,7 +368,7 @@ def parse(argv) -> dict:
     depends on the data and the checkpoint."""
     recipes = (f"For {name} the defaults differ: " + ", ".join(
         f"{key} {value}" for key, value in recipe.items()) for name, recipe in RECIPES.items())
-    parser = Parser(__doc__, "--data-dir", "--device", "--precision", epilog="\n".join(
+    parser = Parser(__doc__, "--data-dir", "--device", "--precision", "--compile", epilog="\n".join(
         textwrap.fill(text, 98) for text in recipes))
     for name, (default, kind, meaning) in SETTINGS.items():
         options = ({"action": argparse.BooleanOptionalAction} if kind is bool else
@@ -380,8 +380,6 @@ def parse(argv) -> dict:
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATASET)")
     parser.add_argument("--init", type=word, help="start from these weights (whatever "
                         "sample.py --checkpoint accepts)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="use torch.compile (default: on CUDA only)")
     parser.add_argument("--deterministic", action="store_true",
                         help="bit-identical results on CUDA too, at some loss of speed")
     return vars(parser.parse_args(argv))
@@ -430,8 +428,9 @@ def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: P
     network = nn.parallel.DistributedDataParallel(net) if machine.world > 1 else net
     part = settings["batch_size"] // machine.world
     part = min(part, settings["micro_batch"] or part)
-    network = machine.compiled(network, part, *images.shape[1:])
-    if machine.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
+    cuda = machine.device.type == "cuda"
+    network = machine.compiled(network, part, *images.shape[1:], default=cuda)
+    if cuda and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         images = images.to(machine.device)
     adam = torch.optim.Adam(net.parameters(), fused=machine.device.type != "mps")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)

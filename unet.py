@@ -157,7 +157,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))      # (B, C, N)
-        scores = q.transpose(1, 2) @ k * q.shape[1] ** -0.5                # (B, N queries, N keys)
+        q = q * q.shape[1] ** -0.5      # before the product, which could overflow in float16
+        scores = q.transpose(1, 2) @ k                                     # (B, N queries, N keys)
         weights = scores.softmax(dim=2)                                    # over the keys
         h = (weights @ v.transpose(1, 2)).transpose(1, 2)                  # (B, C, N queries)
         return x + self.out(h.unflatten(2, x.shape[2:]))

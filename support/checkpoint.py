@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -105,14 +106,21 @@ def build_schedule(settings: dict) -> ddpm.Schedule:
     return ddpm.make_schedule(settings["timesteps"], settings["schedule"], settings["beta_start"],
                               settings["beta_end"])
 
-def inference_model(net: nn.Module, machine: Machine, *shape: int) -> ddpm.Model:
-    """ε_θ(x_t, t) for sampling: a copy of `net` whose weights are cast once, not in every call, and
-    compiled for batches of this shape, if one is given and the machine compiles."""
-    net = copy.deepcopy(net).eval()
-    for module in net.modules():
+@functools.lru_cache(maxsize=1)  # so that the grids of a run compile once
+def inference_copy(net: nn.Module, machine: Machine, *shape: int) -> tuple[nn.Module, nn.Module]:
+    """A copy of `net` whose layers have the machine's precision; and the same, compiled with
+    --compile for batches of this shape, if one is given."""
+    own = copy.deepcopy(net).eval()
+    for module in own.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(machine.dtype)
-    return machine.model(machine.compiled(net, *shape) if shape else net)
+    return own, machine.compiled(own, *shape) if shape else own
+
+def inference_model(net: nn.Module, machine: Machine, *shape: int) -> ddpm.Model:
+    """ε_θ(x_t, t) for sampling: `net` with its weights cast once, not in every call."""
+    own, fast = inference_copy(net, machine, *shape)
+    own.load_state_dict(net.state_dict())  # those of now, should the copy be older
+    return machine.model(fast)
 
 def weights_hash(trained: Trained) -> bytes:
     """A SHA-256 of the network: of its settings and its weights."""

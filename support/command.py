@@ -54,8 +54,10 @@ FLAGS = {  # those that several commands have
     "--batch-size": dict(type=count, help="images at a time (default: 256 on CUDA, else 16)"),
     "--device": dict(help="cuda, cuda:N, mps or cpu (default: the first that is there)"),
     "--precision": dict(choices=("bf16", "fp16", "tf32", "fp32"), help="of convolutions and matrix "
-                        "products (default: bf16 if the hardware has it, else tf32 on CUDA, else "
-                        "fp32; for bits/dim always fp32)"),
+                        "products (default: bf16 if the hardware has it, else fp16 on CUDA of "
+                        "capability 7, tf32 on older CUDA, fp32 elsewhere; for bits/dim fp32)"),
+    "--compile": dict(action=argparse.BooleanOptionalAction, help="use torch.compile (default: for "
+                      "training on CUDA only)"),
 }
 
 class Parser(argparse.ArgumentParser):

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from support.command import UsageError, one_line, say
 
+BACKEND = "inductor"  # of torch.compile
+
 class Machine(NamedTuple):
     """The device and precision of this process, and its place among the processes of torchrun."""
     device: torch.device
     dtype: torch.dtype  # of convolutions and matrix products
     rank: int = 0
     world: int = 1      # how many processes there are
-    compiles: bool = False
+    compiles: bool | None = None    # --compile or --no-compile, if one was given
 
     @property
     def chief(self) -> bool:
@@ -65,25 +67,35 @@ class Machine(NamedTuple):
                 return net(x, t).float()
         return call
 
-    def compiled(self, net: nn.Module, *shape: int) -> nn.Module:
-        """`net` through torch.compile for batches of this shape, if this machine compiles; itself,
-        with a line, if that fails, as without a compiler."""
-        if not self.compiles:
+    def compiled(self, net: nn.Module, *shape: int, default: bool = False) -> nn.Module:
+        """`net` through torch.compile for batches of this shape, with --compile or by default.
+
+        It is tried once, forward and, in training, backward. If that fails, as without a compiler,
+        a line says so, and all processes go on without it: with another program on one of them
+        they would not meet in the same exchanges.
+        """
+        if not (default if self.compiles is None else self.compiles):
             return net
         try:
-            fast, x = torch.compile(net, dynamic=False), torch.zeros(shape, device=self.device)
-            y = self.model(fast)(x, torch.ones(len(x), device=self.device).long())
-            if y.requires_grad:  # in training
-                y.sum().backward()
-            return fast
+            fast = torch.compile(net, backend=BACKEND, dynamic=False)
+            x = torch.zeros(shape, device=self.device)
+            alone = getattr(net, "no_sync", contextlib.nullcontext)  # the others may have failed
+            with alone():
+                y = self.model(fast)(x, torch.ones(len(x), device=self.device).long())
+                if y.requires_grad:
+                    y.sum().backward()
+            works = True
         except Exception as error:  # the compilers raise many kinds of error
             say(f"without torch.compile: {one_line(error)}")
-            return net
+            works = False
+        return fast if self.gather(torch.tensor([works]).int(), self.world).all() else net
 
 def start_machine(device: str | None = None, precision: str | None = None,
                   compiles: bool | None = None) -> Machine:
-    """The machine that the flags ask for, its processes joined by torchrun. It compiles networks,
-    by default, on CUDA only. UsageError if it is not there.
+    """The machine that the flags ask for, its processes joined by torchrun.
+
+    The precision is by default bfloat16 where the hardware has it, else float16 on CUDA of
+    capability 7 (V100, T4), else float32. UsageError if the machine is not there.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
@@ -97,17 +109,17 @@ def start_machine(device: str | None = None, precision: str | None = None,
         raise UsageError(f"--device {device}: there is none here ({one_line(error)})") from error
     if cuda := found.type == "cuda":
         torch.cuda.set_device(found)
-        has_bf16 = torch.cuda.get_device_capability(found) >= (8, 0)
+        major, _ = torch.cuda.get_device_capability(found)
+        best = "bf16" if major >= 8 else "fp16" if major == 7 else "tf32"
         torch.backends.cudnn.benchmark = True
         tf32 = precision != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     else:
         cpu = getattr(torch.cpu, "get_capabilities", dict)() if found.type == "cpu" else {}
-        has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        best = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
     if precision == "tf32" and not cuda:
         raise UsageError("--precision tf32 is a format of NVIDIA GPUs: use bf16 or fp32 here")
-    precision = precision or ("bf16" if has_bf16 else "fp32")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or best, torch.float32)
     if world > 1 and not dist.is_initialized():
         # Waiting for the others happens in C++, where a handler of Python is not heard.
         handlers = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -118,7 +130,7 @@ def start_machine(device: str | None = None, precision: str | None = None,
             raise OSError(f"{world} processes do not find each other: {one_line(error)}") from error
         for n, handler in handlers.items():
             signal.signal(n, handler)
-    return Machine(found, dtype, rank, world, cuda if compiles is None else compiles)
+    return Machine(found, dtype, rank, world, compiles)
 
 def seed_of(*keys) -> int:
     """63 bits, hashed from what the seed is for, such as (seed, "step", 17).

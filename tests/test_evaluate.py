@@ -279,7 +279,7 @@ class Inception(torch.nn.Module):
         features = torch.cat([x, x * x, x[:, :1] * x[:, 1:2]], 1)
         if return_features:
             return features
-        bias = torch.linspace(0, 0 if no_output_bias else 5, features.size(1))
+        bias = torch.linspace(0, 0 if no_output_bias else 5, features.size(1), device=img.device)
         return torch.softmax(8 * features + bias, 1)
 
 

@@ -38,17 +38,18 @@ SMALL = {**test_commands.SETTINGS, "dataset": "images.pt", "channels": 32, "mult
          "variance": "fixed_large"}
 
 
-def random_run() -> dict:
+def random_run(folder="runs/images", **changes) -> dict:
     """A run folder whose networks are random: the network at the last step, and the averaged one."""
+    settings = {**SMALL, **changes}
     g, nets = torch.Generator().manual_seed(0), {}
     for name in ("net", "ema"):
-        nets[name] = build_network(SMALL).eval()
+        nets[name] = build_network(settings).eval()
         for key, value in nets[name].state_dict().items():
             z = torch.randn(value.shape, generator=g)
             value.copy_(0 * z + 1 if re.search(r"norm.*weight", key) else
                         (0.4 if key.startswith("conv_out") else 0.1) * z)
-    save_checkpoint(Path("runs/images/checkpoint.pt"), {
-        "settings": SMALL, "step": 1, **{name: net.state_dict() for name, net in nets.items()}})
+    save_checkpoint(Path(folder, "checkpoint.pt"), {
+        "settings": settings, "step": 1, **{name: net.state_dict() for name, net in nets.items()}})
     return nets
 
 

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from support.checkpoint import Trained, build_schedule, load, load_checkpoint, save_checkpoint
 from support.command import Parser, Progress, command, count, one_line, real, say, written
+from support import machine
 from support.machine import start_machine
 
 import torch
@@ -259,7 +260,7 @@ def main(argv=None) -> int:
     args.data_dir = str(Path(args.data_dir).resolve())
     args.pick = lambda whole, tiny: tiny if args.rehearse else whole
     if args.rehearse:
-        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+        machine.BACKEND = "aot_eager"
     args.out, args.name = args.out.resolve(), args.pick("gpu", "rehearsal")
     kept = args.out / f"{args.name}.json"
     args.results = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
