@@ -19,6 +19,7 @@ import itertools
 import math
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from support import data
@@ -173,8 +174,8 @@ def transmit(trained: Trained, code: Code, b: int, picture: Tensor | None = None
         return message(t, rounded(p.mean), p.sigma2.sqrt(), q.mean)
 
     x_T = message(s.T, x, torch.ones(()), s.alpha_bars[s.T].sqrt() * x0)
-    return ddpm.receive(s, lambda x, t: rounded(net(x, t)), x_T, receive,
-                        **{**trained.choices, "variance": "fixed_small"})
+    model = replace(trained.model, s=s, net=lambda x, t: rounded(net(x, t)), variance="fixed_small")
+    return ddpm.receive(model, x_T, receive)
 
 def header(trained: Trained, b: int, length: int) -> bytes:
     """How a file begins that was made with this network and goes on for `length` bytes."""

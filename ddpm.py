@@ -1,7 +1,7 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the mathematics.
 
 Read it from top to bottom beside the paper (arXiv 2006.11239): sections, equations, algorithms and
-symbols are the paper's, in its order but for Eqs. 1 and 15. The network is any `model(x_t, t)`.
+symbols are the paper's, in its order but for Eqs. 1 and 15. The network is any `net(x_t, t)`.
 
     t         the paper's time 1 … T: (B,) int64, one number for each image of the batch; in the
               algorithms, where all images have the same time, one int
@@ -9,18 +9,20 @@ symbols are the paper's, in its order but for Eqs. 1 and 15. The network is any 
     eps, z    noise ~ N(0, I) of the same shape, which the caller draws
     x0_hat    x̂_0, an estimate of x_0 (Eq. 15)
     s         a Schedule: β_t, α_t and ᾱ_t for t = 0 … T, on the device of t: `s.to(device)`
+    model     a Model, which is p_θ: the schedule, the network and three choices
     D         the number of dimensions of one x0; for images C · H · W
 
 A function `*_mean_variance` returns a distribution. A function that returns a sample takes its
-noise as an argument. `sigma2` is a variance σ², a tensor; `variance` is the word that chooses one.
+noise as an argument. `sigma2` is a variance σ² (a tensor); `variance` (a string) selects one.
 Likelihoods are in nats, summed over all dimensions unless the docstring says otherwise;
 `bits_per_dim` converts them.
 
     s = make_schedule().to(x0.device)
+    model = Model(s, net)                                                     # p_θ
     t = torch.randint(1, s.T + 1, (len(x0),), device=x0.device)
-    loss = loss_simple(s, model, x0, t, torch.randn_like(x0)).mean()          # Algorithm 1, line 5
+    loss = loss_simple(model, x0, t, torch.randn_like(x0)).mean()             # Algorithm 1, line 5
     with torch.no_grad():
-        for state in p_sample_loop(s, model, x_T, lambda t: torch.randn_like(x_T)):
+        for state in p_sample_loop(model, x_T, lambda t: torch.randn_like(x_T)):
             print(state.t, state.x_t, state.x0_hat)                           # Algorithm 2
 """
 from __future__ import annotations
@@ -32,7 +34,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-Model = Callable[[Tensor, Tensor], Tensor]
+Network = Callable[[Tensor, Tensor], Tensor]
 
 # === §2  Background ===============================================================================
 #
@@ -303,49 +305,73 @@ def vlb_weight(s: Schedule, t: Tensor, variance: str = "fixed_large") -> Tensor:
 
 # --- p_θ(x_{t−1} | x_t) ---------------------------------------------------------------------------
 
+class Prediction(NamedTuple):
+    """What a network predicts: its target in training, and the x̂_0 that its output stands for."""
+    target: Callable[[Schedule, Tensor, Tensor, Tensor, Tensor], Tensor]  # of s, x0, x_t, t, eps
+    x0_hat: Callable[[Schedule, Tensor, Tensor, Tensor], Tensor]          # of s, x_t, t, output
+
+PREDICTIONS = {  # one entry is all that another prediction needs
+    "eps": Prediction(lambda s, x0, x_t, t, eps: eps, predict_x0_from_eps),              # ε
+    "x0": Prediction(lambda s, x0, x_t, t, eps: x0, lambda s, x_t, t, out: out),         # §3.2
+    "mean": Prediction(lambda s, x0, x_t, t, eps: q_posterior_mean_variance(s, x0, x_t, t).mean,
+                       predict_x0_from_mean),                                # μ̃_t, Table 2
+}
+VARIANCES = ("fixed_large", "fixed_small", "learned")
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """p_θ(x_{t−1} | x_t) = N(μ_θ(x_t, t), Σ_θ(x_t, t)) for t = 1 … T.   [DDPM Eq. 1]
+
+    net: the network, net(x_t, t) → (B, …). predict: what it returns, a key of PREDICTIONS.
+    variance: "fixed_large" or "fixed_small" (§3.2), or "learned" (Table 2): then the network
+    returns twice the channels, and the second half is log σ², one number for each dimension.
+    clip: Ho et al.'s code, not the paper: x̂_0 is clamped to [−1, 1] before Eq. 7 is applied.
+    ValueError for names that are not there. Fewer steps: `replace(model, s=respace(s, 50))`.
+    """
+    s: Schedule
+    net: Network
+    predict: str = "eps"
+    variance: str = "fixed_large"
+    clip: bool = True
+
+    def __post_init__(self):
+        for name, known in ((self.predict, PREDICTIONS), (self.variance, VARIANCES)):
+            if name not in known:
+                raise ValueError(f"{name!r} is none of {', '.join(known)}")
+
+def predict_x0(model: Model, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x̂_0(x_t) from the output of the network, and log σ² if it is learned.   [DDPM Eq. 15]
+
+    After `respace` the network is shown, and its output read at, the times of the full schedule.
+    """
+    full, tau, log_sigma2 = model.s.full or model.s, _at(model.s.times, t), None
+    out = model.net(x_t, tau)
+    if model.variance == "learned":
+        out, log_sigma2 = out.chunk(2, dim=1)
+    x0_hat = PREDICTIONS[model.predict].x0_hat(full, x_t, tau, out)
+    return (x0_hat.clamp(-1, 1) if model.clip else x0_hat), log_sigma2
+
 class Reverse(NamedTuple):
     """p_θ(x_{t−1} | x_t) of Eq. 1 as a Gaussian, with the x̂_0 that belongs to it."""
     mean: Tensor
     sigma2: Tensor
     x0_hat: Tensor
 
-def p_mean_variance(s: Schedule, model: Model, x_t: Tensor, t: Tensor, predict: str = "eps",
-                    variance: str = "fixed_large", clip: bool = True) -> Reverse:
+def p_mean_variance(model: Model, x_t: Tensor, t: Tensor) -> Reverse:
     """p_θ(x_{t−1} | x_t) = N(μ_θ(x_t, t), σ_t² I), with μ_θ = μ̃_t(x_t, x̂_0).   [DDPM Eqs. 1, 11]
 
-    predict: what the network returns: "eps" for ε, "x0" for x_0 (§3.2), "mean" for μ̃_t (Table 2).
-    variance: "fixed_large", "fixed_small", or "learned" (Table 2): then the network returns twice
-    the channels, and the second half is log σ², one number for each dimension.
-    clip: Ho et al.'s code, not the paper: x̂_0 is clamped to [−1, 1] before Eq. 7 is applied. Where
-    nothing is clamped, Eq. 7 gives Eq. 11. A predicted mean stays as it is, except after `respace`,
-    since it is a mean of the full schedule.
-    ValueError for "learned" with a schedule of `respace`: the network knows the variance of its own
-    steps only.
+    Where nothing is clipped, μ̃_t(x_t, x̂_0) of Eq. 7 is the μ_θ of Eq. 11. ValueError for a learned
+    variance after `respace`: the network knows the variance of its own steps only.
     """
-    out = model(x_t, _at(s.times, t))
-    if variance == "learned":
-        if s.full is not None:
-            raise ValueError("a learned variance can only be sampled with all its time steps")
-        out, log_sigma2 = out.chunk(2, dim=1)
+    s = model.s
+    x0_hat, log_sigma2 = predict_x0(model, x_t, t)
+    if log_sigma2 is None:
+        sigma2 = _like(p_variance(s, t, model.variance), x_t)
+    elif s.full is None:
         sigma2 = log_sigma2.exp()
     else:
-        sigma2 = _like(p_variance(s, t, variance), x_t)
-
-    if predict == "eps":
-        x0_hat = predict_x0_from_eps(s, x_t, t, out)
-    elif predict == "x0":
-        x0_hat = out
-    elif predict == "mean":
-        x0_hat = predict_x0_from_mean(s.full or s, x_t, _at(s.times, t), out)
-    else:
-        raise ValueError(f"no network predicts {predict!r}: choose eps, x0 or mean")
-    if clip:
-        x0_hat = x0_hat.clamp(-1, 1)
-
-    if predict == "mean" and s.full is None:
-        mean = out
-    else:
-        mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean
+        raise ValueError("a learned variance can only be sampled with all its time steps")
+    mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean
     return Reverse(mean, sigma2, x0_hat)
 
 # --- Algorithm 2: sampling ------------------------------------------------------------------------
@@ -360,23 +386,23 @@ def p_sample(p: Gaussian | Reverse, z: Tensor) -> Tensor:
     """x_{t−1} = μ_θ(x_t, t) + σ_t z.   [DDPM Alg. 2, line 4]"""
     return p.mean + p.sigma2.sqrt() * z
 
-def p_sample_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
-                  start: int | None = None, **choices) -> Iterator[State]:
+def p_sample_loop(model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
+                  start: int | None = None) -> Iterator[State]:
     """x_{t−1} = μ_θ(x_t, t) + σ_t z for t = T … 1, with z = 0 at t = 1.   [DDPM Alg. 2]
 
     x_T: (B, …) ~ N(0, I). noise(t): returns the z ~ N(0, I) of the step from t to t − 1, and is not
-    called at t = 1. start: begin at this time in place of T; x_T is then x_start. choices: predict,
-    variance and clip of `p_mean_variance`. Yields the states at t = T … 0; the last one holds x_0.
+    called at t = 1. start: begin at this time instead of T; x_T is then x_start. Yields the states
+    at t = T … 0; the last one holds x_0.
     """
     # 1: x_T ~ N(0, I), drawn by the caller
     x_t = x_T
     # 2: for t = T, …, 1 do
-    for t in range(s.T if start is None else start, 0, -1):
+    for t in range(model.s.T if start is None else start, 0, -1):
         # 3: z ~ N(0, I) if t > 1, else z = 0
         z = noise(t) if t > 1 else torch.zeros_like(x_t)
         # 4: x_{t−1} = (x_t − (1 − α_t)/√(1 − ᾱ_t) ε_θ(x_t, t)) / √α_t + σ_t z, where the first
         #    part is p.mean (Eq. 11, as Eq. 7 with x̂_0)
-        p = p_mean_variance(s, model, x_t, _all(t, x_t), **choices)
+        p = p_mean_variance(model, x_t, _all(t, x_t))
         yield State(t, x_t, p.x0_hat)
         x_t = p_sample(p, z)
     # 6: return x_0
@@ -443,27 +469,29 @@ def bits_per_dim(nats: Tensor, x0: Tensor) -> Tensor:
 #
 #     L_simple(θ) = E_{t,x_0,ε}[ ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖² ]                   [Eq. 14]
 
-def loss_simple(s: Schedule, model: Model, x0: Tensor, t: Tensor, eps: Tensor,
-                predict: str = "eps") -> Tensor:
+def loss_simple(model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖² / D for each image.   [DDPM Eq. 14; Alg. 1, line 5]
 
     Returns (B,), to be averaged over a batch in which t is uniform on 1 … T. The factor 1/D is the
     released code's; the paper has none. For t > 1 it is Eq. 12 without its weight, which is largest
     at small t. So L_simple gives the errors at small t, where x_t has little noise, less weight
-    than the bound does. At t = 1 it approximates L_0 (see PAPER.md). Algorithm 1 is
+    than the bound does. At t = 1 it approximates L_0 (see PAPER.md). A network that predicts
+    something else is compared with that instead of ε (§3.2, Table 2). Algorithm 1 is
     `train.training_step`, which `train.train` repeats.
-    predict: "x0" (§3.2) and "mean" (Table 2) compare the network with x_0 and μ̃_t in place of ε.
     """
-    x_t = q_sample(s, x0, t, eps)
-    if predict == "eps":
-        target = eps
-    elif predict == "x0":
-        target = x0
-    elif predict == "mean":
-        target = q_posterior_mean_variance(s, x0, x_t, t).mean
-    else:
-        raise ValueError(f"no network predicts {predict!r}: choose eps, x0 or mean")
-    return (target - model(x_t, _at(s.times, t))).square().flatten(1).mean(1)
+    x_t = q_sample(model.s, x0, t, eps)
+    target = PREDICTIONS[model.predict].target(model.s, x0, x_t, t, eps)
+    return (target - model.net(x_t, _at(model.s.times, t))).square().flatten(1).mean(1)
+
+def loss_vlb(model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """L_{t−1} of Eq. 5 (L_0 at t = 1) in bits/dim for each image.   [DDPM Table 2, the objective L]
+
+    Takes and returns what `loss_simple` does; over uniform t its mean is (L − L_T)/T. The L of
+    Table 2 has no clipping: `clip` should be False.
+    """
+    x_t = q_sample(model.s, x0, t, eps)
+    p = p_mean_variance(model, x_t, t)
+    return bits_per_dim(vlb_term(model.s, x0, x_t, t, p), x0)
 
 # === §4.3  Progressive coding =====================================================================
 #
@@ -482,36 +510,35 @@ class Sent(NamedTuple):
     x0_hat: Tensor  # x̂_0(x_t), the receiver's estimate; x_0 itself at t = 0
     rate: Tensor    # (B,) nats sent so far: L_T + Σ_{u>t} L_{u−1}
 
-def send(s: Schedule, model: Model, x0: Tensor, noise: Callable[[int], Tensor],
-         **choices) -> Iterator[Sent]:
+def send(model: Model, x0: Tensor, noise: Callable[[int], Tensor]) -> Iterator[Sent]:
     """x_T ~ q(x_T | x_0); x_t ~ q(x_t | x_{t+1}, x_0) for t = T − 1 … 1; x_0.   [DDPM Alg. 3]
 
     x0: (B, …) on the 256 levels of Eq. 13. noise(t): the noise ~ N(0, I) with which x_t is drawn
-    (in `p_sample_loop` it draws x_{t−1}); choices: of `p_mean_variance`. No bits are produced;
-    their expected length is summed. Yields t = T … 0, where the rate at t = 1 is L_T + … + L_1, and
-    that at t = 0 is the whole of Eq. 5.
+    (in `p_sample_loop` it draws x_{t−1}). No bits are produced; their expected length is summed.
+    Yields t = T … 0, where the rate at t = 1 is L_T + … + L_1, and at t = 0 the whole of Eq. 5.
     """
+    s = model.s
     # 1: send x_T ~ q(x_T | x_0) using p(x_T), for L_T nats
     x = q_sample(s, x0, _all(s.T, x0), noise(s.T))
     rate = prior_kl(s, x0)
     # 2: for t = T − 1, …, 1 do   (here x is x_{t+1})
     for t in range(s.T - 1, 0, -1):
         sent = _all(t + 1, x0)
-        p = p_mean_variance(s, model, x, sent, **choices)
+        p = p_mean_variance(model, x, sent)
         yield Sent(t + 1, x, p.x0_hat, rate)
         # 3: send x_t ~ q(x_t | x_{t+1}, x_0) using p_θ(x_t | x_{t+1}), for L_t nats
         q = q_posterior_mean_variance(s, x0, x, sent)
         rate = rate + vlb_term(s, x0, x, sent, p)
         x = p_sample(q, noise(t))
     # 5: send x_0 using p_θ(x_0 | x_1), for L_0 nats   (here x is x_1)
-    p = p_mean_variance(s, model, x, _all(1, x0), **choices)
+    p = p_mean_variance(model, x, _all(1, x0))
     yield Sent(1, x, p.x0_hat, rate)
     yield Sent(0, x0, x0, rate + vlb_term(s, x0, x, _all(1, x0), p))
 
 # --- Algorithm 4: receiving -----------------------------------------------------------------------
 
-def receive(s: Schedule, model: Model, x_T: Tensor, decode: Callable[[int, Reverse], Tensor],
-            **choices) -> Iterator[State]:
+def receive(model: Model, x_T: Tensor,
+            decode: Callable[[int, Reverse], Tensor]) -> Iterator[State]:
     """x_t, received using p_θ(x_t | x_{t+1}), for t = T − 1 … 0.   [DDPM Alg. 4]
 
     x_T: (B, …), received using p(x_T). decode(t, p): the caller's decoder, which returns the x_t
@@ -521,8 +548,8 @@ def receive(s: Schedule, model: Model, x_T: Tensor, decode: Callable[[int, Rever
     # 1: receive x_T using p(x_T)
     x = x_T
     # 2: for t = T − 1, …, 0 do   (here x is x_{t+1})
-    for t in range(s.T - 1, -1, -1):
-        p = p_mean_variance(s, model, x, _all(t + 1, x), **choices)
+    for t in range(model.s.T - 1, -1, -1):
+        p = p_mean_variance(model, x, _all(t + 1, x))
         yield State(t + 1, x, p.x0_hat)
         # 3: receive x_t using p_θ(x_t | x_{t+1})
         x = decode(t, p)
@@ -546,21 +573,20 @@ def distortion(x0: Tensor, x0_hat: Tensor) -> Tensor:
 
 # === §4.4  Interpolation ==========================================================================
 
-def interpolate(s: Schedule, model: Model, x0: Tensor, other: Tensor, lam: Tensor, t: int,
-                eps: Tensor, eps_other: Tensor, noise: Callable[[int], Tensor],
-                loop: Callable[..., Iterator[State]] = p_sample_loop,
-                **choices) -> Iterator[State]:
+def interpolate(model: Model, x0: Tensor, other: Tensor, lam: Tensor, t: int, eps: Tensor,
+                eps_other: Tensor, noise: Callable[[int], Tensor],
+                loop: Callable[..., Iterator[State]] = p_sample_loop) -> Iterator[State]:
     """x̄_t = (1 − λ) x_t + λ x'_t, decoded by p_θ from the same t.   [DDPM §4.4]
 
     lam: (B,), one λ in [0, 1] for each row of the batch; x0, other: (B, …), the two images in each
     row; t: one number, 500 in the paper; eps, eps_other: the noise that encodes them as x_t and
-    x'_t (Eq. 4), the same for every λ; loop: Algorithm 2, or `ddim_loop`; noise, choices: as there.
+    x'_t (Eq. 4), the same for every λ; loop: Algorithm 2, or `ddim_loop`; noise: as there.
     Yields the states at t, t − 1, …, 0. (Where x_t and x'_t stand, the paper prints x_0 and x'_0.)
     """
-    x_t = q_sample(s, x0, _all(t, x0), eps)
-    other_t = q_sample(s, other, _all(t, x0), eps_other)
+    x_t = q_sample(model.s, x0, _all(t, x0), eps)
+    other_t = q_sample(model.s, other, _all(t, x0), eps_other)
     mixed = (1 - _like(lam, x0)) * x_t + _like(lam, x0) * other_t
-    return loop(s, model, mixed, noise, start=t, **choices)
+    return loop(model, mixed, noise, start=t)
 
 # === Not in the paper: fewer sampling steps =======================================================
 
@@ -587,20 +613,20 @@ def respace(s: Schedule, times: int | Sequence[int]) -> Schedule:
     full = s if s.full is None else s.full
     return Schedule(1 - alphas, alphas, alpha_bars, s.times[tau], full)
 
-def ddim_loop(s: Schedule, model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
-              start: int | None = None, eta: float = 0.0, **choices) -> Iterator[State]:
+def ddim_loop(model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
+              start: int | None = None, eta: float = 0.0) -> Iterator[State]:
     """x_{t−1} = √ᾱ_{t−1} x̂_0 + √(1 − ᾱ_{t−1} − σ²) ε̂ + σ z,  σ² = η² β̃_t.   [Song et al. 2021]
 
     ε̂ is the noise that takes x̂_0 to x_t (Eq. 15 inverted). If x̂_0 were x_0, then x_{t−1} would
     have the distribution of Eq. 4 for every η in [0, 1]. With η = 1 this is Algorithm 2 with
     σ_t² = β̃_t, whose mean is Eq. 7. With η = 0 no noise is added, and x_0 is a function of x_T
-    alone. At t = 1 the result is x̂_0. The other arguments and the states are those of
-    `p_sample_loop`.
+    alone. At t = 1 the result is x̂_0. The model's variance has no part in it. The other arguments
+    and the states are those of `p_sample_loop`.
     """
-    x_t = x_T
+    s, x_t = model.s, x_T
     for t in range(s.T if start is None else start, 0, -1):
         now = _all(t, x_t)
-        x0_hat = p_mean_variance(s, model, x_t, now, **choices).x0_hat
+        x0_hat, _ = predict_x0(model, x_t, now)
         yield State(t, x_t, x0_hat)
         eps = predict_eps_from_x0(s, x_t, now, x0_hat)
         z = noise(t) if eta and t > 1 else torch.zeros_like(x_t)

@@ -14,6 +14,7 @@ import math
 import sys
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from support import data
@@ -44,20 +45,20 @@ def strata(T: int, K: int) -> list[tuple[int, int]]:
         ends.append(max(ends[-1], round(2 * ((T + 1) / 2) ** (k / K))))
     return [(first, end - 1) for first, end in zip(ends, ends[1:]) if end > first]
 
-def estimate(s: ddpm.Schedule, model: ddpm.Model, x0: Tensor, index: range, seed: int, K: int,
-             noise: Noise, **choices) -> Tensor:
+def estimate(model: ddpm.Model, x0: Tensor, index: range, seed: int, K: int,
+             noise: Noise) -> Tensor:
     """L_T + Σ_k length_k · L_{t_k−1} + L_0, t_k uniform in the k-th of K strata.   [DDPM Eq. 5]
 
     It is unbiased for Eq. 5, whatever the strata are. x0: 8-bit images (B, …); index: their numbers
     in the data set; noise: theirs → (B, 3) nats: L_T, L_1 + … + L_{T−1}, L_0.
     """
-    terms = []
+    s, terms = model.s, []
     for k, (first, last) in enumerate([(1, 1), *strata(s.T, K)]):
         length = last - first + 1
         t = torch.tensor([first + seed_of(seed, "stratum", i, k) % length for i in index],
                          device=x0.device)
         x_t = ddpm.q_sample(s, x0, t, noise(t))
-        p = ddpm.p_mean_variance(s, model, x_t, t, **choices)
+        p = ddpm.p_mean_variance(model, x_t, t)
         terms.append(length * ddpm.vlb_term(s, x0, x_t, t, p))
     middle = sum(terms[1:], torch.zeros_like(terms[0]))
     return torch.stack([ddpm.prior_kl(s, x0), middle, terms[0]], 1)
@@ -71,8 +72,10 @@ def spread(values: Tensor) -> str:
 def likelihood(trained: Trained, images: Tensor, machine: Machine, args, table) -> None:
     """Prints the parts of Eq. 5 in bits/dim. With all T terms, also rate and distortion over t,
     which go into `table`, a file."""
-    s, model = trained.s.to(machine.device), inference_model(trained.net, machine)
-    choices = {**trained.choices, **({"clip": False} if args.no_clip else {})}
+    model = inference_model(trained.model, machine)
+    if args.no_clip:
+        model = replace(model, clip=False)
+    s = model.s
     n, mine = len(images), range(len(images))[machine.share]
     progress = Progress(n, "images", quiet=not machine.chief)
     parts = [torch.zeros(0, 3, dtype=torch.float64)]
@@ -82,10 +85,10 @@ def likelihood(trained: Trained, images: Tensor, machine: Machine, args, table) 
         x0 = data.to_model(images[list(index)]).to(machine.device)
         noise = Noise(args.seed, index, trained.shape, machine.device)
         if args.terms:
-            bound = estimate(s, model, x0, index, args.seed, args.terms, noise, **choices)
+            bound = estimate(model, x0, index, args.seed, args.terms, noise)
         else:
             rates, curve = {}, []
-            for t, _, x0_hat, rate in ddpm.send(s, model, x0, noise, **choices):
+            for t, _, x0_hat, rate in ddpm.send(model, x0, noise):
                 rates[t] = rate
                 if t:
                     curve.append(torch.stack([rate.cpu(), ddpm.distortion(x0, x0_hat).cpu()], 1))

@@ -22,6 +22,7 @@ import io
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -40,8 +41,8 @@ import ddpm
 
 class Sampler(NamedTuple):
     """How samples are drawn."""
-    s: ddpm.Schedule
-    loop: Callable[..., Iterator[ddpm.State]]   # loop(s, model, x, noise, start=None)
+    model: ddpm.Model
+    loop: Callable[..., Iterator[ddpm.State]]   # loop(model, x, noise, start=None)
     about: str                                  # the same in words
 
 def choose_sampler(trained: Trained, steps: int | None = None, sampler: str | None = None,
@@ -65,16 +66,15 @@ def choose_sampler(trained: Trained, steps: int | None = None, sampler: str | No
         sampler = "ddim" if noisy or eta is not None else "ddpm"
     if (sampler == "ddpm" and eta is not None) or (sampler == "ddim" and variance):
         raise UsageError("--eta goes with --sampler ddim, --variance with --sampler ddpm")
-    choices = dict(trained.choices, variance=variance or trained.settings["variance"])
-    if clip is not None:
-        choices["clip"] = clip
-    calls = f"{s.T} network calls an image" + ("" if choices["clip"] else ", x̂_0 not clipped")
+    model = trained.model
+    model = replace(model, s=s, variance=variance or model.variance,
+                    clip=model.clip if clip is None else clip)
+    calls = f"{s.T} network calls an image" + ("" if model.clip else ", x̂_0 not clipped")
     if sampler == "ddim":
         eta = eta or 0.0
-        return Sampler(s, functools.partial(ddpm.ddim_loop, eta=eta, **choices),
+        return Sampler(model, functools.partial(ddpm.ddim_loop, eta=eta),
                        f"DDIM with η = {eta:g}, {calls}")
-    return Sampler(s, functools.partial(ddpm.p_sample_loop, **choices),
-                   f"Algorithm 2 with σ_t² {choices['variance']}, {calls}")
+    return Sampler(model, ddpm.p_sample_loop, f"Algorithm 2 with σ_t² {model.variance}, {calls}")
 
 @torch.no_grad()
 def draw_batches(trained: Trained, indices: Sequence[int], seed: int = 0,
@@ -86,19 +86,18 @@ def draw_batches(trained: Trained, indices: Sequence[int], seed: int = 0,
     batch, and all of them get all images.
     """
     machine = machine or start_machine(str(next(trained.net.parameters()).device))
-    s, loop, _ = choose_sampler(trained, **how)
+    model, loop, _ = choose_sampler(trained, **how)
     share = min(batch_size or (256 if machine.device.type == "cuda" else 16),
                 -(-len(indices) // machine.world)) or 1
-    size, s = machine.world * share, s.to(machine.device)
-    model = inference_model(trained.net, machine, share, *trained.shape)
+    size, model = machine.world * share, inference_model(model, machine, share, *trained.shape)
     for i in range(0, len(indices), size):
         batch = indices[i:i + size]
         # A network is compiled for one shape: the last batch is filled up with any images.
         filled = [*batch, *[0] * (size - len(batch))] if machine.compiles else batch
         noise = Noise(seed, filled[machine.share], trained.shape, machine.device)
-        for t, x_t, _ in loop(s, model, noise(0), noise):  # line 1: noise(0) is x_T
+        for t, x_t, _ in loop(model, noise(0), noise):  # line 1: noise(0) is x_T
             if progress:
-                progress.update(i + len(batch) * (1 - t / s.T))
+                progress.update(i + len(batch) * (1 - t / model.s.T))
         yield batch, machine.gather(data.to_uint8(x_t), len(filled))[:len(batch)]
 
 def draw_samples(trained: Trained, n: int, *arguments, **options) -> Tensor:
@@ -107,35 +106,37 @@ def draw_samples(trained: Trained, n: int, *arguments, **options) -> Tensor:
 
 # === The figures ==================================================================================
 
-def progressive(trained: Trained, sampler: Sampler, model: ddpm.Model, args, machine) -> Tensor:
+def progressive(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
     """Figure 6: a row is x̂_0(x_t) at eleven times from T to 1, and x_0 at its end."""
-    s, noise = sampler.s, Noise(args.seed, range(args.n), trained.shape, machine.device)
+    model, loop, _ = sampler
+    s, noise = model.s, Noise(args.seed, range(args.n), trained.shape, machine.device)
     shown = {round(t) for t in torch.linspace(s.T, 1, min(11, s.T)).tolist()} | {0}
     progress, columns = Progress(s.T, "steps", quiet=not machine.chief), []
-    for t, _, x0_hat in sampler.loop(s, model, noise(), noise):
+    for t, _, x0_hat in loop(model, noise(), noise):
         progress.update(s.T - t)
         if t in shown:
             columns.append(data.to_uint8(x0_hat).cpu())
     return data.tiled(torch.stack(columns, 1).flatten(0, 1), len(columns))
 
-def shared(trained: Trained, sampler: Sampler, model: ddpm.Model, args, machine) -> Tensor:
+def shared(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
     """Figure 7: a row is x_t, and then samples that share it, for t = T, 3T/4, T/2 and T/4."""
-    s, noise = sampler.s, Noise(args.seed, [0], trained.shape, machine.device)
+    model, loop, _ = sampler
+    s, noise = model.s, Noise(args.seed, [0], trained.shape, machine.device)
     times = [max(1, round(s.T * part)) for part in (1, 0.75, 0.5, 0.25)]
-    x = {t: x_t for t, x_t, _ in sampler.loop(s, model, noise(), noise) if t in times}
+    x = {t: x_t for t, x_t, _ in loop(model, noise(), noise) if t in times}
     progress, done, rows = Progress(sum(times), "steps", quiet=not machine.chief), 0, []
     for t in times:
         names = [("shared", t, i) for i in range(args.n)]
         own = Noise(args.seed, names, trained.shape, machine.device)
-        for state in sampler.loop(s, model, x[t].expand(args.n, *trained.shape), own, start=t):
+        for state in loop(model, x[t].expand(args.n, *trained.shape), own, start=t):
             progress.update(done + t - state.t)
         done += t
         rows.append(data.to_uint8(torch.cat([x[t], state.x_t])).cpu())
     return data.tiled(torch.cat(rows), 1 + args.n)
 
-def interpolation(trained: Trained, sampler: Sampler, model: ddpm.Model, args, machine) -> Tensor:
+def interpolation(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
     """Figure 8: a row is an image, decoded mixtures for λ = 0, ⅛, …, 1, and the other image."""
-    s, name = sampler.s, args.dataset or trained.settings.get("dataset")
+    (model, loop, _), name = sampler, args.dataset or trained.settings.get("dataset")
     if not name:
         raise UsageError("--interpolate needs --dataset: the checkpoint names none")
     with machine.chief_first():
@@ -143,7 +144,7 @@ def interpolation(trained: Trained, sampler: Sampler, model: ddpm.Model, args, m
     if tuple(images.shape[1:]) != trained.shape:
         raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, the network's "
                          f"{trained.shape}")
-    start = int((s.times - (args.time or trained.s.T // 2)).abs()[1:].argmin()) + 1
+    start = int((model.s.times - (args.time or trained.s.T // 2)).abs()[1:].argmin()) + 1
     progress, rows = Progress(args.n * start, "steps", quiet=not machine.chief), []
     pick = torch.Generator().manual_seed(seed_of(args.seed, "pairs"))
     for row, pair in enumerate(torch.randint(len(images), (args.n, 2), generator=pick)):
@@ -153,8 +154,8 @@ def interpolation(trained: Trained, sampler: Sampler, model: ddpm.Model, args, m
         eps, eps_other = Noise(args.seed, ends, trained.shape, machine.device)()[:, None]
         noise = Noise(args.seed, [("row", row)], trained.shape, machine.device)
         many = (len(lam), *trained.shape)
-        for state in ddpm.interpolate(s, model, x0.expand(many), other.expand(many), lam, start,
-                                      eps, eps_other, noise, sampler.loop):
+        for state in ddpm.interpolate(model, x0.expand(many), other.expand(many), lam, start, eps,
+                                      eps_other, noise, loop):
             progress.update(row * start + start - state.t)
         rows.append(data.to_uint8(torch.cat([x0, state.x_t, other])).cpu())
     return data.tiled(torch.cat(rows), len(lam) + 2)
@@ -218,10 +219,9 @@ def main(argv=None) -> int:
     else:  # the file is opened before the work, and only the chief writes it
         with written(args.out) if machine.chief else nullcontext(io.BytesIO()) as file:
             if args.figure:
-                model = inference_model(trained.net, machine)
-                sampler = sampler._replace(s=sampler.s.to(machine.device))
+                sampler = sampler._replace(model=inference_model(sampler.model, machine))
                 with torch.no_grad():
-                    picture = args.figure(trained, sampler, model, args, machine)
+                    picture = args.figure(trained, sampler, args, machine)
             else:
                 progress = Progress(args.n, "samples", quiet=not machine.chief)
                 picture = draw_samples(trained, args.n, args.seed, args.batch_size, machine,

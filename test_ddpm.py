@@ -6,6 +6,7 @@ kernel of Eq. 2 that the whole paper follows from. All in float64, to 1e-9.
 import functools
 import math
 import warnings
+from dataclasses import replace
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
@@ -16,7 +17,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import ddpm
-from ddpm import Gaussian
+from ddpm import Gaussian, Model
 
 hypothesis.settings.register_profile("ddpm", deadline=None, derandomize=True, database=None,
                                      max_examples=50)
@@ -310,8 +311,8 @@ def test_eq11_every_prediction_gives_the_posterior_mean(betas, seed, predict):
         mean, _ = conditioned(s, t, x0, x_t)
         answer = {"eps": eps, "x0": x0, "mean": mean}[predict]
         seen = []
-        p = ddpm.p_mean_variance(s, lambda x, u: seen.append(u) or answer, x_t, at(t), predict,
-                                 clip=False)
+        model = Model(s, lambda x, u: seen.append(u) or answer, predict, clip=False)
+        p = ddpm.p_mean_variance(model, x_t, at(t))
         same(p.mean, mean, 1e-9, 1e-9 / a)
         assert seen[0].tolist() == [t]
 
@@ -327,31 +328,32 @@ def test_eq11_is_eq07_with_the_x0_of_eq15(betas, seed):
     x0 = torch.tensor([[-2.0, -1.0, -0.7, 0.0, 0.7, 1.0, 2.0]], dtype=F64)
     for t in {1, (s.T + 1) // 2, s.T}:
         (a, v), (scale, noise) = iterated(s, t), kernel(s, t)
-        p = ddpm.p_mean_variance(s, lambda x, u: eps, x_t, at(t), clip=False)
+        p = ddpm.p_mean_variance(Model(s, lambda x, u: eps, clip=False), x_t, at(t))
         same(p.mean, (x_t - noise ** 2 / math.sqrt(v) * eps) / scale, 1e-9, 1e-9)
         if a * a >= 1e-8:
             behind = (x_t - a * x0) / math.sqrt(v)          # the ε_θ that has this x̂_0
-            p = ddpm.p_mean_variance(s, lambda x, u: behind, x_t, at(t))
+            p = ddpm.p_mean_variance(Model(s, lambda x, u: behind), x_t, at(t))
             same(p.x0_hat, x0.clamp(-1, 1), 1e-9, 1e-9 / a)
             eq11 = (x_t - noise ** 2 / math.sqrt(v) * behind) / scale
             same(p.mean[:, 1:-1], eq11[:, 1:-1], 1e-9, 1e-9)
 
 
 def test_eq11_clipping_comes_before_the_mean():
-    """With clip, x̂_0 is clipped to [−1, 1] and Eq. 7 uses it; a predicted mean stays as it is.
+    """With clip, x̂_0 is clipped to [−1, 1] and Eq. 7 uses it, whatever is predicted; without it, a
+    predicted mean stays as it is.
 
-    Kills: x̂_0 clipped after the mean was taken, the mean clipped."""
+    Kills: x̂_0 clipped after the mean was taken, the mean clipped, a predicted mean that is not."""
     s, x_t = ddpm.make_schedule(), torch.tensor([[3.0, -2.5, 0.2]], dtype=F64)
     t, eps = at(300), torch.tensor([[-2.0, 1.0, 0.1]], dtype=F64)
     a, v = iterated(s, 300)
     x0 = ((x_t - math.sqrt(v) * eps) / a).clamp(-1, 1)
     assert x0.abs().max() == 1
-    for predict, answer in (("eps", eps), ("x0", (x_t - math.sqrt(v) * eps) / a)):
-        p = ddpm.p_mean_variance(s, lambda x, u: answer, x_t, t, predict)
+    far = (x_t - math.sqrt(v) * eps) / a
+    for predict, answer in (("eps", eps), ("x0", far), ("mean", conditioned(s, 300, far, x_t)[0])):
+        p = ddpm.p_mean_variance(Model(s, lambda x, u: answer, predict), x_t, t)
         same(p.x0_hat, x0)
         same(p.mean, conditioned(s, 300, x0, x_t)[0])
-    p = ddpm.p_mean_variance(s, lambda x, u: 5 * x, x_t, t, "mean")
-    assert torch.equal(p.mean, 5 * x_t) and p.x0_hat.abs().max() <= 1
+    same(ddpm.p_mean_variance(Model(s, lambda x, u: 5 * x, "mean", clip=False), x_t, t).mean, 5 * x_t)
 
 
 @given(beta_lists(), numbers)
@@ -377,12 +379,21 @@ def test_sec32_the_two_fixed_variances(betas, seed):
 def test_table2_learned_variance_is_the_second_half():
     """With variance = learned the second half of the channels is log σ², for each dimension."""
     s, x_t, log_sigma2 = ddpm.make_schedule(), randn(0, 2, 3, 2, 2), randn(1, 2, 3, 2, 2)
-    model = lambda x, t: torch.cat([0.1 * x, log_sigma2], 1)
-    p = ddpm.p_mean_variance(s, model, x_t, at(7, 2), variance="learned", clip=False)
+    model = Model(s, lambda x, t: torch.cat([0.1 * x, log_sigma2], 1), variance="learned", clip=False)
+    p, few = ddpm.p_mean_variance(model, x_t, at(7, 2)), replace(model, s=ddpm.respace(s, 10))
     same(p.sigma2, torch.exp(log_sigma2))
-    same(p.mean, ddpm.p_mean_variance(s, lambda x, t: 0.1 * x, x_t, at(7, 2), clip=False).mean)
+    same(p.mean, ddpm.p_mean_variance(Model(s, lambda x, t: 0.1 * x, clip=False), x_t, at(7, 2)).mean)
     with pytest.raises(ValueError, match="learned"):
-        ddpm.p_mean_variance(ddpm.respace(s, 10), model, x_t, at(7, 2), variance="learned")
+        ddpm.p_mean_variance(few, x_t, at(7, 2))
+    plain = replace(few, net=lambda x, t: 0.1 * x, variance="fixed_small")   # DDIM needs no variance
+    for a, b in zip(ddpm.ddim_loop(few, x_t, None), ddpm.ddim_loop(plain, x_t, None), strict=True):
+        same(a.x_t, b.x_t)
+
+
+def test_a_model_refuses_names_that_are_not_there():
+    for choices in ({"predict": "score"}, {"variance": "beta"}):
+        with pytest.raises(ValueError, match=f"{[*choices.values()][0]}.*none of"):
+            Model(ddpm.make_schedule(), lambda x, t: x, **choices)
 
 
 def exact_denoiser(s, m: float, v: float):
@@ -418,8 +429,8 @@ def test_alg2_moments_of_the_sampler(betas, m, v, variance):
 
     def run(draws):
         noise = {t: draws[:, t - 1:t] for t in range(1, s.T + 1)}   # x_T, and z at t = 2 … T
-        states = list(ddpm.p_sample_loop(s, model, noise[1], lambda t: noise[t], clip=False,
-                                         variance=variance))
+        states = list(ddpm.p_sample_loop(Model(s, model, variance=variance, clip=False), noise[1],
+                                         lambda t: noise[t]))
         assert [state.t for state in states] == list(range(s.T, -1, -1))
         assert torch.equal(states[-1].x_t, states[-1].x0_hat)
         return states[-1].x_t[:, 0]
@@ -456,7 +467,7 @@ def step_by_hand(s, t: int, x_t, out, predict="eps", variance="fixed_large", cli
     x0_hat = {"eps": (x_t - math.sqrt(v) * out) / a, "x0": out, "mean": (out - known) / shift}[predict]
     if clip:
         x0_hat = x0_hat.clamp(-1, 1)
-    mean = out if predict == "mean" else conditioned(s, t, x0_hat, x_t)[0]
+    mean = conditioned(s, t, x0_hat, x_t)[0]
     sigma2 = noise ** 2 if variance == "fixed_large" else conditioned(s, t, 0, 0)[1]
     return mean, sigma2, x0_hat
 
@@ -470,8 +481,8 @@ def test_alg2_every_state_by_hand(choices):
     z = {t: randn(t, 2, 3) for t in range(1, 11)}
     for start in (10, 4):
         x = randn(99, 2, 3)
-        states = list(ddpm.p_sample_loop(s, model, x, z.get, None if start == 10 else start,
-                                         **choices))
+        states = list(ddpm.p_sample_loop(Model(s, model, **choices), x, z.get,
+                                         None if start == 10 else start))
         assert [state.t for state in states] == list(range(start, -1, -1))
         for state in states[:-1]:
             mean, sigma2, x0_hat = step_by_hand(s, state.t, x, model(x, None), **choices)
@@ -493,7 +504,7 @@ def test_alg2_paper_schedule_standard_normal_data():
         def noise(t):
             asked.append(t)
             return draws[:, t - 1:t]
-        *_, last = ddpm.p_sample_loop(s, model, draws[:, :1], noise, clip=False)
+        *_, last = ddpm.p_sample_loop(Model(s, model, clip=False), draws[:, :1], noise)
         return last.x_t[:, 0]
 
     same(affine(run, 40)[1], kernel(s, 1)[0] ** 2)
@@ -527,8 +538,9 @@ def test_respace_is_the_chain_of_fewer_steps(betas, data):
     model, shown = exact_denoiser(s, 0.0, 1.0), []
 
     def run(draws):
-        *_, last = ddpm.p_sample_loop(r, lambda x, t: shown.append(int(t[0])) or model(x, t),
-                                      draws[:, :1], lambda i: draws[:, i - 1:i], clip=False)
+        net = lambda x, t: shown.append(int(t[0])) or model(x, t)
+        *_, last = ddpm.p_sample_loop(Model(r, net, clip=False), draws[:, :1],
+                                      lambda i: draws[:, i - 1:i])
         return last.x_t[:, 0]
 
     same(affine(run, n)[1], iterated(s, tau[0])[0] ** 2, 1e-7)
@@ -541,7 +553,7 @@ def test_respace_of_a_predicted_mean_goes_through_x0():
     r, x0, x_t = ddpm.respace(s, 10), randn(0, 1, 4) / 4, randn(1, 1, 4)
     model = lambda x, tau: ddpm.q_posterior_mean_variance(s, x0, x, tau).mean
     for i in (1, 5, 10):
-        p = ddpm.p_mean_variance(r, model, x_t, at(i), "mean")
+        p = ddpm.p_mean_variance(Model(r, model, "mean"), x_t, at(i))
         same(p.mean, ddpm.q_posterior_mean_variance(r, x0, x_t, at(i)).mean, 1e-9, 1e-8)
     assert ddpm.respace(s, 1000) is s
     for n in (0, 1, 1001):
@@ -565,8 +577,8 @@ def test_ddim_has_the_marginals_of_eq04_for_every_eta(betas, seed, eta):
 
     def run(draws):                                         # draws: of x_T, and z at t = T … 2
         x0 = torch.full((len(draws), 1), pixel, dtype=F64)
-        states = ddpm.ddim_loop(s, lambda x, t: x0, a * x0 + math.sqrt(v) * draws[:, :1],
-                                lambda t: draws[:, t - 1:t], eta=eta, predict="x0")
+        states = ddpm.ddim_loop(Model(s, lambda x, t: x0, "x0"), a * x0 + math.sqrt(v) * draws[:, :1],
+                                lambda t: draws[:, t - 1:t], eta=eta)
         return torch.cat([state.x_t for state in states], 1)
 
     out = run(torch.cat([torch.zeros(1, s.T, dtype=F64), torch.eye(s.T, dtype=F64)]))
@@ -594,14 +606,13 @@ def test_one_strided_step_has_the_marginal_of_eq04(betas, data, seed, eta, predi
         known = conditioned(s, int(tau[0]), pixel, x)[0]
         return {"eps": (x - a * pixel) / math.sqrt(v), "x0": pixel + 0 * x, "mean": known}[predict]
 
-    loops = [functools.partial(ddpm.ddim_loop, eta=eta), functools.partial(
-        ddpm.p_sample_loop, variance="fixed_small")]
+    loops = [functools.partial(ddpm.ddim_loop, eta=eta), ddpm.p_sample_loop]
     for i in range(1, len(times) + 1):
         (a, v), (b, w) = iterated(s, times[i - 1]), iterated(s, [0, *times][i - 1])
         for loop in loops:
             def run(draws):
                 x = a * pixel + math.sqrt(v) * draws[:, :1]
-                states = loop(r, model, x, lambda t: draws[:, 1:], start=i, predict=predict, clip=False)
+                states = loop(Model(r, model, predict, "fixed_small", False), x, lambda t: draws[:, 1:], start=i)
                 return [state.x_t for _, state in zip(range(2), states)][1][:, 0]
             mean, variance = affine(run, 2)
             same(mean, b * pixel, 1e-8, 1e-10 / a)
@@ -615,8 +626,8 @@ def test_ddim_with_eta_1_is_algorithm_2_and_with_eta_0_needs_no_noise(choices):
     asked: list[int] = []
     for eta in (1.0, 0.5):
         asked.clear()
-        states = list(ddpm.ddim_loop(s, model, z[0], lambda t: asked.append(t) or z[t], eta=eta,
-                                     **choices))
+        states = list(ddpm.ddim_loop(Model(s, model, **choices), z[0],
+                                     lambda t: asked.append(t) or z[t], eta=eta))
         assert [state.t for state in states] == list(range(10, -1, -1))
         assert asked == list(range(10, 1, -1))
         for state, after in zip(states, states[1:]):
@@ -631,7 +642,7 @@ def test_ddim_with_eta_1_is_algorithm_2_and_with_eta_0_needs_no_noise(choices):
                 same(after.x_t, b * x0_hat + math.sqrt(w - variance / 4) * eps
                      + math.sqrt(variance) / 2 * z[state.t], 1e-7, 1e-8)
     asked.clear()
-    *_, last = ddpm.ddim_loop(s, model, z[0], lambda t: asked.append(t) or z[t], **choices)
+    *_, last = ddpm.ddim_loop(Model(s, model, **choices), z[0], lambda t: asked.append(t) or z[t])
     assert not asked and torch.equal(last.x_t, last.x0_hat)
 
 
@@ -641,14 +652,14 @@ def test_ddim_from_any_start_is_the_tail_of_the_whole_chain(choices):
     and noise is asked for at the same times.
 
     Kills: a start off by one, a start of 0 taken for none, times counted from the start."""
-    s, model = ddpm.make_schedule(10), lambda x, t: 0.5 * x
+    model = Model(ddpm.make_schedule(10), lambda x, t: 0.5 * x, **choices)
     z = {t: randn(t, 2, 3) for t in range(11)}
     for eta in (0.0, 0.5, 1.0):
-        whole = list(ddpm.ddim_loop(s, model, z[0], z.get, eta=eta, **choices))
+        whole = list(ddpm.ddim_loop(model, z[0], z.get, eta=eta))
         for start in range(11):
             asked: list[int] = []
-            tail = list(ddpm.ddim_loop(s, model, whole[10 - start].x_t,
-                                       lambda t: asked.append(t) or z[t], start, eta, **choices))
+            tail = list(ddpm.ddim_loop(model, whole[10 - start].x_t,
+                                       lambda t: asked.append(t) or z[t], start, eta))
             same_states(tail, whole[10 - start:])
             assert [state.t for state in tail] == list(range(start, -1, -1))
             assert asked == (list(range(start, 1, -1)) if eta else [])
@@ -765,7 +776,7 @@ def test_eq05_terms_are_mean_log_ratios(betas, seed, variance):
     k = torch.randint(256, (len(t), 3), generator=torch.Generator().manual_seed(seed))
     x0, x_t = k / 127.5 - 1, randn(seed, len(t), 3)
     x0 = x0.to(F64)
-    p = ddpm.p_mean_variance(s, lambda x, u: 0.2 * x, x_t, t, variance=variance)
+    p = ddpm.p_mean_variance(Model(s, lambda x, u: 0.2 * x, variance=variance), x_t, t)
     got = ddpm.vlb_term(s, x0, x_t, t, p)
     for i, u in enumerate(t.tolist()):
         mean, var = p.mean[i], p.sigma2[i].expand(3)
@@ -789,8 +800,8 @@ def test_eq12_weight(betas, seed, variance):
     for t in {2, (s.T + 2) // 2, s.T}:
         assume(iterated(s, t)[0] ** 2 >= 1e-8)
         x_t = ddpm.q_sample(s, x0, at(t), eps)
-        terms = [ddpm.vlb_term(s, x0, x_t, at(t), ddpm.p_mean_variance(
-            s, lambda x, u: e, x_t, at(t), variance=variance, clip=False)) for e in (guess, eps)]
+        terms = [ddpm.vlb_term(s, x0, x_t, at(t), ddpm.p_mean_variance(Model(
+            s, lambda x, u: e, variance=variance, clip=False), x_t, at(t))) for e in (guess, eps)]
         square = ((eps - guess) ** 2).sum()
         same(ddpm.vlb_weight(s, at(t), variance) * square, terms[0] - terms[1], 1e-7,
              1e-10 * terms[0].abs().item() + 1e-9)
@@ -858,7 +869,7 @@ def test_eq05_bound_is_above_the_entropy_and_approaches_it():
         for t in range(1, T + 1):
             t = at(t, len(x0))
             x_t = ddpm.q_sample(s, x0, t, eps)
-            p = ddpm.p_mean_variance(s, model, x_t, t, "x0", "fixed_small")
+            p = ddpm.p_mean_variance(Model(s, model, "x0", "fixed_small"), x_t, t)
             total += (weight * ddpm.vlb_term(s, x0, x_t, t, p)).sum()
         gaps.append(total.item() - entropy)
     assert gaps[0] > gaps[1] > gaps[2] > 0
@@ -882,10 +893,8 @@ def test_eq14_loss_simple(betas, seed):
             same(x, x_t)
             assert torch.equal(u, t)
             return target + error
-        got = ddpm.loss_simple(s, model, x0, t, eps, predict)
+        got = ddpm.loss_simple(Model(s, model, predict), x0, t, eps)
         same(got, [sum(e * e for e in row.flatten().tolist()) / 10 for row in error], 1e-9, 1e-9)
-    with pytest.raises(ValueError):
-        ddpm.loss_simple(s, model, x0, t, eps, "score")
 
 
 def test_respaced_times_are_what_every_function_shows_the_network():
@@ -905,13 +914,14 @@ def test_respaced_times_are_what_every_function_shows_the_network():
     def model(x, t):
         shown.extend(t.tolist())
         return 0 * x
-    ddpm.loss_simple(s, model, x0, torch.arange(1, 11), z)
+    model = Model(s, model)
+    ddpm.loss_simple(model, x0, torch.arange(1, 11), z)
     assert shown == tau[1:]
-    for run in (lambda: ddpm.p_sample_loop(s, model, z[:1], lambda t: z[:1]),
-                lambda: ddpm.ddim_loop(s, model, z[:1], lambda t: z[:1]),
-                lambda: ddpm.send(s, model, x0[:1], lambda t: z[:1]),
-                lambda: ddpm.receive(s, model, z[:1], lambda t, p: z[:1]),
-                lambda: ddpm.interpolate(s, model, x0[:1], x0[:1], torch.ones(1), 10, z[:1], z[:1],
+    for run in (lambda: ddpm.p_sample_loop(model, z[:1], lambda t: z[:1]),
+                lambda: ddpm.ddim_loop(model, z[:1], lambda t: z[:1]),
+                lambda: ddpm.send(model, x0[:1], lambda t: z[:1]),
+                lambda: ddpm.receive(model, z[:1], lambda t, p: z[:1]),
+                lambda: ddpm.interpolate(model, x0[:1], x0[:1], torch.ones(1), 10, z[:1], z[:1],
                                          lambda t: z[:1])):
         shown.clear()
         list(run())
@@ -957,7 +967,7 @@ def test_sec2_coefficients_are_double_and_rounded_once(dtype, seed):
           (1 - beta).sqrt() * (1 - before) / (1 - bar) * x_64)
     close(q.sigma2, (1 - before) / (1 - bar) * beta)
     for variance in ("fixed_large", "fixed_small"):
-        p = ddpm.p_mean_variance(s, lambda x, t: eps, x_t, t, variance=variance, clip=False)
+        p = ddpm.p_mean_variance(Model(s, lambda x, t: eps, variance=variance, clip=False), x_t, t)
         close(p.sigma2, ddpm.p_variance(s, t, variance)[:, None])
 
 
@@ -971,7 +981,7 @@ def test_eq05_is_computed_in_double_whatever_the_images_are(dtype, seed, varianc
     s, t = ddpm.make_schedule(), torch.tensor([1, 2, 999, 1000])
     x0, eps = images8(seed, 4, 8).to(dtype), randn(seed, 4, 8).to(dtype)
     x_t = ddpm.q_sample(s, x0, t, eps)
-    p = ddpm.p_mean_variance(s, lambda x, t: (0.9 * eps).to(dtype), x_t, t, variance=variance)
+    p = ddpm.p_mean_variance(Model(s, lambda x, t: (0.9 * eps).to(dtype), variance=variance), x_t, t)
     double = ddpm.Reverse(*(x.double() for x in p))
     for found, want in (
             (ddpm.vlb_term(s, x0, x_t, t, p), ddpm.vlb_term(s, x0.double(), x_t.double(), t, double)),
@@ -992,15 +1002,15 @@ def test_alg3_alg4_rate_and_distortion_are_the_bound(betas, seed):
     Kills: a term lost or counted twice, x̂_0 of another time, L_0 inside the rate at t = 1."""
     s, x0 = ddpm.schedule_from_betas(betas), images8(seed, 2, 3)
     noise = {t: randn(seed + t, 2, 3) for t in range(1, s.T + 1)}
-    model = lambda x, t: 0.3 * x
-    sent = list(ddpm.send(s, model, x0, noise.get))
+    model = Model(s, lambda x, t: 0.3 * x)
+    sent = list(ddpm.send(model, x0, noise.get))
     assert [c.t for c in sent] == list(range(s.T, -1, -1))
 
     paid = ddpm.prior_kl(s, x0)
     for c in sent:
         same(c.rate, paid)
         if c.t:
-            p = ddpm.p_mean_variance(s, model, c.x_t, at(c.t, 2))
+            p = ddpm.p_mean_variance(model, c.x_t, at(c.t, 2))
             same(c.x0_hat, p.x0_hat, 0, 0)
             paid = paid + ddpm.vlb_term(s, x0, c.x_t, at(c.t, 2), p)
     same(sent[-1].x0_hat, x0, 0, 0)
@@ -1014,7 +1024,7 @@ def test_alg3_alg4_the_receiver_has_what_the_sender_codes_with(choices):
     Kills: choices that one side loses, p of another time, an x_t that is not the decoder's."""
     s, x0, model = ddpm.make_schedule(10), images8(3, 2, 3), lambda x, t: 0.3 * x
     noise, calls = {t: randn(t, 2, 3) for t in range(1, 11)}, []
-    sent = {c.t: c for c in ddpm.send(s, model, x0, noise.get, **choices)}
+    sent = {c.t: c for c in ddpm.send(Model(s, model, **choices), x0, noise.get)}
 
     def decode(t, p):
         calls.append(t)
@@ -1033,7 +1043,7 @@ def test_alg3_alg4_the_receiver_has_what_the_sender_codes_with(choices):
                 log_bin_of(round((x + 1) * 127.5), m, sigma) for x, m in zip(*pair))
                 for pair in zip(x0.tolist(), mean.tolist())], 1e-6, 1e-9)
         return sent[t].x_t
-    received = list(ddpm.receive(s, model, sent[10].x_t, decode, **choices))
+    received = list(ddpm.receive(Model(s, model, **choices), sent[10].x_t, decode))
     assert calls == list(range(9, -1, -1)) and [r.t for r in received] == list(range(10, -1, -1))
     for r in received:
         assert torch.equal(r.x_t, sent[r.t].x_t) and torch.equal(r.x0_hat, sent[r.t].x0_hat)
@@ -1049,7 +1059,7 @@ def test_alg3_the_senders_chain_has_the_marginals_of_eq04(betas, k):
     for t in range(1, s.T + 1):
         def run(draws):
             x0 = torch.full((len(draws), 1), pixel, dtype=F64)
-            chain = ddpm.send(s, lambda x, u: 0 * x, x0, lambda u: draws[:, u - 1:u])
+            chain = ddpm.send(Model(s, lambda x, u: 0 * x), x0, lambda u: draws[:, u - 1:u])
             return next(c.x_t for c in chain if c.t == t)[:, 0]
         mean, variance = affine(run, s.T)
         a, v = iterated(s, t)
@@ -1082,21 +1092,22 @@ def test_sec44_interpolation(t, lam, seed):
         seen.append((int(u[0]), x))
         return 0.1 * x
 
-    list(ddpm.interpolate(s, model, x0, other, lams, t, eps, eps_other, z.get))
+    list(ddpm.interpolate(Model(s, model), x0, other, lams, t, eps, eps_other, z.get))
     mixed = ((1 - lam) * (a * x0 + math.sqrt(v) * eps)
              + lam * (a * other + math.sqrt(v) * eps_other))
     assert [u for u, _ in seen] == list(range(t, 0, -1))
     same(seen[0][1], mixed, 1e-9, 1e-9)
     for loop in (None, ddpm.ddim_loop, functools.partial(ddpm.ddim_loop, eta=0.5)):
         for choices in CHOICES:
-            states = list(ddpm.interpolate(s, model, x0, other, lams, t, eps, eps_other, z.get,
-                                           **({"loop": loop} if loop else {}), **choices))
+            chosen = Model(s, model, **choices)
+            states = list(ddpm.interpolate(chosen, x0, other, lams, t, eps, eps_other, z.get,
+                                           **({"loop": loop} if loop else {})))
             same(states[0].x_t, mixed, 1e-9, 1e-9)
             same_states(states, list((loop or ddpm.p_sample_loop)(
-                s, model, states[0].x_t, z.get, start=t, **choices)))
+                chosen, states[0].x_t, z.get, start=t)))
 
     asked = []                                             # z at t, …, 2, and none at t = 1
-    list(ddpm.interpolate(s, model, x0, other, torch.zeros(2), t, eps, eps_other,
+    list(ddpm.interpolate(Model(s, model), x0, other, torch.zeros(2), t, eps, eps_other,
                           lambda u: asked.append(u) or z[u]))
     assert asked == list(range(t, 1, -1))
 
@@ -1111,26 +1122,29 @@ class Ours:
     """ddpm.py behind the judge's interface."""
     schedule, respaced = ddpm.schedule_from_betas, ddpm.respace
     q_sample, q_posterior = ddpm.q_sample, ddpm.q_posterior_mean_variance
-    predict_x0, loss = ddpm.predict_x0_from_eps, ddpm.loss_simple
+    predict_x0 = ddpm.predict_x0_from_eps
     log_likelihood = ddpm.discretized_gaussian_log_likelihood
 
-    def p_mean_variance(s, model, x_t, t):
-        return ddpm.p_mean_variance(s, model, x_t, t)[:2]
+    def p_mean_variance(s, net, x_t, t):
+        return ddpm.p_mean_variance(Model(s, net), x_t, t)[:2]
 
-    def sample(s, model, x_T, noise):
-        return [*ddpm.p_sample_loop(s, model, x_T, noise)][-1].x_t
+    def loss(s, net, x0, t, eps):
+        return ddpm.loss_simple(Model(s, net), x0, t, eps)
 
-    def ddim(s, model, x_T, noise, eta):
-        return [*ddpm.ddim_loop(s, model, x_T, noise, eta=eta)][-1].x_t
+    def sample(s, net, x_T, noise):
+        return [*ddpm.p_sample_loop(Model(s, net), x_T, noise)][-1].x_t
 
-    def interpolate(s, model, x0, other, lam, t, eps, eps_other, noise):
-        return [*ddpm.interpolate(s, model, x0, other, lam, t, eps, eps_other, noise)][-1].x_t
+    def ddim(s, net, x_T, noise, eta):
+        return [*ddpm.ddim_loop(Model(s, net), x_T, noise, eta=eta)][-1].x_t
+
+    def interpolate(s, net, x0, other, lam, t, eps, eps_other, noise):
+        return [*ddpm.interpolate(Model(s, net), x0, other, lam, t, eps, eps_other, noise)][-1].x_t
 
     def kl(mean_q, variance_q, mean_p, variance_p):
         return ddpm.normal_kl(Gaussian(mean_q, variance_q), Gaussian(mean_p, variance_p))
 
-    def vlb_term(s, model, x0, x_t, t):
-        return ddpm.vlb_term(s, x0, x_t, t, ddpm.p_mean_variance(s, model, x_t, t))
+    def vlb_term(s, net, x0, x_t, t):
+        return ddpm.vlb_term(s, x0, x_t, t, ddpm.p_mean_variance(Model(s, net), x_t, t))
 
 
 class Law:

@@ -32,6 +32,7 @@ from support.machine import Machine, seed_of, start_machine
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import ddpm
 import sample
@@ -65,9 +66,9 @@ SETTINGS = {
     "schedule": ("linear", word, "linear, quadratic or constant β_t, see ddpm.make_schedule"),
     "beta_start": (1e-4, real(1e-12, 0.999), "β_1; multiplied by 1000/T if T is not 1000"),
     "beta_end": (0.02, real(1e-12, 0.999), "β_T; multiplied by 1000/T if T is not 1000"),
-    "predict": ("eps", ("eps", "x0", "mean"), "what the network predicts: ε, x_0, μ̃_t (Table 2)"),
-    "variance": ("fixed_large", ("fixed_large", "fixed_small", "learned"), "σ_t²: β_t or β̃_t, or "
-                 "predicted by the network (Table 2)"),
+    "predict": ("eps", tuple(ddpm.PREDICTIONS), "what the network predicts: ε, x_0, μ̃_t (Table 2)"),
+    "variance": ("fixed_large", ddpm.VARIANCES, "σ_t²: β_t or β̃_t, or predicted by the network "
+                 "(Table 2)"),
     "objective": ("simple", ("simple", "vlb"), "L_simple (Eq. 14), or the bound L (Eq. 5)"),
     "seed": (0, seed, "seed of all random numbers"),
     "log_every": (100, whole(1, 10_000), "steps between two lines of log.jsonl"),
@@ -98,62 +99,36 @@ MAY_CHANGE = {"dataset", "steps", "log_every", "save_every", "sample_every", "sa
 class Run(NamedTuple):
     """What a training run works with."""
     settings: dict
-    s: ddpm.Schedule
     images: Tensor                  # the data set, uint8
     net: nn.Module                  # with the parameters θ
-    network: Callable               # net as the processes share it, compiled
+    network: nn.Module              # net as the processes share it, compiled
+    model: ddpm.Model               # p_θ, with this network in the precision of the machine
     ema: nn.Module                  # with the averages of θ, which sampling uses
     adam: torch.optim.Adam
-    scaler: torch.amp.GradScaler    # does nothing unless --precision is fp16
+    scaler: torch.amp.GradScaler    # does nothing unless the precision is fp16
     machine: Machine
     folder: Path
 
 def training_step(run: Run, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Lines 2 to 5 of the box, for step k = 0, 1, …; `train` repeats them.   [DDPM Alg. 1]
 
-    Returns, for the log, the losses and times of the images that this process computed, and the
-    norm of the gradient before it was clipped.
+    Every process draws the whole batch and computes its share of it. Returns, for the log, the
+    losses and times of the images of this process, and the norm of the gradient before clipping.
     """
-    settings, s, images, share = run.settings, run.s, run.images, run.machine.share
-    n, device = settings["batch_size"], s.betas.device
-    # Every process draws the whole batch, and computes its share of it.
-    generator = torch.Generator(device).manual_seed(seed_of(settings["seed"], "step", k))
-    # 2: x_0 ~ q(x_0)
-    index = batch_indices(settings["seed"], len(images), k, n, images.device)[share]
-    x0 = data.to_model(images[index].to(device))
-    #    (Appendix B: mirrored with probability 1/2)
-    flip = torch.rand(n, generator=generator, device=device)[share] < 0.5
-    if settings["flip"]:
-        x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
+    T, n, share = run.model.s.T, run.settings["batch_size"], run.machine.share
+    draws = dict(generator=generator(run, k), device=run.machine.device)
+    # 2: x_0 ~ q(x_0), mirrored with probability 1/2 (Appendix B)
+    x0 = batch(run, k, torch.rand(n, **draws) < 0.5)
     # 3: t ~ Uniform({1, …, T})
-    t = torch.randint(1, s.T + 1, (n,), generator=generator, device=device)[share]
+    t = torch.randint(1, T + 1, (n,), **draws)[share]
     # 4: ε ~ N(0, I)
-    eps = torch.randn(n, *images.shape[1:], generator=generator, device=device)[share]
+    eps = torch.randn(n, *run.images.shape[1:], **draws)[share]
     # 5: take a gradient descent step on ∇_θ ‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖²
-    run.adam.zero_grad()
-    model, losses = run.machine.model(run.network), []
-    #    (in parts, if --micro-batch says so, whose gradients add up)
-    parts = range(0, len(t), settings["micro_batch"] or len(t))
-    for i in parts:
-        part = slice(i, i + parts.step)
-        waits = run.machine.world > 1 and i != parts[-1]  # gradients are exchanged after the last
-        with run.network.no_sync() if waits else contextlib.nullcontext():
-            loss = loss_of(settings, s, model, x0[part], t[part], eps[part])
-            run.scaler.scale(loss.sum() / len(t)).backward()
-        losses.append(loss.detach())
-    #    (the released code clips the gradient; the step is Adam's)
-    run.scaler.unscale_(run.adam)
-    norm = nn.utils.clip_grad_norm_(run.net.parameters(), settings["grad_clip"])
-    run.adam.param_groups[0]["lr"] = learning_rate(settings, k)
-    run.scaler.step(run.adam)
-    run.scaler.update()
-    #    Appendix B: average ← average + (1 − decay) · (θ − average)
-    with torch.no_grad():
-        torch._foreach_lerp_(list(run.ema.parameters()), list(run.net.parameters()),
-                             1 - ema_decay(settings, k))
-        for average, now in zip(run.ema.buffers(), run.net.buffers()):  # those are not learned
-            average.copy_(now)
-    return torch.cat(losses), t, norm
+    losses = gradient(run, x0, t, eps)
+    norm = descend(run, k)
+    #    and average the weights (Appendix B)
+    average(run, k)
+    return losses, t, norm
 
 def train(run: Run, step: int) -> int:
     """Algorithm 1 from `step` to the last step, or to a signal → the steps that are done then."""
@@ -202,18 +177,53 @@ def train(run: Run, step: int) -> int:
 
 # === Its parts ====================================================================================
 
-def loss_of(settings: dict, s: ddpm.Schedule, model: ddpm.Model, x0: Tensor, t: Tensor,
-            eps: Tensor) -> Tensor:
-    """L_simple (Eq. 14), or with --objective vlb the term of Eq. 5 for each t in bits/dim.  → (B,)
+OBJECTIVES = {"simple": ddpm.loss_simple, "vlb": ddpm.loss_vlb}
 
-    Over t, the mean of that term is (L − L_T)/T. As for the L of Table 2, x̂_0 is not clipped here.
+def generator(run: Run, k: int) -> torch.Generator:
+    """The random numbers of step k."""
+    seed = seed_of(run.settings["seed"], "step", k)
+    return torch.Generator(run.machine.device).manual_seed(seed)
+
+def batch(run: Run, k: int, mirrored: Tensor) -> Tensor:
+    """The x_0 of step k of this process: (B, C, H, W) in [−1, 1], mirrored where `mirrored` (n,)."""
+    settings, images, share = run.settings, run.images, run.machine.share
+    index = batch_indices(settings["seed"], len(images), k, len(mirrored), images.device)[share]
+    x0 = data.to_model(images[index].to(run.machine.device))
+    flip = mirrored[share, None, None, None]
+    return torch.where(flip, x0.flip(3), x0) if settings["flip"] else x0
+
+def gradient(run: Run, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """∇_θ of the mean loss, into the .grad of the parameters; returns the losses (B,).
+
+    With --micro-batch in parts, whose gradients add up; the processes exchange them after the last.
     """
-    if settings["objective"] == "simple":
-        return ddpm.loss_simple(s, model, x0, t, eps, settings["predict"])
-    x_t = ddpm.q_sample(s, x0, t, eps)
-    p = ddpm.p_mean_variance(s, model, x_t, t, settings["predict"], settings["variance"],
-                             clip=False)
-    return ddpm.bits_per_dim(ddpm.vlb_term(s, x0, x_t, t, p), x0)
+    run.adam.zero_grad()
+    loss_of, losses = OBJECTIVES[run.settings["objective"]], []
+    parts = range(0, len(t), run.settings["micro_batch"] or len(t))
+    for i in parts:
+        part = slice(i, i + parts.step)
+        waits = run.machine.world > 1 and i != parts[-1]
+        with run.network.no_sync() if waits else contextlib.nullcontext():
+            loss = loss_of(run.model, x0[part], t[part], eps[part])
+            run.scaler.scale(loss.sum() / len(t)).backward()
+        losses.append(loss.detach())
+    return torch.cat(losses)
+
+def descend(run: Run, k: int) -> Tensor:
+    """A step of Adam, the gradient clipped as in the released code; returns its norm before."""
+    run.scaler.unscale_(run.adam)
+    norm = nn.utils.clip_grad_norm_(run.net.parameters(), run.settings["grad_clip"])
+    run.adam.param_groups[0]["lr"] = learning_rate(run.settings, k)
+    run.scaler.step(run.adam)
+    run.scaler.update()
+    return norm
+
+def average(run: Run, k: int) -> None:
+    """average ← average + (1 − decay) · (θ − average).   [DDPM Appendix B]"""
+    update = get_ema_multi_avg_fn(ema_decay(run.settings, k))
+    update(list(run.ema.parameters()), list(run.net.parameters()), k)
+    for kept, now in zip(run.ema.buffers(), run.net.buffers()):  # those are not learned
+        kept.copy_(now)
 
 def learning_rate(settings: dict, k: int) -> float:
     """lr · min(k / warmup, 1), as in the released code, which counts k from 0.
@@ -305,7 +315,7 @@ def restore(run: Run, state: dict) -> int:
 
 def log(run: Run, step: int, records: list[tuple], seconds: float) -> None:
     """Appends the means of the records, over the images of all processes, to log.jsonl."""
-    settings, s, n = run.settings, run.s, run.settings["batch_size"]
+    settings, s, n = run.settings, run.model.s, run.settings["batch_size"]
     losses, t, norm = (torch.stack(x, -1) for x in zip(*records))
     losses, t, norm = run.machine.gather(losses, n), run.machine.gather(t, n), norm.cpu()
     losses, t, norm = (x[..., norm.isfinite()] for x in (losses, t, norm))  # fp16 skips the others
@@ -351,11 +361,11 @@ def draw_grid(run: Run, step: int) -> None:
     settings, machine, n = run.settings, run.machine, run.settings["samples"]
     path = run.folder / f"samples-{step:07d}.png"
     if n and not path.exists():
-        learned = settings["variance"] == "learned"  # which takes all T steps
+        T, learned = run.model.s.T, settings["variance"] == "learned"  # which takes all T steps
         images = sample.draw_samples(
-            Trained(run.ema, run.s, settings, ""), n, settings["seed"], 32, machine,
+            Trained(run.ema, run.model.s, settings, ""), n, settings["seed"], 32, machine,
             Progress(n, "samples", quiet=not machine.chief),
-            steps=None if learned else min(settings["sample_steps"], run.s.T))
+            steps=None if learned else min(settings["sample_steps"], T))
         if machine.chief:
             with written(path) as file:
                 file.write(data.png(data.tiled(images)))
@@ -400,10 +410,8 @@ def settle(given: dict, images: Tensor, stored: dict, init: dict) -> dict:
     levels = [height // 2 ** level for level in range(len(settings["multipliers"]))]
     if unknown := set(given.get("attention", [])) - set(levels):
         raise UsageError(f"--attention {min(unknown)}: no level of the U-Net has that resolution")
-    if settings["variance"] == "learned" and (settings["objective"], settings["predict"]) not in (
-            ("vlb", "eps"), ("vlb", "mean")):
-        raise UsageError("--variance learned needs --objective vlb, since L_simple does not depend "
-                         "on the variance, and --predict eps or mean (Table 2)")
+    if settings["variance"] == "learned" and settings["objective"] == "simple":
+        raise UsageError("--variance learned needs --objective vlb: L_simple does not depend on it")
     if height != width or given.get("image_size", height) != height:
         raise UsageError(f"{name} has images of {height}×{width}: they must be squares, and of "
                          "--image-size")
@@ -435,7 +443,9 @@ def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: P
     adam = torch.optim.Adam(net.parameters(), fused=machine.device.type != "mps")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    return Run(settings, s, images, net, network, ema, adam, scaler, machine, folder)
+    model = ddpm.Model(s, machine.network(network), settings["predict"], settings["variance"],
+                       clip=False)  # which is for sampling
+    return Run(settings, images, net, network, model, ema, adam, scaler, machine, folder)
 
 def describe(run: Run, step: int, about: str) -> None:
     """Shows the settings, on stderr and in settings.json; takes out of the folder what a kill left

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,10 +57,10 @@ class Trained(NamedTuple):
             "timesteps", "schedule", "beta_start", "beta_end", "predict", "variance")}
 
     @property
-    def choices(self) -> dict:
-        """predict, variance and clip of `ddpm.p_mean_variance`."""
-        return {"predict": self.settings["predict"], "variance": self.settings["variance"],
-                "clip": self.settings.get("clip", True)}
+    def model(self) -> ddpm.Model:
+        """p_θ as it was trained."""
+        return ddpm.Model(self.s, self.net, self.settings["predict"], self.settings["variance"],
+                          self.settings.get("clip", True))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -116,15 +117,17 @@ def inference_copy(net: nn.Module, machine: Machine, *shape: int) -> tuple[nn.Mo
             module.to(machine.dtype)
     return own, machine.compiled(own, *shape) if shape else own
 
-def inference_model(net: nn.Module, machine: Machine, *shape: int) -> ddpm.Model:
-    """ε_θ(x_t, t) for sampling: `net` with its weights cast once, not in every call."""
-    own, fast = inference_copy(net, machine, *shape)
-    own.load_state_dict(net.state_dict())  # those of now, should the copy be older
-    return machine.model(fast)
+def inference_model(model: ddpm.Model, machine: Machine, *shape: int) -> ddpm.Model:
+    """The same p_θ on this machine, for sampling: its weights are cast once, not in every call."""
+    own, fast = inference_copy(model.net, machine, *shape)
+    own.load_state_dict(model.net.state_dict())  # those of now, should the copy be older
+    return replace(model, s=model.s.to(machine.device), net=machine.network(fast))
 
 def weights_hash(trained: Trained) -> bytes:
     """A SHA-256 of the network: of its settings and its weights."""
-    sha = hashlib.sha256(json.dumps([trained.model_settings, trained.choices]).encode())
+    model = trained.model
+    choices = {"predict": model.predict, "variance": model.variance, "clip": model.clip}
+    sha = hashlib.sha256(json.dumps([trained.model_settings, choices]).encode())
     for name, weight in sorted(trained.net.state_dict().items()):
         sha.update(name.encode() + raw_bytes(weight))
     return sha.digest()

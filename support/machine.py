@@ -60,8 +60,8 @@ class Machine(NamedTuple):
             raise ValueError("the processes do not agree on the step, the settings, the data or "
                              "torch: each machine needs the same folder of the run")
 
-    def model(self, net: Callable) -> Callable[[Tensor, Tensor], Tensor]:
-        """ε_θ(x_t, t): `net` computed in this machine's precision, with a float32 result."""
+    def network(self, net: Callable) -> Callable[[Tensor, Tensor], Tensor]:
+        """`net` computed in this machine's precision, with a float32 result."""
         def call(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
                 return net(x, t).float()
@@ -81,7 +81,7 @@ class Machine(NamedTuple):
             x = torch.zeros(shape, device=self.device)
             alone = getattr(net, "no_sync", contextlib.nullcontext)  # the others may have failed
             with alone():
-                y = self.model(fast)(x, torch.ones(len(x), device=self.device).long())
+                y = self.network(fast)(x, torch.ones(len(x), device=self.device).long())
                 if y.requires_grad:
                     y.sum().backward()
             works = True

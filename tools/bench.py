@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import ddpm
 import unet
 
 class From0(nn.Module):
@@ -79,8 +80,8 @@ def jobs_of(net: nn.Module, machine: Machine, x: torch.Tensor, compile: bool) ->
     params = list(net.parameters())
     averages = [p.detach().clone() for p in params]
     adam = torch.optim.Adam(params, lr=1e-6, fused=machine.device.type != "mps")
-    model = machine.model(torch.compile(net, dynamic=False) if compile else net)
-    sampler = inference_model(net, machine)
+    model = machine.network(torch.compile(net, dynamic=False) if compile else net)
+    sampler = inference_model(ddpm.Model(ddpm.make_schedule(), net), machine).net
 
     def train():
         net.train()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import json
 import sys
 from pathlib import Path
@@ -55,10 +56,12 @@ def chain(trained: Trained, model: ddpm.Model, x0: Tensor) -> Tensor:
         columns += [x_t] if t in shown[:-1] else []
     return tiled(data.to_uint8(torch.stack(columns, 1).flatten(0, 1)), len(columns))
 
-def over_time(trained: Trained, model: ddpm.Model, machine: Machine) -> Tensor:
+def over_time(trained: Trained, machine: Machine) -> Tensor:
     """Figure 6, of sample.py: eleven times and the sample."""
     args = argparse.Namespace(seed=0, n=4)
-    picture = sample.progressive(trained, sample.choose_sampler(trained), model, args, machine)
+    sampler = sample.choose_sampler(trained)
+    sampler = sampler._replace(model=inference_model(sampler.model, machine))
+    picture = sample.progressive(trained, sampler, args, machine)
     return small(picture, 12 * trained.shape[2])
 
 def forward(trained: Trained, model: ddpm.Model, x0: Tensor) -> Tensor:
@@ -68,8 +71,8 @@ def forward(trained: Trained, model: ddpm.Model, x0: Tensor) -> Tensor:
     for t in TIMES:
         now = ddpm._all(t, x0)
         x_t = ddpm.q_sample(s, x0, now, eps)
-        p = ddpm.p_mean_variance(s, model, x_t, now, **trained.choices)
-        rows.append(torch.stack([x_t, eps / 3, model(x_t, now) / 3, p.x0_hat], 1).flatten(0, 1))
+        p = ddpm.p_mean_variance(model, x_t, now)
+        rows.append(torch.stack([x_t, eps / 3, model.net(x_t, now) / 3, p.x0_hat], 1).flatten(0, 1))
     return tiled(data.to_uint8(torch.stack(rows, 1).flatten(0, 1)), len(TIMES))
 
 def beginnings(trained: Trained, images: Tensor) -> tuple[Tensor, list[int]]:
@@ -87,7 +90,7 @@ def terms(trained: Trained, model: ddpm.Model, x0: Tensor) -> dict:
     for t in sorted({round(1000 ** (i / 40)) for i in range(41)}):
         now = ddpm._all(t, x0)
         x_t = ddpm.q_sample(s, x0, now, Noise(3, range(len(x0)), trained.shape)(t))
-        p = ddpm.p_mean_variance(s, model, x_t, now, **trained.choices)
+        p = ddpm.p_mean_variance(model, x_t, now)
         term = ddpm.bits_per_dim(ddpm.vlb_term(s, x0, x_t, now, p), x0).mean().item()
         found.append([t, float(f"{term:.3g}")])
     L_T = ddpm.bits_per_dim(ddpm.prior_kl(s, x0), x0).mean().item()
@@ -121,17 +124,18 @@ def paths(n: int = 400) -> tuple[dict, Tensor]:
     number of steps and a column for each sampler, with the points at the end.
     """
     s = ddpm.make_schedule()
-    model, frames, panels = Spiral(s), {}, []
-    samplers = {"β_t": (ddpm.p_sample_loop, {"variance": "fixed_large"}),
-                "β̃_t": (ddpm.p_sample_loop, {"variance": "fixed_small"}),
-                "η = 0.5": (ddpm.ddim_loop, {"eta": 0.5}), "η = 0": (ddpm.ddim_loop, {"eta": 0.0})}
+    frames, panels, loop, ddim = {}, [], ddpm.p_sample_loop, ddpm.ddim_loop
+    samplers = {"β_t": (loop, "fixed_large"), "β̃_t": (loop, "fixed_small"),
+                "η = 0.5": (functools.partial(ddim, eta=0.5), "fixed_small"),
+                "η = 0": (ddim, "fixed_small")}
     x_T = torch.randn(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for steps in STEPS:
         few = ddpm.respace(s, steps)
-        for name, (loop, choices) in samplers.items():
+        for name, (loop, variance) in samplers.items():
+            model = ddpm.Model(few, Spiral(s), variance=variance)
             g, kept = torch.Generator().manual_seed(1), []
             noise = lambda t, g=g: torch.randn(n, 2, generator=g, dtype=torch.float64)
-            for t, x, _ in loop(few, model, x_T, noise, **choices):
+            for t, x, _ in loop(model, x_T, noise):
                 if t % (steps // 25 or 1) == 0:
                     top = x.abs().max()
                     kept.append([int(few.times[t]), round(top.item(), 4), base64.b64encode(
@@ -153,7 +157,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     machine = start_machine("cpu", "fp32")
     trained = load(args.checkpoint, machine=machine)
-    model = inference_model(trained.net, machine)
+    model = inference_model(trained.model, machine)
     images, _ = data.load(args.dataset, args.data_dir, "test", trained.shape[1])
     some = images[[0, 2, 3, 6, 9, 11, 18, 19]]
     x0 = data.to_model(some)

@@ -30,14 +30,14 @@ def main(argv=None) -> int:
     from PIL import Image
     machine = start_machine(args.device, args.precision)
     trained = load(args.checkpoint, machine=machine)
-    s, loop, about = choose_sampler(trained)
+    model, loop, about = choose_sampler(trained)
+    model, s = inference_model(model, machine), model.s
     say(about)
     noise = Noise(args.seed, range(args.n), trained.shape, machine.device)
     shown = {round(t) for t in torch.linspace(s.T, 0, args.frames).tolist()}
     progress, frames = Progress(s.T, "steps"), []
     with written(args.out) as file, torch.no_grad():
-        for t, x_t, _ in loop(s.to(machine.device), inference_model(trained.net, machine),
-                              noise(0), noise):
+        for t, x_t, _ in loop(model, noise(0), noise):
             progress.update(s.T - t)
             if t in shown:
                 picture = data.tiled(data.to_uint8(x_t).cpu() & 0xF8)  # 5 bits are enough
