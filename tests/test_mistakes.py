@@ -1,6 +1,6 @@
 """Proof that the tests can fail: each mistake is put into the source, and its test must notice.
 
-tools/mistakes.py lists them. The wrong lines are written into a copy of the files, and pytest runs
+page/mistakes.py lists them. The wrong lines are written into a copy of the files, and pytest runs
 the named test there, in this process.
 """
 import os

@@ -162,7 +162,7 @@ def test_the_easy_mistakes_are_those_that_are_tried():
 
 def test_every_symptom_has_a_run_behind_it():
     """Each mistake of PAPER.md was run under each of its controls, beside the right lines."""
-    folder = HERE / ".github" / "images" / "mistakes"
+    folder = HERE / "page" / "images" / "mistakes"
     runs = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     for name, (*_, controls) in MISTAKES.items():
         for control in (controls or "").split():

@@ -1,8 +1,8 @@
 """The pictures of the page, from a trained network and images on which it was not trained.
 
-    python tools/figures.py --checkpoint runs/mine --dataset test.pt
+    python page/figures.py --checkpoint runs/mine --dataset test.pt
 
-Written to .github/images/page, where tools/page.py finds them: the chain in both directions (the
+Written to page/images, where page/page.py finds them: the chain in both directions (the
 paper's Figure 2), x_t with what the network says of it, the beginnings of files, some
 terms of the bound, the loss by thirds of t, and points in two dimensions (`paths`).
 """
@@ -30,7 +30,7 @@ import ddpm
 import sample
 import train
 
-OUT = ROOT / ".github" / "images" / "page"
+OUT = ROOT / "page" / "images"
 TIMES = [1, *range(50, 1001, 50)]          # of the frames of x_t
 CUTS = [16, 24, 32, 48, 64, 96, 128, 192]  # bytes of a file
 STEPS = (10, 50, 1000)

@@ -1,5 +1,5 @@
-"""The page of tools/page.py in two browsers: `pytest --noconftest tools/test_page.py`, after
-`pip install -r tools/requirements.txt`, with Chromium (or Chrome) and Firefox on the machine.
+"""The page of page/page.py in two browsers: `pytest --noconftest page/test_page.py`, after
+`pip install -r page/requirements.txt`, with Chromium (or Chrome) and Firefox on the machine.
 
 Chromium is driven by Playwright. Firefox is spoken to in WebDriver BiDi, its own protocol, because
 Playwright needs a Firefox of its own.
@@ -147,7 +147,7 @@ def test_size_and_time(built):
     path, seconds = built
     assert path.stat().st_size < 1_600_000 and seconds < 10
     assert path.read_text(encoding="utf-8").count("<script") == 2  # one of them holds numbers
-    assert len(page.read("tools/page.js").splitlines()) <= 150
+    assert len(page.read("page/page.js").splitlines()) <= 150
 
 def test_nothing_is_missing(built):
     """Every function and class, every equation, every mistake that is listed, and a test for each."""

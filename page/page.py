@@ -1,10 +1,10 @@
 """One page from the sources: the paper's statements, the code, its theorems, and the mistakes.
 
-    python tools/page.py --out page/index.html        in an environment with tools/requirements.txt
+    python page/page.py --out site/index.html        in an environment with page/requirements.txt
 
 The page is made of the files themselves: ddpm.py, Algorithm 1 of train.py and unet.py give
 docstrings and code, PAPER.md the statements, the derivations and what one sees of a mistake, the
-test files the theorems, tools/mistakes.py the wrong lines, tools/figures.py the pictures. Nothing
+test files the theorems, page/mistakes.py the wrong lines, page/figures.py the pictures. Nothing
 is written twice. Formulas become MathML. The page fetches nothing, and is whole without its script.
 """
 from __future__ import annotations
@@ -34,12 +34,12 @@ try:
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 except ImportError as error:
-    sys.exit(f"page.py: {error}: pip install -r tools/requirements.txt")
+    sys.exit(f"page.py: {error}: pip install -r page/requirements.txt")
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ROOT / "tools"
-KEPT = ROOT / ".github" / "images" / "mistakes"
-DRAWN = ROOT / ".github" / "images" / "page"
+HERE = ROOT / "page"
+KEPT = HERE / "images" / "mistakes"
+DRAWN = HERE / "images"
 
 @functools.cache
 def read(name: str) -> str:
@@ -605,7 +605,7 @@ class Page:
         self.symptoms = {row[0]: row[1] for row in table("Easy mistakes") if len(row) == 3}
         self.algorithms = dict(re.findall(r"(?ms)^### Algorithm (\d): \w+\n\n(.*?)(?=^### |\Z)",
                                           chapter("The four algorithms")))
-        self.mistakes, self.controls = tables("tools/mistakes.py", "MISTAKES", "CONTROLS")
+        self.mistakes, self.controls = tables("page/mistakes.py", "MISTAKES", "CONTROLS")
         self.left = {name for name, entry in self.mistakes.items() if entry[3]}
         self.home = {}                                 # test → (file, the line that it guards)
         for file, test, replacements, _ in self.mistakes.values():
@@ -1194,7 +1194,7 @@ def build(repository: str = "") -> str:
     page.body.append("</div>")
     face = lambda family, file, more="": (
         f'@font-face {{ font-family: "DDPM {family}"; {more}src: url(data:font/woff2;base64,'
-        + base64.b64encode((TOOLS / "fonts" / f"{file}.woff2").read_bytes()).decode()
+        + base64.b64encode((HERE / "fonts" / f"{file}.woff2").read_bytes()).decode()
         + ') format("woff2"); }')
     fonts = "\n".join((face("Math", "math"), face("Text", "regular"),
                        face("Text", "italic", "font-style: italic; "),
@@ -1205,9 +1205,9 @@ def build(repository: str = "") -> str:
     run = re.search(r"(?s)```sh\n(.*?)```", read("README.md"))[1]
     preview = ('\n<meta property=og:image content="'
                f'{repository}/raw/main/.github/images/fashion.png">')
-    return string.Template((TOOLS / "page.html").read_text(encoding="utf-8")).substitute(
-        style=(TOOLS / "page.css").read_text(encoding="utf-8").replace("FONTS", fonts),
-        script=(TOOLS / "page.js").read_text(encoding="utf-8"),
+    return string.Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
+        style=(HERE / "page.css").read_text(encoding="utf-8").replace("FONTS", fonts),
+        script=(HERE / "page.js").read_text(encoding="utf-8"),
         paths=(DRAWN / "paths.json").read_text(encoding="utf-8"),
         contents=page.table_of_contents(), body=body, pictures="".join(page.pictures.values()),
         paper=inline(read("PAPER.md").splitlines()[2]), chain=chain,
@@ -1219,8 +1219,8 @@ def main(argv=None) -> int:
     """Writes the page: see the text at the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("page/index.html"),
-                        help="(default: page/index.html)")
+    parser.add_argument("--out", type=Path, default=Path("site/index.html"),
+                        help="(default: site/index.html)")
     parser.add_argument("--repository", default="", help="address to which the page links")
     args = parser.parse_args(argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """The easy mistakes: each wrong line, the test that notices it, and what one sees of it.
 
-    python tools/mistakes.py --out mistakes            every mistake; hours; a stopped run goes on
-    python tools/mistakes.py --out mistakes --only "σ_t² in place"
-    python tools/mistakes.py --out mistakes --keep     numbers and pictures into .github/images
+    python page/mistakes.py --out mistakes            every mistake; hours; a stopped run goes on
+    python page/mistakes.py --out mistakes --only "σ_t² in place"
+    python page/mistakes.py --out mistakes --keep     numbers and pictures into page/images
 
 The wrong line is put into a copy of the program, and the commands of the mistake's control are run
 with the copy: the same commands, noise and images as with the right lines. Kept are what the
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = ROOT / ".github" / "images" / "mistakes"
+KEPT = ROOT / "page" / "images" / "mistakes"
 sys.path.insert(0, str(ROOT))
 from support.command import Parser, Progress, UsageError, command, count, one_line, say, written
 
@@ -437,7 +437,7 @@ def describe(result: dict, right: dict) -> str:
     return "; ".join(parts) or "nothing"
 
 def keep(results: dict) -> None:
-    """Numbers and pictures of the runs, small enough for the repository, for tools/page.py."""
+    """Numbers and pictures of the runs, small enough for the repository, for page/page.py."""
     shutil.rmtree(KEPT, ignore_errors=True)
     KEPT.mkdir(parents=True)
     rows, numbers = {}, {name: f"{i:02d}" for i, name in enumerate(MISTAKES, 1)}
