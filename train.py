@@ -78,8 +78,7 @@ SETTINGS = {
     "sample_steps": (50, whole(2, 10 ** 5), "network calls for an image of a grid, at most T"),
     "keep": (None, count, "steps between two files ema-*.pt with the averaged weights"),
 }
-LARGE = "images of 256×256 pixels or more"
-RECIPES = {  # what differs for other data sets
+RECIPES = {  # what differs for other data sets, and for images of 256×256 pixels or more
     "mnist": dict(flip=False),
     "fashion_mnist": dict(flip=False),
     "shapes": dict(steps=1500, batch_size=32, lr=3e-3, warmup=100, decay=0.6, ema=0.99,
@@ -87,8 +86,8 @@ RECIPES = {  # what differs for other data sets
                    variance="fixed_small", save_every=500, sample_every=500, samples=16,
                    sample_steps=100),
     # CelebA-HQ and LSUN (§4, Appendix B). LSUN took 1.2 to 2.4 million steps, and LSUN Bedroom was
-    # not flipped. The variance is that of the released code.
-    LARGE: dict(multipliers=[1, 1, 2, 2, 4, 4], dropout=0.0, steps=500_000, batch_size=64, lr=2e-5,
+    # not flipped. The released code's variance.
+    "256×256": dict(multipliers=[1, 1, 2, 2, 4, 4], dropout=0.0, steps=500_000, batch_size=64, lr=2e-5,
                 variance="fixed_small", samples=16),
 }
 MAY_CHANGE = {"dataset", "steps", "log_every", "save_every", "sample_every", "samples",
@@ -394,34 +393,39 @@ def parse(argv) -> dict:
                         help="bit-identical results on CUDA too, at some loss of speed")
     return vars(parser.parse_args(argv))
 
-def settle(given: dict, images: Tensor, stored: dict, init: dict) -> dict:
-    """The settings of the run: the recipe, changed by --init, the checkpoint and the flags in turn.
+def defaults(name: str, side: int) -> dict:
+    """The settings of a new run without further flags: the paper's, or those of a recipe."""
+    recipe = RECIPES.get("256×256" if side >= 256 else name, {})
+    return {key: default for key, (default, *_) in SETTINGS.items()} | recipe
 
-    given: the flags; stored: the checkpoint's settings; init: those of the network of --init.
-    UsageError if settings contradict each other, or a flag contradicts --init.
+def settle(base: dict, given: dict, images: Tensor) -> dict:
+    """The settings of the run: `base`, changed by the flags that were given.
+
+    base: the checkpoint's settings, or for a new run the defaults and those of --init. UsageError
+    if settings contradict each other or the images.
     """
-    name, (c, height, width) = given.get("dataset", SETTINGS["dataset"][0]), images.shape[1:]
-    settings = {**{key: default for key, (default, *_) in SETTINGS.items()},
-                **RECIPES.get(LARGE if height >= 256 else name, {}), **init, **stored,
-                **{key: value for key, value in given.items() if key in SETTINGS},
-                "in_channels": c, "image_size": height}
-    if wrong := [key for key in init if settings[key] != init[key]]:
-        raise UsageError(f"--init has {wrong[0]} {init[wrong[0]]}, not {settings[wrong[0]]}")
+    c, height, width = images.shape[1:]
+    settings = base | {key: value for key, value in given.items() if key in SETTINGS} | {
+        "in_channels": c, "image_size": height}
     levels = [height // 2 ** level for level in range(len(settings["multipliers"]))]
     if unknown := set(given.get("attention", [])) - set(levels):
         raise UsageError(f"--attention {min(unknown)}: no level of the U-Net has that resolution")
     if settings["variance"] == "learned" and settings["objective"] == "simple":
         raise UsageError("--variance learned needs --objective vlb: L_simple does not depend on it")
     if height != width or given.get("image_size", height) != height:
-        raise UsageError(f"{name} has images of {height}×{width}: they must be squares, and of "
-                         "--image-size")
+        raise UsageError(f"{settings['dataset']} has images of {height}×{width}: they must be "
+                         "squares, and of --image-size")
     return settings
 
 def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: Path) -> Run:
     """The run that the flags ask for, before its first step. stored: the checkpoint's settings."""
-    init = load(given["init"], given["data_dir"], machine=machine) if (
-        given["init"] and not stored) else None
-    settings = settle(given, images, stored, init.model_settings if init else {})
+    init = load(given["init"], machine=machine) if given["init"] and not stored else None
+    name = given.get("dataset", SETTINGS["dataset"][0])
+    own = init.model_settings if init else {}
+    settings = settle(stored or defaults(name, images.shape[2]) | own, given, images)
+    for key, value in own.items():
+        if settings[key] != value:
+            raise UsageError(f"--init has {key} {value}, not {settings[key]}")
     if settings["batch_size"] % machine.world:
         raise UsageError(f"--batch-size {settings['batch_size']} cannot be shared evenly by "
                          f"{machine.world} processes")
@@ -484,6 +488,9 @@ def main(argv=None) -> int:
     path = folder / "checkpoint.pt"
     saved = lambda: path.stat().st_mtime_ns if path.exists() else None
     before, state = saved(), load_checkpoint(path) if path.exists() else {}
+    if state and "adam" not in state:
+        raise ValueError(f"{path} has weights alone, and no run to resume: to start from them give "
+                         f"--init {folder} and another --out")
     stored = state.get("settings", {})
     for key in stored.keys() & given.keys() - MAY_CHANGE:
         if given[key] != stored[key]:

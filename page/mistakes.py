@@ -36,7 +36,7 @@ from support import data
 # name: (file, test, [(right, wrong), …], names of CONTROLS); PAPER.md tells what was seen. None: no
 # command shows the mistake, for example because only tests call the function.
 D, C, E, R = "test_ddpm.", "test_commands.", "test_evaluate.", "test_compress."
-U, T = "test_unet.", "test_train."
+U, T, G = "test_unet.", "test_train.", "test_simulated_cuda."
 MISTAKES = {
     # --- the schedule and the forward process
     "ᾱ_0 ≠ 1": ("ddpm.py", D + "test_sec2_alpha_bar_is_the_running_product", [
@@ -47,10 +47,10 @@ MISTAKES = {
         ("min(beta * 1000 / T, 0.999)", "beta"), ("if s.alpha_bars[T] > 1e-3:", "if False:")],
     "short"),
     "β_t in place of √β_t in Eq. 2": ("ddpm.py", D + "test_eq02_forward_step", [
-        ("_like(s.betas[t].sqrt(), x) * eps", "_like(s.betas[t], x) * eps")], None),
+        ("_like(_at(s.betas, t).sqrt(), x) * eps", "_like(_at(s.betas, t), x) * eps")], None),
     "α_t and β_t exchanged in Eq. 2": ("ddpm.py", D + "test_eq02_forward_step", [
-        ("_like(s.alphas[t].sqrt(), x) * x + _like(s.betas[t].sqrt(), x) * eps",
-         "_like(s.betas[t].sqrt(), x) * x + _like(s.alphas[t].sqrt(), x) * eps")], None),
+        ("(_at(s.alphas, t).sqrt(), x) * x + _like(_at(s.betas, t).sqrt(), x) * eps",
+         "(_at(s.betas, t).sqrt(), x) * x + _like(_at(s.alphas, t).sqrt(), x) * eps")], None),
     "1 − ᾱ_t in place of its root in Eq. 4": (
         "ddpm.py", D + "test_eq04_jump_is_iterated_steps", [
             ("mean + sigma2.sqrt() * eps", "mean + sigma2 * eps")], "training"),
@@ -65,34 +65,35 @@ MISTAKES = {
         ("u = t.clamp(min=2)", "u = t")], "bound"),
     "√ᾱ_t in place of √α_t in Eq. 11": (
         "ddpm.py", D + "test_eq11_every_prediction_gives_the_posterior_mean", [
-            ("        mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean\n",
-             "        eps = predict_eps_from_x0(s, x_t, t, x0_hat)\n"
-             "        mean = x_t - _like(s.betas[t] / (1 - s.alpha_bars[t]).sqrt(), x_t) * eps\n"
-             "        mean = mean / _like(s.alpha_bars[t].sqrt(), x_t)\n")], "no-clip"),
+            ("    mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean\n",
+             "    eps = predict_eps_from_x0(s, x_t, t, x0_hat)\n"
+             "    mean = x_t - _like(s.betas[t] / (1 - s.alpha_bars[t]).sqrt(), x_t) * eps\n"
+             "    mean = mean / _like(s.alpha_bars[t].sqrt(), x_t)\n")], "no-clip"),
     "Eq. 15 divided by ᾱ_t": ("ddpm.py", D + "test_eq15_inverts_the_jump", [
         ("* eps) / _like(alpha_bar.sqrt(), x_t)", "* eps) / _like(alpha_bar, x_t)")], "sampling"),
     "x̂_0 clipped after the mean was taken": (
         "ddpm.py", D + "test_eq11_clipping_comes_before_the_mean", [
-            ("    if clip:\n        x0_hat = x0_hat.clamp(-1, 1)\n\n", ""),
+            ("(x0_hat.clamp(-1, 1) if model.clip else x0_hat), log", "x0_hat, log"),
             ("return Reverse(mean, sigma2, x0_hat)",
-             "return Reverse(mean, sigma2, x0_hat.clamp(-1, 1) if clip else x0_hat)")], "sampling"),
+             "return Reverse(mean, sigma2, x0_hat.clamp(-1, 1) if model.clip else x0_hat)")], "sampling"),
     "the halves of a learned variance exchanged": (
         "ddpm.py", D + "test_table2_learned_variance_is_the_second_half", [
             ("out, log_sigma2 = out", "log_sigma2, out = out")], "learned"),
     # --- Algorithms 1 and 2
     "the top t never drawn": ("train.py", C + "test_alg1_draws", [
-        ("torch.randint(1, s.T + 1,", "torch.randint(1, s.T,")], "training"),
+        ("torch.randint(1, T + 1,", "torch.randint(1, T,")], "training"),
     "t = 0 drawn": ("train.py", C + "test_alg1_draws", [
-        ("torch.randint(1, s.T + 1,", "torch.randint(0, s.T + 1,")], "training"),
+        ("torch.randint(1, T + 1,", "torch.randint(0, T + 1,")], "training"),
     "the same draws in every step": (
         "train.py", C + "test_alg1_draws_are_a_function_of_seed_and_step", [
-            ('seed_of(settings["seed"], "step", k)', 'seed_of(settings["seed"], "step")')],
+            ('seed_of(run.settings["seed"], "step", k)', 'seed_of(run.settings["seed"], "step")')],
         "training"),
     "the loss summed, not averaged": ("ddpm.py", D + "test_eq14_loss_simple", [
-        ("s.times[t])).square().flatten(1).mean(1)", "s.times[t])).square().flatten(1).sum(1)")],
+        (".square().flatten(1).mean(1)\n\ndef loss_vlb", ".square().flatten(1).sum(1)\n\ndef loss_vlb")],
     "training"),
     "ε as the target of `--predict mean`": ("ddpm.py", D + "test_eq14_loss_simple", [
-        ("target = q_posterior_mean_variance(s, x0, x_t, t).mean", "target = eps")], "mean"),
+        ("lambda s, x0, x_t, t, eps: q_posterior_mean_variance(s, x0, x_t, t).mean,",
+         "lambda s, x0, x_t, t, eps: eps,")], "mean"),
     "σ_t² in place of σ_t": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
         ("p.mean + p.sigma2.sqrt() * z", "p.mean + p.sigma2 * z")], "sampling"),
     "noise at the last step": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
@@ -154,7 +155,7 @@ MISTAKES = {
     "distortion on the scale of [−1, 1]": ("ddpm.py", D + "test_sec43_distortion", [
         ("return 127.5 * (x0 - x0_hat)", "return (x0 - x0_hat)")], "bound"),
     "interpolation decoded from t − 1": ("ddpm.py", D + "test_sec44_interpolation", [
-        ("noise, start=t, **choices)", "noise, start=t - 1, **choices)")], "figure-8"),
+        ("return loop(model, mixed, noise, start=t)", "return loop(model, mixed, noise, start=t - 1)")], "figure-8"),
     # --- real bits
     "the candidate with the largest ratio": (
         "compress.py", R + "test_the_chosen_candidate_is_a_sample_of_q", [
@@ -202,18 +203,17 @@ MISTAKES = {
         "support/data.py", "test_data.test_download_is_whole_or_not_there", [
             ("str(path), sha256)", "str(path))")], None),
     "flips drawn but not applied": ("train.py", C + "test_flips_and_clipping_happen", [
-        ('if settings["flip"]:', "if False:")], "flips"),
+        ('x0.flip(3), x0) if settings["flip"] else x0', "x0, x0)")], "flips"),
     "the gradient not clipped": ("train.py", C + "test_flips_and_clipping_happen", [
-        ('parameters(), settings["grad_clip"])', "parameters(), 1e9)")], "training"),
+        ('parameters(), run.settings["grad_clip"])', "parameters(), 1e9)")], "training"),
     "averages taken before the step": (
         "train.py", C + "test_ema_follows_the_weights_after_each_step", [
-            ("    run.scaler.step(run.adam)\n", ""),
-            ("    return torch.cat(losses), t, norm\n",
-             "    run.scaler.step(run.adam)\n    return torch.cat(losses), t, norm\n")],
+            ("    norm = descend(run, k)\n", ""),
+            ("    average(run, k)\n", "    average(run, k)\n    norm = descend(run, k)\n")],
         "training"),
     "decay and 1 − decay exchanged": (
         "train.py", C + "test_ema_follows_the_weights_after_each_step", [
-            ("1 - ema_decay(settings, k))", "ema_decay(settings, k))")], "training"),
+            ("avg_fn(ema_decay(run.settings, k))", "avg_fn(1 - ema_decay(run.settings, k))")], "training"),
     "resuming without Adam's state": ("train.py", T + "test_a_run_goes_on_to_the_bit", [
         ("for name in PARTS:", 'for name in ("net", "ema", "scaler"):')], "resumed"),
     "resuming without the averages": ("train.py", T + "test_a_run_goes_on_to_the_bit", [
@@ -224,7 +224,9 @@ MISTAKES = {
         "train.py", T + "test_a_number_that_is_not_finite_is_noticed_before_it_is_written", [
             (" if run.scaler.is_enabled() else bad(records[-1]):", ":")], "diverged"),
     "the same images in every process": ("train.py", T + "test_alg1_three_steps_by_hand", [
-        ("run.images, run.machine.share", "run.images, slice(0, None, run.machine.world)")], "two"),
+        ("T, n, share = run.model.s.T, run.settings[\"batch_size\"], run.machine.share",
+         "T, n, share = run.model.s.T, run.settings[\"batch_size\"], slice(0, None, 2)"),
+        ("run.settings, run.images, run.machine.share", "run.settings, run.images, slice(0, None, 2)")], "two"),
     "checkpoints without verification": (
         "support/checkpoint.py", C + "test_a_damaged_checkpoint_is_refused", [
             ("if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:", "if False:")], "damaged"),
@@ -250,6 +252,49 @@ MISTAKES = {
         "train.py", T + "test_learning_rates_and_decays", [
         ('min(settings["ema"], (1 + k) / (10 + k)) if settings["ema_ramp"] else settings["ema"]',
          'settings["ema"]')], "ramp"),
+    # --- a GPU
+    "the index of the device dropped": ("support/machine.py", G + "test_the_precision_of_a_gpu", [
+        ("torch.zeros(1, device=device).device", "torch.device(device)")], None),
+    "float32 on a GPU of capability 7": ("support/machine.py", G + "test_the_precision_of_a_gpu", [
+        ('"fp16" if major == 7', '"fp32" if major == 7')], None),
+    "the schedule left on the CPU": ("train.py", G + "test_training_on_a_gpu_is_that_on_a_cpu", [
+        ("s = build_schedule(settings).to(machine.device)", "s = build_schedule(settings)")], None),
+    "the images of a batch not moved": (
+        "train.py", G + "test_images_that_do_not_fit_stay_on_the_cpu", [
+            ("data.to_model(images[index].to(run.machine.device))", "data.to_model(images[index])")], None),
+    "all images left on the CPU": ("train.py", G + "test_a_training_step_waits_for_nothing", [
+        ("        images = images.to(machine.device)\n", "        pass\n")], None),
+    "a generator of the CPU": ("train.py", G + "test_training_on_a_gpu_is_that_on_a_cpu", [
+        ("torch.Generator(run.machine.device).manual_seed", "torch.Generator().manual_seed")], None),
+    "ε drawn on the CPU": ("train.py", G + "test_a_training_step_waits_for_nothing", [
+        ("eps = torch.randn(n, *run.images.shape[1:], **draws)[share]",
+         "eps = torch.randn(n, *run.images.shape[1:])[share].to(run.machine.device)")], None),
+    "a number read in each step": ("train.py", G + "test_a_training_step_waits_for_nothing", [
+        ("losses.append(loss.detach())", "losses.append(loss.detach() + 0 * loss.sum().item())")],
+    None),
+    "the loss checked in each step": ("train.py", G + "test_a_training_step_waits_for_nothing", [
+        ('if saves or progress.due() or due("log_every"):', "if True:")], None),
+    "the time copied in each step": ("ddpm.py", G + "test_a_sampling_step_waits_for_nothing", [
+        ("torch.full((len(x),), t, device=x.device)",
+         "torch.tensor([t] * len(x), device=x.device)")], None),
+    "z made on the CPU": ("sample.py", G + "test_the_samples_of_a_gpu_are_those_of_a_cpu", [
+        ("filled[machine.share], trained.shape, machine.device)",
+         "filled[machine.share], trained.shape)")], None),
+    "samples left on the GPU": (
+        "support/machine.py", G + "test_a_checkpoint_of_the_other_device_is_loaded", [
+            ("            return mine.cpu()\n", "            return mine\n")], None),
+    "test images left on the CPU": (
+        "evaluate.py", G + "test_bits_per_dim_of_a_gpu_are_those_of_a_cpu", [
+            ("x0 = data.to_model(images[list(index)]).to(machine.device)",
+             "x0 = data.to_model(images[list(index)])")], None),
+    "Inception left on the CPU": ("evaluate.py", G + "test_fid_on_a_gpu_is_that_on_a_cpu", [
+        ("map_location=machine.device", 'map_location="cpu"')], None),
+    "q·k scaled after the product": (
+        "unet.py", G + "test_attention_in_float16_overflows_nowhere", [
+            ("        q = q * q.shape[1] ** -0.5 ", "        # "),
+            ("scores = q.transpose(1, 2) @ k ", "scores = q.transpose(1, 2) @ k * q.shape[1] ** -0.5 ")], None),
+    "sampling compiled by default": ("support/checkpoint.py", G + "test_what_is_compiled_on_a_gpu", [
+        ("machine.compiled(own, *shape)", "machine.compiled(own, *shape, default=True)")], None),
 }
 
 def wrong_source(file: str, replacements: list) -> str:

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import functools
 import os
 import secrets
 import signal
 import sys
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterator
@@ -69,23 +69,15 @@ class Parser(argparse.ArgumentParser):
         for flag in flags:
             self.add_argument(flag, **FLAGS[flag])
 
-    def parse_known_args(self, args=None, namespace=None):
-        for given in sys.argv[1:] if args is None else args:
-            if given.endswith("=--"):  # which argparse takes for an empty list
-                self.error(f"{given}: its value is missing")
-        return super().parse_known_args(args, namespace)
-
     def error(self, message: str):
-        wrong = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
-        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
-        raise UsageError(f"{message} ({f'did you mean {near[0]}?' if near else 'see --help'})")
+        raise UsageError(f"{message} (see --help)")
 
 def command(main: Callable) -> Callable:
     """Wraps main(argv) → exit status, so that every failure prints one line on stderr.
 
     The status is 2 for a mistake in the arguments, 128 + its number for a signal, and 1 for
     anything else. What was foreseen is a ValueError or an OSError with a text of its own; another
-    exception is named as it is. DDPM_TRACEBACK=1 in the environment shows where.
+    exception is named with its place. DDPM_TRACEBACK=1 in the environment shows all of them.
     """
     script = Path(main.__code__.co_filename).name
 
@@ -113,7 +105,10 @@ def command(main: Callable) -> Callable:
             elif "out of memory" in text or "can't allocate memory" in text:
                 text = "out of memory: fewer images at a time, or a smaller network, need less"
             elif not isinstance(error, (ValueError, OSError)):
-                text = f"unforeseen {type(error).__name__}: {text} (DDPM_TRACEBACK=1 shows where)"
+                places = [x for x in traceback.extract_tb(error.__traceback__)
+                          if "site-packages" not in x.filename]
+                text = (f"unforeseen {type(error).__name__} in {Path(places[-1].filename).name}, line "
+                        f"{places[-1].lineno}: {text} (DDPM_TRACEBACK=1 shows all)")
             say(f"{script}: {text}")
             return 2 if isinstance(error, UsageError) else 1
         finally:
