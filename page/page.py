@@ -483,7 +483,7 @@ MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").use(
     renderer=lambda source, options: tex(source, options["display_mode"]))
 
 def markdown(text: str) -> str:
-    """HTML of a part of PAPER.md."""
+    """HTML of a part of a document."""
     found = re.sub(r'(?s)<div class="math block">\n?(.*?)\n?</div>',
                    r'<div class="formula"><span>\1</span></div>', MARKDOWN.render(text))
     found = found.replace("<th></th>", "<td></td>")
@@ -499,12 +499,16 @@ def inline(text: str) -> str:
     """HTML of one paragraph, without its tags."""
     return re.sub(r"^<p>|</p>$", "", markdown(text).strip())
 
+DOCUMENTS = ("PAPER.md", "docs/mistakes.md", "docs/coding.md", "docs/libraries.md",
+             "docs/measurements.md")
+
 def chapter(title: str) -> str:
-    """The text below a heading of PAPER.md."""
-    return read("PAPER.md").split(f"## {title}\n")[1].split("\n## ")[0]
+    """The text below a heading of PAPER.md or of a page in docs/."""
+    said = "\n".join(map(read, DOCUMENTS)).split(f"\n## {title}\n")[1]
+    return re.split("\n##? ", said)[0]
 
 def table(title: str) -> list[list[str]]:
-    """The cells of the first table below a heading of PAPER.md."""
+    """The cells of the first table below a heading."""
     lines = [line for line in chapter(title).splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
@@ -1161,7 +1165,7 @@ KEYS = ("solid", "dashed", "dotted")
 def libraries(theorem: str) -> str:
     """In which libraries all the judge's statements of the same equation hold, some, or none."""
     number, found = theorem.split("_")[1], {}
-    for judged in json.loads(read("tools/peers/matrix.json"))["libraries"].values():
+    for judged in json.loads(read("judge/libraries/matrix.json"))["libraries"].values():
         verdicts = {row["verdict"] for name, row in judged["theorems"].items()
                     if name.split("_")[0] == number} - {"not offered"}
         if verdicts:

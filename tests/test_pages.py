@@ -14,7 +14,8 @@ import train
 from mistakes import MISTAKES
 
 HERE = Path(__file__).resolve().parents[1]
-README, PAPER = ((HERE / name).read_text() for name in ("README.md", "PAPER.md"))
+PAGES = {path: path.read_text() for path in [HERE / "README.md", HERE / "PAPER.md", *sorted((HERE / "docs").glob("*.md"))]}
+README, TEXT = PAGES[HERE / "README.md"], "\n".join(PAGES.values())
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -25,8 +26,8 @@ def block(text: str) -> str:
 
 
 def rows(title: str) -> list[list[str]]:
-    """The cells of the first table under a heading of PAPER.md."""
-    text = PAPER.split(f"## {title}\n")[1].split("\n## ")[0]
+    """The cells of the first table under a heading of PAPER.md or of a page in docs/."""
+    text = re.split("\n##? ", TEXT.split(f"\n## {title}\n")[1])[0]
     lines = [line for line in text.splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
@@ -99,23 +100,22 @@ def test_two_lines_load_and_draw(tmp_path, monkeypatch):
     assert not space["trained"].net.training
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "compress", "bench", "judge", "steps", "mistakes", "film",
-                                    "mutation"])
+@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "compress", "bench", "judge", "steps", "mistakes", "film", "memory"])
 def test_flags_exist(script, capsys):
     """Every flag that README and PAPER give to a script is one of its flags."""
     assert importlib.import_module(script).main(["--help"]) == 0
     text = capsys.readouterr().out
-    joined = (README + PAPER).replace("\\\n", " ")
-    for line in re.findall(rf"(?:python|--) (?:tools/)?{script}\.py([^\n`#]*)", joined):
+    joined = TEXT.replace("\\\n", " ")
+    for line in re.findall(rf"(?:python|--) (?:tools/|page/)?{script}\.py([^\n`#]*)", joined):
         for flag in re.findall(r"--[a-z][a-z-]*", line):
             assert flag in text, flag
 
 
 def test_pictures_and_links_exist():
     """Every picture and every file that a page links to is there, and no placeholder is left."""
-    for page in (README, PAPER):
+    for path, page in PAGES.items():
         for target in re.findall(r"\]\(([^)#]+)\)", page):
-            assert target.startswith("https://") or (HERE / target).exists(), target
+            assert target.startswith("https://") or (path.parent / target).exists(), target
         assert not re.search(r"@[A-Z]+@", page)
         anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
                    for title in re.findall(r"^#+ (.*)", page, re.M)}
@@ -153,7 +153,7 @@ def test_the_map_is_complete_and_true():
 
 
 def test_the_easy_mistakes_are_those_that_are_tried():
-    """PAPER.md lists the mistakes that a command shows, each with the test that notices it."""
+    """docs/mistakes.md lists the mistakes that a command shows, each with the test that notices it."""
     listed = {row[0]: re.findall(r"`(test_\w+)`", row[-1]) for row in rows("Easy mistakes")
               if not row[0].startswith("**")}
     assert listed == {name: [test.split(".")[1]] for name, (_, test, _, controls)
@@ -161,7 +161,7 @@ def test_the_easy_mistakes_are_those_that_are_tried():
 
 
 def test_every_symptom_has_a_run_behind_it():
-    """Each mistake of PAPER.md was run under each of its controls, beside the right lines."""
+    """Each mistake of docs/mistakes.md was run under each of its controls, beside the right lines."""
     folder = HERE / "page" / "images" / "mistakes"
     runs = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     for name, (*_, controls) in MISTAKES.items():
@@ -189,8 +189,6 @@ def test_the_released_codes_flags_exist(capsys):
 
 def test_every_symptom_leads_to_mistakes_that_are_there():
     """Each name in the table of symptoms has its row in the table of mistakes, under that name."""
-    part = PAPER.split("## Symptoms")[1].split("\n## ")[0]
-    rows = [line for line in part.splitlines() if line.startswith("| ")][1:]
-    named = [name for row in rows for name in row.split(" | ")[1].split("; ")
-             if not name.startswith("`")]
-    assert len(rows) > 15 and set(named) <= set(MISTAKES) and len(named) > 40
+    symptoms = rows("Symptoms")
+    named = [name for row in symptoms for name in row[1].split("; ") if not name.startswith("`")]
+    assert len(symptoms) > 15 and set(named) <= set(MISTAKES) and len(named) > 40
