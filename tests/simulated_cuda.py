@@ -26,11 +26,11 @@ import tempfile
 import types
 from pathlib import Path
 
-VERSION, SOURCE = "2.13.0", Path(__file__).with_suffix(".cpp")
-LOADED = hasattr(ctypes.CDLL(None), "simulated_cuda")  # by an earlier import
-MISSING = (None if LOADED else "torch was imported first" if "torch" in sys.modules else
-           f"it is made for torch {VERSION}" if not importlib.metadata.version("torch").startswith(VERSION) else
-           None if shutil.which("g++") else "there is no g++")
+VERSION, SOURCE, LINUX = "2.13.0", Path(__file__).with_suffix(".cpp"), sys.platform == "linux"
+LOADED = LINUX and hasattr(ctypes.CDLL(None), "simulated_cuda")  # by an earlier import
+MISSING = (None if LOADED else "it needs Linux" if not LINUX else "torch was imported first" if "torch" in sys.modules
+           else f"it is made for torch {VERSION}" if not importlib.metadata.version("torch").startswith(VERSION)
+           else None if shutil.which("g++") else "there is no g++")
 if not LOADED and not MISSING:
     root = Path(importlib.util.find_spec("torch").origin).parent  # found, and not imported yet
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 CUDA = torch.device("cuda:0")
 INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
@@ -86,6 +85,20 @@ class Remote(Tensor):
         return compute(func, args, kwargs or {})
 
 
+def mapped(change, x):
+    """x with its tensors changed, in lists, tuples and dictionaries too."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, dict):
+        return {key: mapped(change, value) for key, value in x.items()}
+    return type(x)(mapped(change, y) for y in x) if isinstance(x, (tuple, list)) else x
+
+
+def tensors_of(*given) -> list[Tensor]:
+    mapped((found := []).append, given)
+    return found
+
+
 def is_cuda(device) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
@@ -93,7 +106,7 @@ def is_cuda(device) -> bool:
 def compute(func, args, kwargs):
     """An operation in which the device takes part: judged as CUDA would, computed on the CPU."""
     name, to = func._schema.name.partition("::")[2], kwargs.get("device")
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = tensors_of(args, kwargs)
     there = [x for x in tensors if isinstance(x, Remote)]
     here = [x for x in tensors if not isinstance(x, Remote)]
     result_there = is_cuda(to) if to is not None else bool(there)
@@ -116,11 +129,11 @@ def compute(func, args, kwargs):
         if from_there != to_there:
             waits["to device" if to_there else "to cpu"] += 1
     back = {id(x.here): x for x in there}  # an operation in place returns its own argument
-    args, kwargs = tree_map_only(Remote, lambda x: x.here, (args, {**kwargs, **({"device": "cpu"} if to else {})}))
+    args, kwargs = mapped(lambda x: getattr(x, "here", x), (args, {**kwargs, **({"device": "cpu"} if to else {})}))
     out = on_cpu(func, name, args, kwargs)
     if not result_there:
         return out
-    return tree_map_only(Tensor, lambda x: back[id(x)] if id(x) in back else Remote(x), out)
+    return mapped(lambda x: back[id(x)] if id(x) in back else Remote(x), out)
 
 
 def on_cpu(func, name, args, kwargs):
@@ -129,14 +142,14 @@ def on_cpu(func, name, args, kwargs):
         args = (args[0].float(), args[1], False)
     if name in ("_softmax_backward_data", "_log_softmax_backward_data") and args[3] != args[0].dtype:
         return func(*args[:3], args[0].dtype).to(args[3])
-    half = {x.dtype for x in tree_leaves(args) if isinstance(x, Tensor)} & {torch.half, torch.bfloat16}
+    half = {x.dtype for x in tensors_of(args)} & {torch.half, torch.bfloat16}
     if len(half) != 1 or func._schema.is_mutable:
         return func(*args, **kwargs)
     if name not in SLOW:
         with contextlib.suppress(NotImplementedError):
             return func(*args, **kwargs)
-    wide = tree_map_only(Tensor, lambda x: x.float() if x.dtype in half else x, (args, kwargs))
-    return tree_map_only(Tensor, lambda x: x.to(*half) if x.dtype == torch.float32 else x, func(*wide[0], **wide[1]))
+    args, kwargs = mapped(lambda x: x.float() if x.dtype in half else x, (args, kwargs))
+    return mapped(lambda x: x.to(*half) if x.dtype == torch.float32 else x, func(*args, **kwargs))
 
 
 class Everywhere(TorchDispatchMode):
@@ -144,7 +157,7 @@ class Everywhere(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if is_cuda(kwargs.get("device")) or any(isinstance(x, Remote) for x in tree_leaves((args, kwargs))):
+        if is_cuda(kwargs.get("device")) or any(isinstance(x, Remote) for x in tensors_of(args, kwargs)):
             return compute(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -192,7 +205,7 @@ def load(real, f, map_location=None, **options):
     for module in found.modules() if isinstance(found, torch.jit.ScriptModule) else []:
         for name, x in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             module._c.setattr(name, Remote(x.detach()))
-    return tree_map_only(Tensor, lambda x: x if isinstance(x, Remote) else Remote(x), found)
+    return mapped(lambda x: x if isinstance(x, Remote) else Remote(x), found)
 
 
 @contextlib.contextmanager

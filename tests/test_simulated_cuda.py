@@ -16,6 +16,7 @@ import test_commands
 import test_evaluate
 import test_pictures
 import train
+import unet
 from simulated_cuda import simulated, waits
 from support import data, machine
 from support.checkpoint import load, load_checkpoint
@@ -289,8 +290,18 @@ def test_a_sampling_step_waits_for_nothing(run, flags):
             waits.clear()
             sampled("--n", "2", "--steps", str(steps), *flags.split(), out=f"{steps}.pt")
             counts.append(dict(waits))
-    counts = [{kind: n for kind, n in count.items() if kind != "to device"} for count in counts]
-    assert counts[0] == counts[1] == {"to cpu": 1}
+    assert counts[0] == counts[1] and {kind for kind in counts[0]} == {"to device", "to cpu"}
+    assert counts[0]["to cpu"] == 1
+
+
+def test_attention_in_float16_overflows_nowhere(gpu):
+    """q·k reaches 10⁵, beyond float16, and q·k/√C does not: the scale comes before the product."""
+    attention = unet.Attention(64).to("cuda")
+    for layer in (attention.q, attention.k):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(layer.bias, 40.0)
+    with torch.no_grad(), torch.autocast("cuda", torch.float16):
+        assert attention(torch.randn(1, 64, 2, 2, device="cuda")).isfinite().all()
 
 
 def test_a_figure_waits_only_for_what_it_shows(run):
