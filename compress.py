@@ -266,7 +266,7 @@ def main(argv=None) -> int:
     for flag, actions in {"b": "encode measure", "bytes": "decode", "n": "measure"}.items():
         if getattr(args, flag) and args.action not in actions:
             raise UsageError(f"--{flag} does not go with {args.action}")
-    trained = load(args.checkpoint, args.data_dir, True, start_machine("cpu"))
+    trained = load(args.checkpoint, True, start_machine("cpu"))
     if trained.settings["variance"] == "learned":
         raise ValueError("a network with learned variance takes all T steps: too many bits")
     if args.action == "measure" and "dataset" not in trained.settings:

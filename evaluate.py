@@ -247,7 +247,7 @@ def main(argv=None) -> int:
     args.batch_size = args.batch_size or (256 if machine.device.type == "cuda" else 16)
     trained, settings, made = None, {}, data.read_tensor(args.samples) if args.samples else None
     if made is None or not args.dataset:
-        trained = load(args.checkpoint, args.data_dir, not args.no_ema, machine)
+        trained = load(args.checkpoint, not args.no_ema, machine)
         settings = trained.settings
     name = args.dataset or settings.get("dataset")
     if not name:

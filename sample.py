@@ -8,7 +8,6 @@
     python sample.py --progressive                     x̂_0 over time, one row an image (Figure 6)
     python sample.py --shared                          samples that share x_t (Figure 7)
     python sample.py --interpolate                     between images of the data set (Figure 8)
-    python sample.py --export FOLDER                   the network, for diffusers' DDPMPipeline
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out samples.pt          on 8 GPUs
 
 With the same network and flags, image i depends only on the seed and on i: batch size, number of
@@ -26,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
-from support import data, weights
+from support import data
 from support.checkpoint import Trained, inference_model, load, weights_hash
 from support.command import (Parser, Progress, UsageError, command, count, locked, reading, real,
                              say, word, written)
@@ -182,8 +181,6 @@ def parse(argv):
             ("--shared", shared, "Figure 7: samples that share x_t"),
             ("--interpolate", interpolation, "Figure 8: mixtures of two images")):
         figure.add_argument(flag, action="store_const", dest="figure", const=function, help=what)
-    figure.add_argument("--export", type=Path, metavar="FOLDER", help="write the network as "
-                        "DDPMPipeline.from_pretrained of diffusers reads it, and draw nothing")
     parser.add_argument("--time", type=count, help="the t at which --interpolate encodes the "
                         "images (default: T/2)")
     parser.add_argument("--dataset", type=word, help="of --interpolate (default: the run's)")
@@ -201,11 +198,7 @@ def main(argv=None) -> int:
     """Samples images and writes them: see the text at the head of this file."""
     args = parse(argv)
     machine = start_machine(args.device, args.precision, args.compile)
-    trained = load(args.checkpoint, args.data_dir, not args.no_ema, machine)
-    if args.export:
-        weights.export(trained.net, trained.settings, args.export)
-        say(f"{args.export} holds {trained.source}")
-        return 0
+    trained = load(args.checkpoint, not args.no_ema, machine)
     if args.time and args.time > trained.s.T:
         raise UsageError(f"--time {args.time} exceeds the network's T = {trained.s.T}")
     how = dict(steps=args.steps, sampler=args.sampler, eta=args.eta, variance=args.variance,

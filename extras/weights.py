@@ -1,16 +1,28 @@
-"""Weights in the layout of the library diffusers, in and out. The library reads and writes them."""
+"""Weights in the layout of the library diffusers, in and out (pip install diffusers).
+
+    python -m extras.weights google/ddpm-ema-cifar10-32 runs/official   in, from the hub
+    python -m extras.weights FOLDER runs/mine                           in, from a folder of theirs
+    python -m extras.weights runs/cifar10 FOLDER                        out, to such a folder
+
+What is converted is a checkpoint like any other: sample.py and evaluate.py take it, train.py --init
+starts from it. The folder is one that DDPMPipeline.from_pretrained opens.
+"""
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
+import sys
 from pathlib import Path
+
+from support.checkpoint import is_diffusers, load, load_checkpoint, save_checkpoint
+from support.command import Parser, UsageError, command, one_line, reading, say, word
+from support.machine import start_machine
 
 import torch
 from torch import nn
 
 import ddpm
-from support.command import one_line, reading
 from unet import Attention, Block, UNet, build_network
 
 # Their words for choices here, and their schedulers of chains that were trained as the paper's.
@@ -57,11 +69,6 @@ def settings_of(config: dict, scheduler: dict) -> dict:
         variance=ours["variance"][scheduler.get("variance_type", "fixed_small")],
         clip=scheduler.get("clip_sample", False))
 
-def is_diffusers(path: Path) -> bool:
-    """Whether this is a folder in the layout of diffusers, or may be a model's name on the hub."""
-    return any((path / file).exists() for file in ("config.json", "unet/config.json")) or (
-        len(path.parts) == 2 and path.suffix != ".pt" and not path.parent.is_dir())
-
 def from_diffusers(path: Path, cache: Path) -> tuple[UNet, dict]:
     """A UNet2DModel and its scheduler as a UNet and settings.
 
@@ -74,8 +81,9 @@ def from_diffusers(path: Path, cache: Path) -> tuple[UNet, dict]:
     if not path.exists():
         try:
             path = Path(diffusers.DDPMPipeline.download(path.as_posix(), cache_dir=cache))
-        except Exception as error:
-            raise OSError(f"{path} is not here; as a model's name: {one_line(error)}") from error
+        except Exception as error:  # of the network, the hub or the disk
+            raise OSError(f"{path.as_posix()} is not here, and cannot be downloaded from the hub: "
+                          f"{one_line(error.__cause__ or error)}") from error
     unet, chain = (path / part if (path / part).is_dir() else path
                    for part in ("unet", "scheduler"))
     with reading(chain / "scheduler_config.json", "a scheduler of DDPM"):
@@ -154,5 +162,42 @@ def export(net: nn.Module, settings: dict, folder: Path) -> None:
     try:
         diffusers.DDPMPipeline(theirs, scheduler).save_pretrained(part)
         os.replace(part, folder)
+    except Exception as error:  # each of the library's writers has its own
+        raise OSError(f"cannot write {folder}: {one_line(error)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+@command
+def main(argv=None) -> int:
+    """Converts from SOURCE to TARGET: see the text at the head of this file."""
+    parser = Parser(__doc__, "--no-ema", "--data-dir", prog="python -m extras.weights")
+    parser.add_argument("source", type=word, metavar="SOURCE", help="a checkpoint of train.py or "
+                        "its folder, a folder of diffusers, or ORGANISATION/MODEL on the hub, "
+                        "which is downloaded once to hub/ in the folder of data")
+    parser.add_argument("target", type=word, metavar="TARGET", help="the folder to write: of a "
+                        "run, or, from a checkpoint, a new one of diffusers")
+    args = parser.parse_args(argv)
+    source, target = Path(args.source), Path(args.target)
+    if (source / "checkpoint.pt" if source.is_dir() else source).exists():
+        trained = load(source, not args.no_ema, start_machine("cpu"))
+        export(trained.net, trained.settings, target)
+        say(f"{target} holds {trained.source}")
+        return 0
+    if not is_diffusers(source):
+        raise ValueError(f"{source} has neither checkpoint.pt nor config.json of a network"
+                         if source.is_dir() else f"{source}: there is no such file or folder")
+    if args.no_ema:
+        raise UsageError(f"--no-ema goes with a checkpoint of train.py, which {source} is not")
+    name = str(source.resolve()) if source.exists() else source.as_posix()
+    path = target / "checkpoint.pt"
+    if path.exists() and load_checkpoint(path).get("source") != name:
+        raise ValueError(f"{path} is there already, and not from {name}: give another TARGET")
+    net, settings = from_diffusers(source, Path(args.data_dir) / "hub")
+    weights = net.state_dict()
+    save_checkpoint(path, {"settings": settings, "step": 0, "net": weights, "ema": weights,
+                           "source": name})
+    say(f"{path} holds {name}")
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())

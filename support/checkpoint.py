@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import ddpm
-from support import weights
 from support.command import reading, written
 from support.data import raw_bytes
 from support.machine import Machine, start_machine
@@ -68,31 +67,34 @@ class Trained(NamedTuple):
         side = self.settings["image_size"]
         return self.settings["in_channels"], side, side
 
-def load(name: str | Path | None = None, data_dir: str | Path = "data", ema: bool = True,
+def load(name: str | Path | None = None, ema: bool = True,
          machine: Machine | None = None) -> Trained:
     """A trained network on the machine's device (by default the best one here).
 
-    name: a checkpoint of train.py or its folder, a folder in the layout of diffusers, or
-    ORGANISATION/MODEL on the hub, which is downloaded once to data_dir/hub; by default the run in
-    runs/ that saved last. ema: take the averaged weights of a checkpoint. ValueError or OSError if
-    it cannot be used.
+    name: a checkpoint or the folder of its run; by default the run in runs/ that saved last. ema:
+    take its averaged weights. ValueError or OSError if it cannot be used.
     """
     machine = machine or start_machine()
     path = newest_checkpoint() if name is None else Path(name)
-    if weights.is_diffusers(path):
-        with machine.chief_first():
-            net, settings = weights.from_diffusers(path, Path(data_dir) / "hub")
-        source = str(path)
-    else:
-        path = path / "checkpoint.pt" if path.is_dir() else path
-        state = load_checkpoint(path)
-        settings, kind = state["settings"], "averaged" if ema else "last"
-        with reading(path, f"{kind} weights of this network"):
-            net = build_network(settings)
-            net.load_state_dict(state["ema" if ema else "net"])
-        source = f"{path}, step {state['step']}, {kind} weights"
+    file = path / "checkpoint.pt" if path.is_dir() else path
+    if not file.exists():
+        how = f"python -m extras.weights {path.as_posix()} runs/{path.name}"
+        raise ValueError(f"{file}: there is no such file or folder" + (
+            f"; weights of diffusers are converted first: {how}" if is_diffusers(path) else ""))
+    state = load_checkpoint(file)
+    settings, kind = state["settings"], "averaged" if ema else "last"
+    with reading(file, f"{kind} weights of this network"):
+        net = build_network(settings)
+        net.load_state_dict(state["ema" if ema else "net"])
+    made = f"from {state['source']}" if "source" in state else f"step {state['step']}"
     net = net.to(machine.device, memory_format=torch.channels_last).eval()
-    return Trained(net, build_schedule(settings), settings, source)
+    return Trained(net, build_schedule(settings), settings, f"{file}, {made}, {kind} weights")
+
+def is_diffusers(path: Path) -> bool:
+    """Whether this is a folder in the layout of diffusers, or may be a model's name on the hub."""
+    return any((path / file).exists() for file in ("config.json", "unet/config.json")) or (
+        len(path.parts) == 2 and path.suffix != ".pt"
+        and not path.exists() and not path.parent.is_dir())
 
 def newest_checkpoint(root: Path = Path("runs")) -> Path:
     """The checkpoint of the run under `root` that saved last."""

@@ -1,10 +1,17 @@
 """The layout of diffusers, in and out: what is read computes the same function there, and whatever
 would be another function is refused. All of it needs that library."""
 import contextlib
+import http.server
+import io
 import json
 import math
 import os
 import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +19,16 @@ import torch
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 import ddpm
+import evaluate
 import sample
 import train
-from support import checkpoint, data, weights
+from extras import weights
+from support import checkpoint, data
 from support.machine import Machine
-from test_unet import CONFIG, GOLDEN, layout, outputs, state
+from test_unet import CONFIG, GOLDEN, golden_input, layout, outputs, state
 from unet import build_network
 
+HERE = pathlib.Path(__file__).parents[1]
 CPU = Machine(torch.device("cpu"), torch.float32)
 BIN, SAFE = "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"
 SCHEDULER = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_start": 1e-4,
@@ -43,16 +53,35 @@ def folder(tmp_path):
 
 
 def loaded(path) -> checkpoint.Trained:
-    return checkpoint.load(str(path), machine=CPU)
+    """What the other commands see of a model of diffusers, once it is converted."""
+    with tempfile.TemporaryDirectory() as run:
+        assert weights.main([str(path), run]) == 0
+        return checkpoint.load(run, machine=CPU)
+
+
+def converted(folder) -> pathlib.Path:
+    """A run beside it, with the weights of this model of diffusers."""
+    run = folder.with_name(folder.name + "-run")
+    assert weights.main([str(folder), str(run)]) == 0
+    return run
+
+
+def refuses(*argv, status=1) -> str:
+    """The one line in which the command says why not. Nothing of it is unforeseen."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert weights.main([*map(str, argv)]) == status
+    line, = said.getvalue().splitlines()
+    assert line.startswith("weights.py: ") and "unforeseen" not in line
+    return line
 
 
 def refused(path, *parts) -> None:
-    """Nothing is loaded from there, and a ValueError of one line names these."""
-    with pytest.raises(ValueError) as error:
-        loaded(path)
-    assert "\n" not in str(error.value)
+    """Nothing is converted from there, and one line names these."""
+    with tempfile.TemporaryDirectory() as run:
+        line = refuses(path, run)
+        assert not list(pathlib.Path(run).iterdir())
     for part in parts:
-        assert str(part) in str(error.value)
+        assert str(part) in line
 
 
 # ------------------------------------------------------------------------------------------- inwards
@@ -63,8 +92,10 @@ def test_what_is_loaded_is_the_network_and_its_chain(folder):
     torch.testing.assert_close(outputs(trained.net), torch.tensor(GOLDEN), rtol=1e-4, atol=1e-5)
     assert trained.settings["variance"] == "fixed_large" and trained.settings["attention"] == [16]
     assert trained.s.T == 1000 and abs(trained.s.betas[1000] - 0.02) < 1e-12
-    assert trained.source == str(folder) and not trained.net.training
+    assert f"from {folder}, " in trained.source and not trained.net.training
     assert all(p.dtype == torch.float32 for p in trained.net.parameters())
+    for own in (outputs(checkpoint.load(converted(folder), ema, CPU).net) for ema in (True, False)):
+        torch.testing.assert_close(own, torch.tensor(GOLDEN), rtol=1e-4, atol=1e-5)
 
 
 def test_every_form_of_the_layout_loads(folder, tmp_path):
@@ -85,12 +116,14 @@ def test_every_form_of_the_layout_loads(folder, tmp_path):
 def test_a_checkpoint_stays_one_beside_a_configuration(folder):
     """A .pt file is of train.py, whatever lies in its folder."""
     net, settings = weights.from_diffusers(folder, folder)
-    ema = {name: x + 1 for name, x in net.state_dict().items()}
+    ema = {name: x + 0.01 for name, x in net.state_dict().items()}
     path = write(folder, nested=False) / "ema-0000007.pt"
     checkpoint.save_checkpoint(path, {"settings": settings, "step": 7, "ema": ema})
-    trained = loaded(path)
+    trained = checkpoint.load(path, machine=CPU)
     assert "step 7" in trained.source
     assert all(torch.equal(x, ema[name]) for name, x in trained.net.state_dict().items())
+    assert weights.main([str(path), str(folder / "out")]) == 0  # outwards, as it is no model there
+    assert all(torch.equal(x, ema[name]) for name, x in loaded(folder / "out").net.state_dict().items())
 
 
 def test_wrong_weights_are_refused(folder):
@@ -209,30 +242,119 @@ def test_schedules_are_those_of_diffusers(folder, T, name):
 
 @pytest.mark.parametrize("name", ["runs/nothere", "../x", "./x", "a/b/c", "-", "a/", "someone/model.pt"])
 def test_what_is_no_hub_name(tmp_path, monkeypatch, name):
-    """A mistyped run and a name that leaves its folder are not looked up on the hub."""
+    """A mistyped run and a name that leaves its folder are not looked up on the hub: such a path is
+    not there, for the other commands too.
+
+    Kills: `runs/cifra10` asked for on the hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(diffusers.DDPMPipeline, "download", lambda *_, **__: pytest.fail("looked up"))
-    refused(name)
+    refused(name, f"{pathlib.Path(name)}: there is no such file or folder")
+    with pytest.raises(ValueError, match="no such file or folder$") as error:
+        checkpoint.load(name, machine=CPU)
+    assert str(error.value).startswith(str(pathlib.Path(name)))
 
 
-def test_a_name_of_the_hub_is_downloaded_into_the_data_folder(folder, tmp_path, monkeypatch):
-    """By the chief first, and the others find it."""
-    asked = []
-
-    class Ranked(Machine):
-        @contextlib.contextmanager
-        def chief_first(self):
-            asked.append("chief")
-            yield
-            asked.append("all")
+def test_the_other_commands_say_how_to_convert(folder, tmp_path, monkeypatch):
+    """They read one format. A name of the form of the hub's and a folder of diffusers are refused
+    with the command that converts them; a folder of neither kind is refused by both."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(diffusers.DDPMPipeline, "download",
-                        lambda name, cache_dir: asked.append((name, cache_dir)) or str(folder))
-    trained = checkpoint.load("someone/model", "here", machine=Ranked(*CPU))
-    assert asked == ["chief", ("someone/model", pathlib.Path("here/hub")), "all"]
-    torch.testing.assert_close(outputs(trained.net), torch.tensor(GOLDEN), rtol=1e-4, atol=1e-5)
-    assert trained.source == "someone/model"
+    for name in ("someone/model", folder, write(tmp_path / "flat", nested=False)):
+        with pytest.raises(ValueError, match="no such file") as error:
+            checkpoint.load(name, machine=CPU)
+        way = f"python -m extras.weights {pathlib.Path(name).as_posix()} runs/{pathlib.Path(name).name}"
+        assert str(error.value).endswith(way)
+    (tmp_path / "empty").mkdir()
+    assert "empty has neither" in refuses("empty", "new") and not pathlib.Path("new").exists()
+    with pytest.raises(ValueError, match="checkpoint.pt: there is no such file or folder$"):
+        checkpoint.load("empty", machine=CPU)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The hub with one model, someone/model: as much of it as a download asks for."""
+    folder, sha, asked = None, "1" * 40, []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        *_, name = self.path.partition(f"/someone/model/resolve/{self.sha}/")
+        files = {p.relative_to(self.folder).as_posix(): p for p in self.folder.rglob("*") if p.is_file()}
+        if self.path.startswith("/api/models/someone/model"):
+            model = {"id": "someone/model", "sha": self.sha, "siblings": [{"rfilename": f} for f in files]}
+            tree = [{"type": "file", "path": f, "size": p.stat().st_size, "oid": self.sha} for f, p in files.items()]
+            self.answer(json.dumps(tree if "/tree/" in self.path else model).encode())
+        elif name in files:
+            self.answer(files[name].read_bytes(), ETag=f'"{name}"')
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def answer(self, content, **headers):
+        self.send_response(200)
+        for key, value in {"Content-Length": str(len(content)), "X-Repo-Commit": self.sha, **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_name_of_the_hub_is_downloaded_into_the_data_folder(folder, tmp_path):
+    """Once: when the hub is gone, the same is converted again; another name is not there then.
+
+    In processes of their own, because the library reads the hub's address when it is imported."""
+    (folder / "model_index.json").write_text(json.dumps({
+        "_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"]}))
+    handler = type("Handler", (Hub,), {"folder": folder, "asked": []})
+
+    def convert(*argv):
+        return subprocess.run(
+            [sys.executable, "-m", "extras.weights", *argv, "--data-dir", str(tmp_path / "here")], cwd=HERE,
+            capture_output=True, text=True, encoding="utf-8", timeout=300, env={
+                **os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "PYTHONIOENCODING": "utf-8"})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
+        address = f"http://127.0.0.1:{httpd.server_port}"
+        done = convert("someone/model", str(tmp_path / "run"))
+        assert done.returncode == 0 and handler.asked, done.stderr
+        unknown = convert("someone/else", str(tmp_path / "no"))
+        httpd.shutdown()
+    assert list((tmp_path / "here" / "hub").rglob(BIN))
+    gone, later = convert("someone/else", str(tmp_path / "no")), convert("someone/model", str(tmp_path / "again"))
+    for failed in (unknown, gone):
+        line, = failed.stderr.splitlines()
+        assert failed.returncode == 1 and "someone/else is not here" in line and "unforeseen" not in line
+        assert "Cannot load" not in line            # which the library says of its cache; the cause is named
+    assert later.returncode == 0 and not (tmp_path / "no").exists(), later.stderr
+    for run in ("run", "again"):
+        trained = checkpoint.load(tmp_path / run, machine=CPU)
+        torch.testing.assert_close(outputs(trained.net), torch.tensor(GOLDEN), rtol=1e-4, atol=1e-5)
+        assert "from someone/model, " in trained.source
+
+
+def test_a_run_is_not_written_over(folder, tmp_path):
+    """The same source is converted again; a run, what is from another source, and what cannot be
+    read stay as they are."""
+    run = converted(folder)
+    assert converted(folder) == run                 # again
+    path, other = run / "checkpoint.pt", write(tmp_path / "other")
+    state = checkpoint.load_checkpoint(path)
+    checkpoint.save_checkpoint(tmp_path / "trained" / "checkpoint.pt", {**{
+        key: value for key, value in state.items() if key not in ("source", "format")}, "step": 9})
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "checkpoint.pt").write_bytes(b"odd")
+    for source, target in ((other, run), (folder, tmp_path / "trained"), (folder, tmp_path / "odd")):
+        before = (target / "checkpoint.pt").read_bytes()
+        assert str(target / "checkpoint.pt") in refuses(source, target)
+        assert (target / "checkpoint.pt").read_bytes() == before
+        assert len(list(target.iterdir())) == 1
+    assert "--no-ema" in refuses(folder, tmp_path / "new", "--no-ema", status=2)
+    assert str(tmp_path / "trained") in refuses(folder, tmp_path / "trained" / "checkpoint.pt")
+    for words in ([folder], ["", "x"], [folder, " "], []):
+        refuses(*words, status=2)
 
 
 # ----------------------------------------------------------------------------------------- outwards
@@ -258,16 +380,41 @@ def test_export_is_read_back(tmp_path):
             assert torch.equal(x, net.state_dict()[name])
 
 
-def test_the_commands_export_and_start_from_it(folder, tmp_path, capsys):
-    """--export, and --init with it; a setting that contradicts the network's is refused."""
-    out, flags = tmp_path / "out", ["--device", "cpu", "--precision", "fp32"]
-    assert sample.main(["--export", str(out), "--checkpoint", str(folder), *flags]) == 0
-    assert str(out) in capsys.readouterr().err and not list(tmp_path.glob("*.part"))
+def test_the_commands_take_what_is_converted(folder, tmp_path, capsys):
+    """sample.py and evaluate.py, and train.py --init; a setting that contradicts the network's is
+    refused, and so is resuming where no run is. A run of train.py is exported and comes back."""
+    official, flags = converted(folder), ["--device", "cpu", "--precision", "fp32"]
+    assert not list(tmp_path.glob("*.part"))
     torch.save(data.shapes(8, 16), tmp_path / "x.pt")
-    flags += ["--dataset", str(tmp_path / "x.pt"), "--init", str(out), "--steps", "1", "--samples", "0",
-              "--batch-size", "2"]
+    images = ["--dataset", str(tmp_path / "x.pt")]
+    for more in ([], ["--no-ema"]):
+        assert sample.main(["--checkpoint", str(official), "--n", "2", "--steps", "2", *more, *flags,
+                            "--out", str(tmp_path / "samples.pt")]) == 0
+    assert torch.load(tmp_path / "samples.pt").shape == (2, 3, 16, 16)
+    assert evaluate.main(["--checkpoint", str(official), *images, "--n", "2", "--terms", "2", *flags]) == 0
+    assert "bits/dim" in capsys.readouterr().out
+    assert evaluate.main(["--checkpoint", str(official), "--n", "2", "--terms", "2", *flags]) == 2
+    assert "--dataset" in capsys.readouterr().err
+    flags += [*images, "--steps", "1", "--samples", "0", "--batch-size", "2"]
+    for more in ([], ["--init", str(official)]):
+        before = sorted(official.iterdir())
+        assert train.main([*flags, *more, "--out", str(official)]) == 1
+        line, = capsys.readouterr().err.splitlines()
+        assert f"--init {official}" in line and "unforeseen" not in line
+        assert sorted(official.iterdir()) == before
+    flags += ["--init", str(official)]
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
-    tuned = loaded(tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = checkpoint.load_checkpoint(path)
+    checkpoint.save_checkpoint(path, {**state, "net": {key: x + 0.01 for key, x in state["net"].items()}})
+    tuned, last = (checkpoint.load(tmp_path / "run", ema, CPU) for ema in (True, False))
+    assert not torch.equal(tuned.net.conv_in.weight, last.net.conv_in.weight)
+    for network, more in ((tuned, []), (last, ["--no-ema"])):
+        out = tmp_path / f"out{len(more)}"
+        assert weights.main([str(tmp_path / "run"), str(out), *more]) == 0
+        assert str(out) in capsys.readouterr().err
+        for name, x in loaded(out).net.state_dict().items():
+            assert torch.equal(x, network.net.state_dict()[name])
     assert tuned.model_settings == loaded(folder).model_settings
     torch.testing.assert_close(outputs(tuned.net), torch.tensor(GOLDEN), rtol=1e-4, atol=1e-5)
     assert train.main([*flags, "--out", str(tmp_path / "other"), "--channels", "64"]) == 2
@@ -295,21 +442,22 @@ def test_what_diffusers_has_not_is_not_exported(tmp_path, change):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_goes_into_a_new_folder(tmp_path, monkeypatch):
-    """What is there stays as it is, and what fails leaves nothing.
+def test_an_export_goes_into_a_new_folder(tmp_path):
+    """What is there stays as it is, and what fails leaves nothing: here a file may have 100 kB.
 
     Kills: a run whose folder then stands for the exported network, however long it goes on."""
+    resource = pytest.importorskip("resource", reason="not on Windows")
     (tmp_path / "checkpoint.pt").write_bytes(b"a run")
     with pytest.raises(ValueError):
         weights.export(build_network(CHOICES), CHOICES, tmp_path)
-
-    def fails(self, path):
-        path.mkdir()
-        raise OSError("the disk is full")
-    monkeypatch.setattr(diffusers.DDPMPipeline, "save_pretrained", fails)
-    with pytest.raises(OSError, match="full"):
-        weights.export(build_network(CHOICES), CHOICES, tmp_path / "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="cannot write .*new: ") as error:
+            weights.export(build_network(CHOICES), CHOICES, tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.__cause__ and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 # ----------------------------------------------------------------------------- the same, step by step
@@ -345,7 +493,7 @@ def test_diffusers_weights_load_here(tmp_path, config, sizes):
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
-def test_diffusers_scheduler_steps_alike(monkeypatch, variance, prediction):
+def test_diffusers_scheduler_steps_alike(variance, prediction):
     """All 1000 steps of DDPMScheduler with the same noise: the same x_{t−1}, in float64, with the
     schedule and the choices that its configuration is read as."""
     theirs = diffusers.DDPMScheduler(variance_type=variance, prediction_type=prediction)
@@ -353,38 +501,34 @@ def test_diffusers_scheduler_steps_alike(monkeypatch, variance, prediction):
     theirs.betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # theirs are float32
     theirs.alphas = 1 - theirs.betas
     theirs.alphas_cumprod = theirs.alphas.cumprod(0)
-    trained = checkpoint.Trained(None, checkpoint.build_schedule(settings), settings, "")
-    torch.manual_seed(0)
+    net = lambda x, t: torch.sin(3 * x)
+    model = checkpoint.Trained(net, checkpoint.build_schedule(settings), settings, "").model
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     for t in range(1000, 0, -1):
-        z = torch.randn_like(x)
-        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: z)
-        out = torch.sin(3 * x)
-        want = theirs.step(out, t - 1, x).prev_sample
-        p = ddpm.p_mean_variance(trained.s, lambda *_: out, x, torch.full((2,), t), **trained.choices)
+        want = theirs.step(net(x, t), t - 1, x, generator=torch.Generator().manual_seed(t)).prev_sample
+        z = torch.randn(x.shape, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+        p = ddpm.p_mean_variance(model, x, torch.full((2,), t))
         x = ddpm.p_sample(p, z if t > 1 else 0 * z)
         torch.testing.assert_close(x, want, rtol=1e-7, atol=1e-7)
 
 
-def test_diffusers_opens_what_is_exported(folder, tmp_path, monkeypatch):
+def test_diffusers_opens_what_is_exported(folder, tmp_path):
     """DDPMPipeline.from_pretrained makes the same images from the same noise."""
-    trained, out = loaded(folder), tmp_path / "out"
-    DDPMPipeline = diffusers.DDPMPipeline
-    weights.export(trained.net, trained.settings, out)
-    pipe = DDPMPipeline.from_pretrained(str(out))
+    run, out = converted(folder), tmp_path / "out"
+    trained = checkpoint.load(run, machine=CPU)
+    assert weights.main([str(run), str(out)]) == 0
+    pipe = diffusers.DDPMPipeline.from_pretrained(str(out))
     pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(0)
-    start, draws = torch.randn(2, 3, 16, 16), torch.randn(50, 2, 3, 16, 16)
-    feed = iter(draws)
-    monkeypatch.setattr("diffusers.pipelines.ddpm.pipeline_ddpm.randn_tensor", lambda *a, **k: start)
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(feed))
-    images = torch.as_tensor(pipe(batch_size=2, num_inference_steps=50,
-                                  output_type="np").images).permute(0, 3, 1, 2)
+    torch.testing.assert_close(pipe.unet(golden_input()[0], golden_input()[1] - 1).sample.detach(),
+                               trained.net(*golden_input()).detach(), rtol=1e-5, atol=1e-5)
+    images = torch.as_tensor(pipe(batch_size=2, num_inference_steps=50, output_type="np",
+                                  generator=torch.Generator().manual_seed(0)).images).permute(0, 3, 1, 2)
     # Fifty steps there are the times 0, 20, …, 980, counted from 0. The same chain here:
     alpha_bars = trained.s.alpha_bars
     tau = torch.cat([torch.tensor([0]), torch.arange(0, 1000, 20) + 1])
     alphas = torch.cat([alpha_bars[:1], alpha_bars[tau][1:] / alpha_bars[tau][:-1]])
-    s, feed = ddpm.Schedule(1 - alphas, alphas, alpha_bars[tau], tau, trained.s), iter(draws)
+    s, same = ddpm.Schedule(1 - alphas, alphas, alpha_bars[tau], tau, trained.s), torch.Generator().manual_seed(0)
+    noise = lambda t=None: torch.randn(2, 3, 16, 16, generator=same)
     with torch.no_grad():
-        *_, last = ddpm.p_sample_loop(s, trained.net, start, lambda t: next(feed), **trained.choices)
+        *_, last = ddpm.p_sample_loop(replace(trained.model, s=s), noise(), noise)
     torch.testing.assert_close((last.x_t.clamp(-1, 1) + 1) / 2, images, rtol=1e-3, atol=1e-3)
