@@ -335,11 +335,13 @@ def log(run: Run, step: int, records: list[tuple], seconds: float) -> None:
             os.fsync(file.fileno())  # before the checkpoint that counts on it
 
 def log_entries(folder: Path) -> list[dict]:
-    """The lines of log.jsonl; what a kill left half-written, or another wrote, is passed over."""
+    """The entries of log.jsonl. Skips lines that are not valid, as a kill may leave one."""
     path, entries = folder / "log.jsonl", []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # what is no line of ours
-            entries += [entry] if (entry := json.loads(line))["step"] > 0 else []
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            if entry["step"] > 0:
+                entries.append(entry)
     return entries
 
 def plot_losses(folder: Path) -> None:
@@ -451,17 +453,19 @@ def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: P
                        clip=False)  # which is for sampling
     return Run(settings, images, net, network, model, ema, adam, scaler, machine, folder)
 
-def describe(run: Run, step: int, about: str) -> None:
-    """Shows the settings, on stderr and in settings.json; takes out of the folder what a kill left
-    there, and out of the log what comes after `step`."""
-    settings, machine, folder = run.settings, run.machine, run.folder
-    for leftover in folder.glob(".*.part"):
+def prepare(run: Run, step: int) -> None:
+    """The run's folder: settings.json, no leftovers of a kill, no line of the log after `step`."""
+    for leftover in run.folder.glob(".*.part"):
         leftover.unlink()
-    with written(folder / "settings.json") as file:
-        file.write((json.dumps(settings, indent=2) + "\n").encode())
-    with written(folder / "log.jsonl") as file:
-        file.writelines(f"{json.dumps(entry)}\n".encode() for entry in log_entries(folder)
+    with written(run.folder / "settings.json") as file:
+        file.write((json.dumps(run.settings, indent=2) + "\n").encode())
+    with written(run.folder / "log.jsonl") as file:
+        file.writelines(f"{json.dumps(entry)}\n".encode() for entry in log_entries(run.folder)
                         if entry["step"] <= step)
+
+def describe(run: Run, step: int, about: str) -> None:
+    """Prints what will be trained, with all settings."""
+    settings, machine = run.settings, run.machine
     say(f"{settings['dataset']}, {about}: {len(run.images):,} images of "
         f"{'×'.join(map(str, run.images.shape[1:]))}; network of "
         f"{sum(p.numel() for p in run.net.parameters()):,} parameters; {machine.device} in "
@@ -469,7 +473,7 @@ def describe(run: Run, step: int, about: str) -> None:
     text = ", ".join(f"{name} {value}" for name, value in settings.items())
     say(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  "))
     if step >= settings["steps"]:
-        say(f"{folder} has done all its {step} steps; give a larger --steps to continue")
+        say(f"{run.folder} has done all its {step} steps; give a larger --steps to continue")
     elif settings["steps"] < settings["warmup"]:
         say(f"warning: the learning rate rises for --warmup {settings['warmup']} steps, longer "
             "than the whole run")
@@ -486,34 +490,34 @@ def main(argv=None) -> int:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     path = folder / "checkpoint.pt"
-    saved = lambda: path.stat().st_mtime_ns if path.exists() else None
-    before, state = saved(), load_checkpoint(path) if path.exists() else {}
-    if state and "adam" not in state:
-        raise ValueError(f"{path} has weights alone, and no run to resume: to start from them give "
-                         f"--init {folder} and another --out")
-    stored = state.get("settings", {})
-    for key in stored.keys() & given.keys() - MAY_CHANGE:
-        if given[key] != stored[key]:
-            raise UsageError(f"this run has --{key.replace('_', '-')} {stored[key]}, not "
-                             f"{given[key]}: give a new run another --out")
-    known = {"dataset": name, "image_size": None, **stored, **given}
-    with machine.chief_first():
-        images, about = data.load(known["dataset"], known["data_dir"], "train", known["image_size"])
-    run = begin(given, images, stored, machine, folder)
     with locked(folder) if machine.chief else contextlib.nullcontext():
-        if saved() != before:
-            raise ValueError(f"{path} has changed meanwhile: give the same command again")
-        step = 0
+        state = load_checkpoint(path) if path.exists() else {}
+        if state and "adam" not in state:
+            raise ValueError(f"{path} has weights alone, and no run to resume: to start from them "
+                             f"give --init {folder} and another --out")
+        stored = state.get("settings", {})
+        for key in stored.keys() & given.keys() - MAY_CHANGE:
+            if given[key] != stored[key]:
+                raise UsageError(f"this run has --{key.replace('_', '-')} {stored[key]}, not "
+                                 f"{given[key]}: give a new run another --out")
+        known = {"dataset": name, "image_size": None, **stored, **given}
+        with machine.chief_first():
+            images, about = data.load(known["dataset"], known["data_dir"], "train",
+                                      known["image_size"])
+        run, step = begin(given, images, stored, machine, folder), 0
         if state:
             with reading(path, "the state of this run"):
                 step = restore(run, state)
         machine.agree(step, run.settings, data.fingerprint(images), torch.__version__)
         if machine.chief:
+            prepare(run, step)
             describe(run, step, about)
         step = train(run, step)
-    if stop.number and machine.chief:
-        say(f"stopped at step {step}; the same command resumes")
-    return stop.number and 128 + stop.number
+    if stop.number:
+        if machine.chief:
+            say(f"stopped at step {step}; the same command resumes")
+        return 128 + stop.number
+    return 0
 
 if __name__ == "__main__":
     sys.exit(main())

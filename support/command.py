@@ -42,7 +42,7 @@ def word(text: str) -> str:
     return text
 
 FLAGS = {  # those that several commands have
-    "--checkpoint": dict(type=word, help="a checkpoint of train.py or its folder, a folder of "
+    "--checkpoint": dict(type=word, help="a checkpoint or its folder (default: the newest run)"),
                          "diffusers, or a model's name on the hub (default: the newest run)"),
     "--no-ema": dict(action="store_true", help="the last weights, not their average"),
     "--data-dir": dict(type=word, default="data", help="folder of data, downloads (default: data)"),
@@ -225,13 +225,21 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Locks the folder while the block runs; ValueError if another process has. Not on Windows."""
+    """Locks the folder while the block runs; ValueError if another process has. Not on Windows.
+
+    A folder that is empty at the end is removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        with contextlib.suppress(ImportError):
-            import fcntl
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"another process uses {folder}: give another --out") from error
-        yield
+    try:
+        with open(folder / ".lock", "a") as file:
+            with contextlib.suppress(ImportError):
+                import fcntl
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ValueError(f"another process uses {folder}: give another --out") from error
+            yield
+    finally:
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
