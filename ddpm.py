@@ -543,7 +543,7 @@ def receive(model: Model, x_T: Tensor,
 
     x_T: (B, …), received using p(x_T). decode(t, p): the caller's decoder, which returns the x_t
     that was sent, where p is the p_θ(x_t | x_{t+1}) by which it was coded; at t = 0 it returns x_0.
-    Yields the states at t = T … 0. compress.py has a decoder of real bits.
+    Yields the states at t = T … 0. extras/compress.py has a decoder of real bits.
     """
     # 1: receive x_T using p(x_T)
     x = x_T

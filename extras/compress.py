@@ -1,13 +1,13 @@
 """Algorithms 3 and 4 with real bits: lossless files whose first bytes already show the picture.
 
-    python compress.py encode picture.png picture.ddpm            with the newest run's network
-    python compress.py decode picture.ddpm picture.png            all of it: lossless
-    python compress.py decode --bytes 64 picture.ddpm early.png   x̂_0 from the first 64 bytes
-    python compress.py measure --n 20                             sizes and errors of test images
+    python -m extras.compress encode picture.png picture.ddpm     with the newest run's network
+    python -m extras.compress decode picture.ddpm picture.png     all of it: lossless
+    python -m extras.compress decode --bytes 64 picture.ddpm early.png     x̂_0 from 64 bytes
+    python -m extras.compress measure --n 20                      sizes, errors of test images
 
 To send a sample of q(x_{t−1} | x_t, x_0) to a receiver who knows p_θ(x_{t−1} | x_t) only, both draw
 the same candidates from p_θ, and the sender writes the number of one (`choose`). For the same bits
-on both sides the network runs in float64, and its outputs are rounded. PAPER.md says more.
+on both sides the network runs in float64, and its outputs are rounded. docs/coding.md says more.
 """
 from __future__ import annotations
 

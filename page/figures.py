@@ -25,10 +25,10 @@ from support.machine import Machine, Noise, start_machine
 import torch
 from torch import Tensor
 
-import compress
 import ddpm
 import sample
 import train
+from extras import compress
 
 OUT = ROOT / "page" / "images"
 TIMES = [1, *range(50, 1001, 50)]          # of the frames of x_t

@@ -158,22 +158,23 @@ MISTAKES = {
         ("return loop(model, mixed, noise, start=t)", "return loop(model, mixed, noise, start=t - 1)")], "figure-8"),
     # --- real bits
     "the candidate with the largest ratio": (
-        "compress.py", R + "test_the_chosen_candidate_is_a_sample_of_q", [
+        "extras/compress.py", R + "test_the_chosen_candidate_is_a_sample_of_q", [
             ("(waits.cumsum(0).log() - log_w", "(-log_w")], "files"),
     "all octaves of K equally likely": (
-        "compress.py", R + "test_the_mean_length_keeps_the_bound", [
+        "extras/compress.py", R + "test_the_mean_length_keeps_the_bound", [
             ("-torch.arange(b)", "-0 * torch.arange(b)")], "files"),
-    "candidates from torch.randn": ("compress.py", R + "test_candidates_are_standard_normal", [
+    "candidates from torch.randn": (
+        "extras/compress.py", R + "test_candidates_are_standard_normal", [
         ("NORMAL[words.view(torch.int16).int() + 32768].view(BLOCK, n)",
          "torch.randn(BLOCK, n, generator=g)")], "files"),
     "bits beyond the end read as zeros": (
-        "compress.py", R + "test_code_length_is_that_of_the_probabilities", [
+        "extras/compress.py", R + "test_code_length_is_that_of_the_probabilities", [
             ("if symbol != other or symbol", "if symbol")], "files"),
     "the sender goes on with a sample of its own": (
-        "compress.py", R + "test_a_file_gives_the_picture_back", [
+        "extras/compress.py", R + "test_a_file_gives_the_picture_back", [
             ("sigma * z.view_as(x)", "sigma * (z if code.content else delta).view_as(x)")],
         "files"),
-    "a file without a checksum": ("compress.py", R + "test_every_damaged_byte_is_noticed", [
+    "a file without a checksum": ("extras/compress.py", R + "test_every_damaged_byte_is_noticed", [
         ("if [code([256] * 256, byte) for byte in check] != list(check):", "if False:")],
     None),  # without it too, each of 13 flipped bits led to symbols that cannot be
     # --- the network
@@ -316,7 +317,7 @@ DRAW = "python TREE/sample.py --checkpoint run --n 16 --out samples.pt"
 BITS = "python TREE/evaluate.py --checkpoint run --dataset TEST --n 200 --terms 20"
 BOUND = "python TREE/evaluate.py --checkpoint SHARED --dataset TEST --n 16"
 FROM_SHARED = [line.replace("run", "SHARED") for line in (DRAW, BITS)]
-FILE = "python TREE/compress.py {} --checkpoint SHARED"
+FILE = "env PYTHONPATH=TREE python -m extras.compress {} --checkpoint SHARED"
 CUT = ("python -c \"p = '{0}'; b = bytearray(open(p, 'rb').read()); b[len(b) // 2] ^= 1; "
        "open(p, 'wb').write(b)\"")
 SEEDS = ("seed-1", "seed-2", "seed-3")  # how much chance alone changes
@@ -387,7 +388,8 @@ def run(name: str, control: str, out: Path, threads: int) -> dict:
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
     work, tree = folder / "work", folder / "work" / "tree"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "support", tree / "support")
+    for folder_of in ("support", "extras"):
+        shutil.copytree(ROOT / folder_of, tree / folder_of)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tree)
     if name != "right":

@@ -911,7 +911,7 @@ class Page:
         strip = self.sheet("files.png", 144, 64, 576, "Four garments from ever more bytes", labels)
         return (f"<figure data-frames='{said}' data-label='first bytes' data-start={last}>{strip}"
                 f"<div class=row>{frames}</div><figcaption>Four test images from the first 16, 24, "
-                "32 … bytes of files that <code>compress.py</code> wrote; a whole file has "
+                "32 … bytes of files that <code>extras/compress.py</code> wrote; a whole file has "
                 f"{sum(self.numbers['bytes']) / 4:.0f} bytes on average (this network has "
                 "learned longer than that of the mistakes), and gives the picture "
                 "back exactly.</figcaption></figure>")
@@ -1043,7 +1043,7 @@ class Page:
             "this file, and run <code>python -m pytest test_ddpm.py --implementation my_ddpm.py"
             "</code>. Without a value the flag prints the interface.</p>",
             f"<details class=helpers><summary>The file to fill in</summary>"
-            f"{code(read('tools/template.py'), 'code test')}</details>")
+            f"{code(read('judge/template.py'), 'code test')}</details>")
         text = re.sub(r"(?<!\w)(\w[\u0300-\u036f]?)_(\w)(?!\w)", r"\1<sub>\2</sub>",
                       markdown(chapter("Four libraries, judged")))
         while "_{" in text:  # from the inside out

@@ -43,7 +43,6 @@ def word(text: str) -> str:
 
 FLAGS = {  # those that several commands have
     "--checkpoint": dict(type=word, help="a checkpoint or its folder (default: the newest run)"),
-                         "diffusers, or a model's name on the hub (default: the newest run)"),
     "--no-ema": dict(action="store_true", help="the last weights, not their average"),
     "--data-dir": dict(type=word, default="data", help="folder of data, downloads (default: data)"),
     "--steps": dict(type=count, help="network calls for each sample, at times evenly spaced from T "
@@ -237,7 +236,8 @@ def locked(folder: Path) -> Iterator[None]:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
-                    raise ValueError(f"another process uses {folder}: give another --out") from error
+                    raise ValueError(f"another process uses {folder}: give another "
+                                     "--out") from error
             yield
     finally:
         if [path.name for path in folder.iterdir()] == [".lock"]:

@@ -24,6 +24,7 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.overrides import TorchFunctionMode
 
+import ddpm
 import train
 from unet import build_network
 
@@ -43,16 +44,17 @@ class LikeCuda(TorchFunctionMode):
 def peak(size: int, n: int, dtype: torch.dtype) -> float:
     """GiB of a training step with n images of this side, once Adam has its averages."""
     device, images = torch.device("cpu"), torch.empty(n, 3, size, size, dtype=torch.uint8)
-    settings = train.settle({"batch_size": n}, images, {}, {})
-    schedule, tracker = build_schedule(settings), MemTracker()
+    settings = train.settle(train.defaults("cifar10", size), {"batch_size": n}, images)
+    s, tracker = build_schedule(settings), MemTracker()
     with FakeTensorMode(allow_non_fake_inputs=True), LikeCuda():
         net, ema = build_network(settings), build_network(settings).requires_grad_(False)
         for p in [*net.parameters(), *ema.parameters()]:
             if p.dim() == 4:  # fake weights refuse `net.to`
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
         adam = torch.optim.Adam(net.parameters(), fused=True)
-        run = train.Run(settings, schedule, images, net, net, ema, adam,
-                        torch.amp.GradScaler("cpu", enabled=False), Machine(device, dtype), Path())
+        machine = Machine(device, dtype)
+        run = train.Run(settings, images, net, net, ddpm.Model(s, machine.network(net)), ema, adam,
+                        torch.amp.GradScaler("cpu", enabled=False), machine, Path())
         train.training_step(run, 0)
         tracker.track_external(net, ema, adam)
         with tracker:

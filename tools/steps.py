@@ -118,7 +118,7 @@ def main(argv=None) -> int:
     print(f"the classifier is right for {right.double().mean():.1%} of the test images")
     print("2,000 training images in place of samples: {:.3f} ± {:.3f}".format(
         *distance(features["train"], features["test"])), flush=True)
-    trained, rows = load(args.checkpoint, args.data_dir, True, machine), []
+    trained, rows = load(args.checkpoint, True, machine), []
     for steps in args.steps:
         for name, sampler in SAMPLERS.items():
             (key, value), = sampler.items()
