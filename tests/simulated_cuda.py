@@ -53,7 +53,6 @@ WAITS = {"_local_scalar_dense": "item", "is_nonzero": "item", "equal": "equal", 
          "masked_select": "mask", "_unique2": "unique", "unique_dim": "unique"}
 waits = collections.Counter()
 
-
 class Remote(Tensor):
     """A tensor on the simulated device: `here` is the CPU tensor that holds its numbers."""
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -84,7 +83,6 @@ class Remote(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return compute(func, args, kwargs or {})
 
-
 def mapped(change, x):
     """x with its tensors changed, in lists, tuples and dictionaries too."""
     if isinstance(x, Tensor):
@@ -93,15 +91,12 @@ def mapped(change, x):
         return {key: mapped(change, value) for key, value in x.items()}
     return type(x)(mapped(change, y) for y in x) if isinstance(x, (tuple, list)) else x
 
-
 def tensors_of(*given) -> list[Tensor]:
     mapped((found := []).append, given)
     return found
 
-
 def is_cuda(device) -> bool:
     return device is not None and torch.device(device).type == "cuda"
-
 
 def compute(func, args, kwargs):
     """An operation in which the device takes part: judged as CUDA would, computed on the CPU."""
@@ -112,9 +107,9 @@ def compute(func, args, kwargs):
     result_there = is_cuda(to) if to is not None else bool(there)
     if is_cuda(to) and torch.device(to).index not in (None, 0):
         raise RuntimeError("CUDA error: invalid device ordinal")
+    if there and here and name in INDEXING and not isinstance(args[0], Remote):
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
     if there and here and name in INDEXING:
-        if not isinstance(args[0], Remote):
-            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         waits["to device"] += 1
     elif there and name not in MOVES and any(x.dim() for x in here):
         raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 "
@@ -123,18 +118,16 @@ def compute(func, args, kwargs):
         waits[kind] += 1
     if there and name in INDEXING and any(x.dtype == torch.bool for x in tensors[1:]):
         waits["mask"] += 1
-    if name in MOVES and (there or result_there):
-        from_there, to_there = isinstance(args[0 if name != "copy_" else 1], Remote), (
-            isinstance(args[0], Remote) if name == "copy_" else result_there)
-        if from_there != to_there:
-            waits["to device" if to_there else "to cpu"] += 1
+    if name in MOVES:
+        source, target = (args[1], isinstance(args[0], Remote)) if name == "copy_" else (args[0], result_there)
+        if isinstance(source, Remote) != target:
+            waits["to device" if target else "to cpu"] += 1
     back = {id(x.here): x for x in there}  # an operation in place returns its own argument
     args, kwargs = mapped(lambda x: getattr(x, "here", x), (args, {**kwargs, **({"device": "cpu"} if to else {})}))
     out = on_cpu(func, name, args, kwargs)
     if not result_there:
         return out
     return mapped(lambda x: back[id(x)] if id(x) in back else Remote(x), out)
-
 
 def on_cpu(func, name, args, kwargs):
     """func; in float32, and rounded afterwards, where the CPU lacks a kernel for 16 bits, or a fast one."""
@@ -151,7 +144,6 @@ def on_cpu(func, name, args, kwargs):
     args, kwargs = mapped(lambda x: x.float() if x.dtype in half else x, (args, kwargs))
     return mapped(lambda x: x.to(*half) if x.dtype == torch.float32 else x, func(*args, **kwargs))
 
-
 class Everywhere(TorchDispatchMode):
     """Catches what has no tensor of the device among its arguments: factories, copies to it."""
 
@@ -160,7 +152,6 @@ class Everywhere(TorchDispatchMode):
         if is_cuda(kwargs.get("device")) or any(isinstance(x, Remote) for x in tensors_of(args, kwargs)):
             return compute(func, args, kwargs)
         return func(*args, **kwargs)
-
 
 class Functions(TorchFunctionMode):
     """What C++ cannot tell: a generator draws on its own device only (there, all are the CPU's), and a
@@ -178,7 +169,6 @@ class Functions(TorchFunctionMode):
                                    f"'{generator.device.type}'")
         return func(*args, **kwargs)
 
-
 class Generator(torch._C.Generator):
     """torch.Generator, which on the simulated device is one of the CPU that says otherwise."""
 
@@ -191,11 +181,9 @@ class Generator(torch._C.Generator):
     def device(self):
         return self.place
 
-
 def set_driver_device(index: int) -> None:
     if index != 0:
         raise RuntimeError("CUDA error: invalid device ordinal")
-
 
 def load(real, f, map_location=None, **options):
     """torch.load and torch.jit.load: what is asked for on the device is read on the CPU, and moved."""
@@ -206,7 +194,6 @@ def load(real, f, map_location=None, **options):
         for name, x in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             module._c.setattr(name, Remote(x.detach()))
     return mapped(lambda x: x if isinstance(x, Remote) else Remote(x), found)
-
 
 @contextlib.contextmanager
 def simulated(capability=(8, 0), memory=80 * 2 ** 30):

@@ -1,5 +1,7 @@
 """Every data format, on small files made here. Whatever is wrong with one is a ValueError that names
 it, or an OSError if it cannot be had."""
+import colorsys
+import contextlib
 import gzip
 import hashlib
 import io
@@ -7,7 +9,6 @@ import math
 import os
 import re
 import struct
-import subprocess
 import sys
 import tarfile
 import tracemalloc
@@ -16,8 +17,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import judge
+import simulated_cuda
+from simulated_cuda import simulated
 from support import command, data
 from test_commands import read_png
 
@@ -216,37 +221,46 @@ FILES = [  # as their publishers and others have them
 
 
 @pytest.mark.parametrize("name, split, address, file, checksum", FILES, ids=lambda word: word[:13])
-def test_what_is_missing_is_fetched_from_its_address(tmp_path, monkeypatch, name, split, address, file,
+def test_what_is_missing_is_fetched_from_its_address(tmp_path, server, monkeypatch, name, split, address, file,
                                                      checksum):
     """With its SHA-256, to the folder with the name of the data set. A file that lies there is
     taken, or one in the data folder itself, before any download; but by the name of this folder
     MNIST's file is not taken for that of Fashion-MNIST, nor the reverse: those share names.
 
     Kills: one data set or split taken for another, a part of a checksum, two downloads."""
-    asked, read, images = [], [], torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    at, files = data.FILES[name]
+    assert (at, *files[split == "test"]) == (address, file, checksum)
 
-    def fetch(*given):
-        if not given[1].exists():
-            asked.append(given)
-        return given[1]
-    monkeypatch.setattr(data, "fetch", fetch)
-    for reader in ("read_idx", "read_cifar10"):
-        monkeypatch.setattr(data, reader, lambda path, *_: read.append(path) or images)
+    def content(k: int) -> bytes:  # k images for each file of the archive, or k images
+        return (gzip.compress(idx(k)) if name != "cifar10" else
+                archive(tmp_path / "x", batches(picture(6 * k, 3, 32, 32))).read_bytes())
+
+    def load(folder) -> int:
+        return len(data.load(name, folder, split)[0]) // (5 if (name, split) == ("cifar10", "train") else 1)
+    address, body = f"{server.address}/{name}/", content(1)
+    server.files[f"/{name}/{file}"] = body
+    sums = [(other, hashlib.sha256(body).hexdigest() if other == file else "0" * 64) for other, _ in files]
     for folder in ("data", "my-Fashion-MNIST"):
         folder = tmp_path / folder
         named, bare = folder / name / file, folder / file
         other = name != "cifar10" and (name == "fashion_mnist") != (folder.name != "data")
-        data.load(name, folder, split)
-        folder.mkdir()
-        bare.touch()
-        data.load(name, folder, split)
-        assert asked == [(address + file, named, checksum)] * (1 + other)
-        named.parent.mkdir()
-        named.touch()
-        bare.unlink()
-        data.load(name, folder, split)
-        assert len(asked) == 1 + other and read == [named, named if other else bare, named]
-        asked.clear(), read.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "FILES", {name: (address, [(file, "0" * 64)] * 2)})
+            with pytest.raises(OSError, match=re.escape(address + file)):
+                load(folder)
+            assert not named.exists() and len(server.asked) == 1
+            server.asked.clear()
+            patch.setattr(data, "FILES", {name: (address, sums)})
+            assert load(folder) == 1 and named.read_bytes() == body and not bare.exists()
+            named.unlink()
+            bare.write_bytes(content(2))
+            assert load(folder) == (1 if other else 2) and named.exists() == other
+            named.write_bytes(content(3))
+            assert load(folder) == 3
+            bare.unlink()
+            assert load(folder) == 3
+            assert server.asked == [f"/{name}/{file}"] * (1 + other)
+            server.asked.clear()
 
 
 def test_a_file_in_the_folder_of_its_data_set_is_taken_first(tmp_path, monkeypatch):
@@ -341,19 +355,43 @@ class Deed:
         return os.mkdir, ("done",)
 
 
-def test_tensor_file_is_mapped_and_no_code_in_it_is_run(tmp_path, monkeypatch):
-    """A file larger than memory can be used, or one of a GPU; one from a stranger can do nothing.
-
-    The variable makes torch.load trust every file, unless it is told not to."""
+def test_no_code_in_a_tensor_file_is_run(tmp_path, monkeypatch):
+    """A file from a stranger can do nothing. The variable makes torch.load trust every file, unless it
+    is told not to."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    load, options = torch.load, []
-    monkeypatch.setattr(torch, "load", lambda *a, **b: options.append(b) or load(*a, **b))
     torch.save(Deed(), "deed.pt")
     with pytest.raises(ValueError, match="deed.pt"):
         data.load("deed.pt")
     assert not os.path.exists("done")
-    assert options[0]["mmap"] is True and options[0]["map_location"] == "cpu"
+    torch.load("deed.pt", weights_only=False)  # the control
+    assert os.path.exists("done")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="the system does not tell what is mapped")
+def test_a_tensor_file_is_mapped(tmp_path):
+    """So that one larger than memory can be used."""
+    path = tmp_path / "images.pt"
+    torch.save(picture(4, 3, 8, 6), path)
+
+    def mapped() -> bool:
+        with open("/proc/self/maps") as maps:
+            return str(path) in maps.read()
+    images = torch.load(path, weights_only=True)
+    assert not mapped()  # the control
+    images = data.load(str(path))[0]
+    assert mapped() and torch.equal(images, picture(4, 3, 8, 6))
+
+
+@pytest.mark.skipif(bool(simulated_cuda.MISSING), reason=str(simulated_cuda.MISSING))
+def test_a_tensor_file_of_a_gpu_is_read_on_the_cpu(tmp_path):
+    """Whether there is a GPU or not."""
+    path, images = tmp_path / "images.pt", picture(4, 3, 8, 6)
+    with simulated():
+        torch.save(images.to("cuda"), path)
+        assert torch.load(path).device.type == "cuda"  # the control
+        assert torch.equal(data.load(str(path))[0], images)
+    assert torch.equal(data.load(str(path))[0], images)
 
 
 # ---------------------------------------------------------------------------- pictures, with Pillow
@@ -402,14 +440,22 @@ def test_pictures_of_a_folder_are_as_one_sees_them(tmp_path):
         assert torch.equal(got, grey.expand(3, -1, -1))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the false program is a script of the shell")
 def test_a_picture_of_a_kind_that_runs_a_program_is_none(tmp_path, monkeypatch):
-    """Pillow opens PostScript with Ghostscript, whatever the file is called."""
-    pytest.importorskip("PIL", reason="Pillow is not installed")
+    """Pillow opens PostScript with Ghostscript, whatever the file is called. (Here Ghostscript is a
+    program that writes that it was run.)"""
+    Image = pillow()
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program is started"))
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho run >> {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(ValueError, match="a.png cannot be read as a picture: cannot identify"):
         data.load(str(tmp_path / "p"), tmp_path / "data", image_size=8)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(OSError), Image.open(tmp_path / "p" / "a.png") as image:
+        image.load()
+    assert (tmp_path / "ran").exists()  # the control
 
 
 def test_a_picture_of_too_many_pixels_is_refused(tmp_path):
@@ -452,10 +498,9 @@ def test_pictures_are_reduced_with_lanczos_kernel(tmp_path, size):
 
 
 def test_grey_of_16_bits_is_divided_by_257(tmp_path, monkeypatch):
-    """All 65,536 levels are rounded to the nearest of 256, also if Pillow calls the mode I.
-
-    Older versions of Pillow do so. The levels of other pictures of that mode, and of decimal
-    numbers, have no known range, and are refused."""
+    """All 65,536 levels are rounded to the nearest of 256, also if Pillow calls the mode I, as older
+    versions do: that is what stood in their table. The levels of other pictures of that mode, and of
+    decimal numbers, have no known range, and are refused."""
     Image = pillow()
     levels = torch.arange(2 ** 16).view(256, 256)
     image = Image.frombytes("I;16", (256, 256), struct.pack("<65536H", *range(2 ** 16)))
@@ -463,15 +508,12 @@ def test_grey_of_16_bits_is_divided_by_257(tmp_path, monkeypatch):
     want = ((levels + 128) // 257).expand(3, -1, -1)
     assert torch.equal(data.decode(tmp_path / "a.png", 256).int(), want.int())
     for mode in "IF":
-        wide = image.convert("I").convert(mode)
-        wide.save(tmp_path / "a.tif")
+        image.convert("I").convert(mode).save(tmp_path / "a.tif")
         with pytest.raises(ValueError, match="a.tif"):
             data.decode(tmp_path / "a.tif", 256)
-        wide.format = "PNG"
-        monkeypatch.setattr(Image, "open", lambda file, formats, wide=wide: wide)
-        if mode == "I":
-            assert torch.equal(data.decode(tmp_path / "a.png", 256).int(), want.int())
-        monkeypatch.undo()
+    monkeypatch.setitem(pytest.importorskip("PIL.PngImagePlugin")._MODES, (16, 0), ("I", "I;16B"))
+    assert Image.open(tmp_path / "a.png").mode == "I"
+    assert torch.equal(data.decode(tmp_path / "a.png", 256).int(), want.int())
 
 
 def test_what_is_half_transparent_is_half_white(tmp_path):
@@ -498,25 +540,19 @@ def test_pixels_of_a_pillow_image():
 # ---------------------------------------------------------------------- folders, and what is decoded
 
 @pytest.fixture
-def decoded(tmp_path, monkeypatch):
-    """What was decoded, by a decoder made here that fills the image with the file's first byte."""
-    def decode(file, size):
-        names.append(str(file))
-        if not file.stat().st_size:
-            raise ValueError(f"{file} is empty")
-        return torch.full((3, size, size), file.read_bytes()[0], dtype=torch.uint8)
-    names: list[str] = []
-    monkeypatch.setattr(data, "decode", decode)
+def decoded(tmp_path, monkeypatch, capsys):
+    """In a folder of one's own: how many pictures were decoded since this was asked last, as it is said."""
+    pillow()
     monkeypatch.chdir(tmp_path)
-    return names
+    return lambda: sum(int(line.split()[-1]) for line in capsys.readouterr().err.splitlines())
 
 
 def fill(folder, **pictures: int) -> None:
-    """A folder with such pictures, each of one byte."""
+    """A folder with such pictures, each of one grey pixel, in PNG whatever their names are."""
     os.makedirs(folder)
     for name, value in pictures.items():
         with open(f"{folder}/{name.replace('_', '.')}", "wb") as file:
-            file.write(bytes([value]))
+            file.write(data.png(torch.full((3, 1, 1), value, dtype=torch.uint8)))
 
 
 def test_a_folder_is_all_its_pictures_in_order(decoded):
@@ -560,9 +596,8 @@ def test_a_folder_is_decoded_anew_if_and_only_if_something_changed(decoded):
     """A name, a size in bytes, a time of change, or the size asked for. How the folder is called
     makes no difference. A picture that cannot be decoded leaves no file, not even a part."""
     def load(size: int = 2, name="p"):
-        before = len(decoded)
         images = data.load(name, "cache", image_size=size)[0]
-        return len(decoded) - before, images[:, 0, 0, 0].tolist()
+        return decoded(), images[:, 0, 0, 0].tolist()
     fill("p", a_png=1, b_png=2)
     for name in "ab":
         os.utime(f"p/{name}.png", ns=(5, 5))
@@ -570,9 +605,11 @@ def test_a_folder_is_decoded_anew_if_and_only_if_something_changed(decoded):
     assert load(3) == (2, [1, 2]) and load(3) == (0, [1, 2])
     os.rename("p/a.png", "p/c.png")
     assert load() == (2, [2, 1])
-    with open("p/c.png", "wb") as file:
-        file.write(b"\3\3")
-    os.utime("p/c.png", ns=(5, 5))
+    fill("q", c_png=3)
+    with open("q/c.png", "ab") as file:
+        file.write(b"more")
+    os.utime("q/c.png", ns=(5, 5))
+    os.replace("q/c.png", "p/c.png")
     assert load() == (2, [2, 3])
     os.utime("p/c.png", ns=(5, 6))
     assert load() == (2, [2, 3]) and load() == (0, [2, 3])
@@ -691,24 +728,36 @@ def test_shapes_are_the_same_always():
     assert a.float().std() > 20 and len(a.flatten(1).unique(dim=0)) == 16
 
 
-def test_shapes_are_drawn_in_parts(monkeypatch):
-    """Eight thousand of 128 pixels at once would take seven gigabytes; the parts are in their order."""
-    parts, real = [], data.covers
-    monkeypatch.setattr(data, "covers", lambda x, *rest: parts.append(len(x)) or real(x, *rest))
-    many = data.shapes(600)
-    assert sum(parts) == 600 and max(parts) <= 256
-    monkeypatch.setattr(torch.Tensor, "split", lambda x, n: [x])
-    assert torch.equal(data.shapes(600), many)
+def test_shapes_are_drawn_in_parts():
+    """Eight thousand of 128 pixels at once would take seven gigabytes: no tensor of decimal numbers on
+    the way has the four kinds of more than 256 images. The parts are in their order, and together they
+    are what all images at once would be: the hue, by the standard library's formula, of what is covered."""
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes = (x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.is_floating_point())
+            self.seen = max(self.seen, *sizes, 0)
+            return out
+    with Largest() as largest:
+        many = data.shapes(600, 16)
+    assert largest.seen == 256 * 4 * 16 ** 2
+    g = torch.Generator().manual_seed(1)
+    (hue, x, y), kind = torch.rand(3, 600, generator=g), torch.randint(4, (600,), generator=g)
+    cover = data.covers(0.4 * x - 0.2, 0.4 * y - 0.2, torch.full_like(x, 0.65), 16)[kind, range(600)]
+    colour = torch.tensor([colorsys.hsv_to_rgb(h, 0.8, 1) for h in hue.tolist()])
+    assert (many - 255 * colour[:, :, None, None] * cover[:, None]).abs().max() < 0.501
 
 
-def test_shapes_have_8192_images_of_16_pixels_to_train_and_1024_to_test(monkeypatch):
+def test_shapes_have_8192_images_of_16_pixels_to_train_and_1024_to_test():
     """Another size is drawn if it is asked for."""
     images, about = data.load("shapes", split="test")
     assert torch.equal(images, data.shapes(1024, 16, "test")) and "test" in about
-    monkeypatch.setattr(data, "shapes", lambda *given: given)
-    assert data.load("shapes")[0] == (8192, 16, "train")
-    assert data.load("shapes", image_size=8)[0] == (8192, 8, "train")
-    assert data.load("shapes", split="test", image_size=512)[0] == (1024, 512, "test")
+    for split, size, n, side in (("train", None, 8192, 16), ("train", 8, 8192, 8), ("test", 24, 1024, 24)):
+        images, about = data.load("shapes", split=split, image_size=size)
+        assert images.shape == (n, 3, side, side) and split in about
+        assert torch.equal(images, data.shapes(n, side, split))
 
 
 @pytest.mark.parametrize("split, colours", [
@@ -826,20 +875,19 @@ class Stream(io.StringIO):
             raise self.error
 
 
-def test_what_is_said_is_on_stderr_at_once(monkeypatch, capsys):
+def test_what_is_said_is_on_stderr_at_once(capsys):
     """With the end that is asked for, a new line by default."""
-    monkeypatch.setattr(sys, "stderr", Stream())
-    command.say("a", end="")
-    assert sys.stderr.flushed == "a"
-    command.say("b")
-    assert sys.stderr.flushed == "ab\n" and capsys.readouterr().out == ""
+    with contextlib.redirect_stderr(Stream()) as stream:
+        command.say("a", end="")
+        assert stream.flushed == "a"
+        command.say("b")
+        assert stream.flushed == "ab\n" and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), ValueError("closed")])
-def test_work_goes_on_if_nobody_can_read_what_is_said(monkeypatch, error):
+def test_work_goes_on_if_nobody_can_read_what_is_said(error):
     """The reader of a pipe has ended, or the stream is closed. Other errors are mistakes."""
-    monkeypatch.setattr(sys, "stderr", Stream(error))
-    command.say("a")
-    monkeypatch.setattr(sys, "stderr", Stream(KeyError()))
-    with pytest.raises(KeyError):
+    with contextlib.redirect_stderr(Stream(error)):
+        command.say("a")
+    with contextlib.redirect_stderr(Stream(KeyError())), pytest.raises(KeyError):
         command.say("a")

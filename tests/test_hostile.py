@@ -193,14 +193,13 @@ def test_a_pipe_is_not_waited_for(place, main, flags):
     assert len(lines) == 1 and "pipe.pt" in lines[0] and "unforeseen" not in lines[0]
 
 
-def test_an_error_of_the_work_is_not_one_of_writing(place, monkeypatch):
+def test_an_error_of_the_work_is_not_one_of_writing(place, server, monkeypatch):
     """Data that cannot be had while a picture's file is open: the address is named, and not the
     picture."""
-    def download(*_):
-        raise ConnectionError("no route")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    address = f"{server.address}/mnist/"
+    monkeypatch.setattr(data, "FILES", {**data.FILES, "mnist": (address, data.FILES["mnist"][1])})
     line = refused(sample.main, "--checkpoint run --interpolate --dataset mnist --device cpu --out x.png".split())
-    assert data.FILES["mnist"][0] in line and "x.png" not in line
+    assert address in line and "404" in line and "x.png" not in line and len(server.asked) == 1
 
 
 def test_what_was_not_foreseen_is_one_line_too(place, monkeypatch):
@@ -209,18 +208,17 @@ def test_what_was_not_foreseen_is_one_line_too(place, monkeypatch):
         pass
     for error in (Odd("first\nsecond"), Odd("x" * 5000), Odd("\x1b[2J\x07"), Odd(), KeyError("a"),
                   AssertionError(), ZeroDivisionError("by 0"), RecursionError("deep")):
-        def broken(*_, **__):
+        @command.command
+        def main(argv, error=error):
             raise error
-        with monkeypatch.context() as patch:
-            patch.setattr(sample, "load", broken)
-            line = refused(sample.main, ["--n", "1"])
+        monkeypatch.delenv("DDPM_TRACEBACK", raising=False)
+        line = refused(main, [])
         assert f"unforeseen {type(error).__name__}" in line and "DDPM_TRACEBACK=1" in line
         assert "\n" not in line
         monkeypatch.setenv("DDPM_TRACEBACK", "1")
-        with monkeypatch.context() as patch, pytest.raises(type(error)):
-            patch.setattr(sample, "load", broken)
-            sample.main(["--n", "1"])
-        monkeypatch.delenv("DDPM_TRACEBACK")
+        with pytest.raises(type(error)) as seen:
+            main([])
+        assert seen.value is error
 
 
 def test_a_missing_package_is_one_line_that_installs_it(place, monkeypatch):
@@ -243,12 +241,11 @@ def test_a_missing_package_is_one_line_that_installs_it(place, monkeypatch):
     Path("x.png").unlink()
 
 
-def test_a_terminal_that_is_not_utf8(place, monkeypatch):
+def test_a_terminal_that_is_not_utf8(place):
     """Results and help are printed whatever the encoding of the terminal is."""
     for argv in (["--help"], "--checkpoint run --n 2 --terms 2 --device cpu".split()):
-        with monkeypatch.context() as patch:
-            raw = io.BytesIO()
-            patch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+        raw = io.BytesIO()
+        with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding="ascii")) as terminal:
             assert evaluate.main(argv) == 0
-            sys.stdout.flush()
-            assert b"bits/dim" in raw.getvalue() and b"?" in raw.getvalue()
+        terminal.flush()
+        assert b"bits/dim" in raw.getvalue() and b"?" in raw.getvalue()

@@ -11,7 +11,8 @@ import sample
 import test_commands
 import train
 from support import checkpoint as checkpoints
-from support import command
+from support import command, data
+from support.machine import seed_of
 from test_commands import CPU, SMALL, TINY, assert_equal, checkpoint, losses, read_png, said, trains
 
 in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
@@ -23,16 +24,17 @@ def entries(folder="runs/images") -> list[dict]:
 
 # ------------------------------------------------------------------------------------------ the log
 
-def test_every_number_of_the_log_by_hand(monkeypatch):
-    """Loss, its thirds of t, norm and its largest, learning rate: from what each step returned. A
-    line every N steps, and for the last one."""
-    steps, real = [], train.training_step
-
-    def spy(*arguments):
-        steps.append(real(*arguments))
-        return steps[-1]
-    monkeypatch.setattr(train, "training_step", spy)
-    trains("--steps", 7, "--log-every", 3, "--grad-clip", 0.5)
+def test_every_number_of_the_log_by_hand():
+    """Loss, its thirds of t, norm and its largest, learning rate: from what the same steps return to
+    another run, which takes them one by one. A line every N steps, and for the last one."""
+    flags = [*TINY, *map(str, SMALL), *"--steps 7 --log-every 3 --grad-clip 0.5".split()]
+    assert train.main(flags) == 0
+    run, steps = train.begin(train.parse(flags), data.load("images.pt")[0], {}, CPU, Path("other")), []
+    run.network.train()
+    for k in range(6):
+        torch.manual_seed(seed_of(0, "dropout", k, 0))
+        steps.append(train.training_step(run, k))
+    assert [entry["step"] for entry in entries()] == [3, 6, 7]
     first = 0
     for entry, last in zip(entries()[:2], (3, 6), strict=True):
         assert entry["step"] == last
@@ -70,7 +72,7 @@ def test_every_checkpoint_has_its_line():
 
 # ---------------------------------------------------------------------------- what belongs to a step
 
-def test_what_is_missing_of_the_last_step_is_made_after_all(monkeypatch):
+def test_what_is_missing_of_the_last_step_is_made_after_all():
     """A run that was killed after its last checkpoint draws grid and curve and keeps the averages
     when the same command is given again, and trains no more; what is there is not touched."""
     flags = ("--steps", 4, "--samples", 1, "--sample-steps", 2, "--keep", 2, "--log-every", 1)
@@ -78,13 +80,14 @@ def test_what_is_missing_of_the_last_step_is_made_after_all(monkeypatch):
     made = [path for path in Path("runs/images").iterdir() if path.name.endswith(("0000004.pt", ".png"))]
     assert {"ema-0000004.pt", "samples-0000004.png"} <= {path.name for path in made}
     before = {path: path.read_bytes() for path in made}
-    kept = Path("runs/images/ema-0000002.pt").stat()
+    kept, saved = (Path("runs/images", name).stat().st_mtime_ns for name in ("ema-0000002.pt", "checkpoint.pt"))
+    lines = entries()
     for path in made:
         path.unlink()
-    monkeypatch.setattr(train, "training_step", None)
     trains(*flags)
+    assert entries() == lines and Path("runs/images/checkpoint.pt").stat().st_mtime_ns == saved  # no step was taken
     assert {path: path.read_bytes() for path in made} == before
-    assert Path("runs/images/ema-0000002.pt").stat() == kept
+    assert Path("runs/images/ema-0000002.pt").stat().st_mtime_ns == kept
     assert read_png("runs/images/samples-0000004.png")[0] == (480, 480)
 
 
@@ -157,26 +160,33 @@ def test_fp16_trains_and_resumes_exactly():
     assert checkpoint("whole")["scaler"]["scale"] == 2.0 ** 16 and not checkpoint("full")["scaler"]
 
 
-def test_fp16_skips_what_is_not_finite(monkeypatch, capsys):
+def altered(folder: str, **parts) -> dict:
+    """The checkpoint of this run with other values of its parts, as it is then on the disk."""
+    state = {key: value for key, value in checkpoint(folder).items() if key != "format"}
+    for part, values in parts.items():
+        state[part] = {**state[part], **values}
+    checkpoints.save_checkpoint(Path(folder, "checkpoint.pt"), state)
+    return checkpoint(folder)
+
+
+def test_fp16_skips_what_is_not_finite(capsys):
     """A scale that overflows is lowered until it fits; a loss that is never finite ends the run, and
-    names the first such step since the last line of the log."""
-    monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__",
-                        ("cuda", 2.0 ** 40, 2.0, 2.0 ** -10, 2000, True))
-    small = ["--batch-size", "1"]
-    assert train.main([*HALF, *small, "--steps", "36", "--log-every", "36"]) == 0
-    entry, = losses()
-    assert math.isfinite(entry["loss"]) and entry["grad_norm"] > 0
-    assert 2.0 ** 4 <= checkpoint()["scaler"]["scale"] < 2.0 ** 40
-    monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__",
-                        ("cuda", 2.0 ** 16, 2.0, 0.5, 2000, True))
-    real, calls = train.loss_of, []
-    monkeypatch.setattr(train, "loss_of", lambda *a: calls.append(1) or real(*a) * (
-        math.nan if len(calls) > 2 else 1))
-    assert train.main([*HALF, *small, *"--steps 60 --log-every 50 --save-every 11 --out nan".split()]) == 1
-    assert "step 23:" in said(capsys)
-    # 2^16 halved 30 times is below 10⁻⁴: the 33rd step is noticed when it would be saved.
-    assert len(calls) == 33 and checkpoint("nan")["step"] == 22
-    assert all(x.isfinite().all() for x in checkpoint("nan")["net"].values())
+    names the first such step since the last line of the log. The weights stay as they were."""
+    small = ["--batch-size", "1", "--save-every", "5", "--out", "nan"]
+    assert train.main([*HALF, *small, "--steps", "1"]) == 0
+    altered("nan", scaler={"scale": 2.0 ** 40, "backoff_factor": 2.0 ** -10})
+    assert train.main([*HALF, *small, "--steps", "5", "--log-every", "9"]) == 0
+    _, entry = losses("nan")
+    assert entry["step"] == 5 and math.isfinite(entry["loss"]) and entry["grad_norm"] > 0
+    assert 2.0 ** 4 <= checkpoint("nan")["scaler"]["scale"] < 2.0 ** 40
+    # A weight that float16 does not have. 2^−3 halved 11 times is below 10⁻⁴, which the 16th step reaches;
+    # it is noticed when the 20th would be saved, and the last line of the log was that of the 15th.
+    state = altered("nan", scaler={"scale": 2.0 ** -3, "backoff_factor": 0.5}, net={
+        "conv_in.bias": torch.full((32,), 1e30)})
+    assert train.main([*HALF, *small, "--steps", "60", "--log-every", "50"]) == 1
+    assert "step 16:" in said(capsys) and checkpoint("nan")["step"] == 15
+    assert_equal(dict(checkpoint("nan")["net"]), dict(state["net"]))
+    assert checkpoint("nan")["scaler"]["scale"] == 2.0 ** -13 > 1e-4
 
 
 def test_a_change_of_precision_is_told(capsys):

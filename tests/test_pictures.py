@@ -3,31 +3,43 @@
 The network of these tests has random weights, and others as its averages, so that the pictures of
 the one are far from those of the other, and clipping acts at every step.
 """
+import contextlib
 import copy
+import gzip
+import io
 import itertools
 import json
+import multiprocessing
 import os
-import types
+import pickle
 import re
 import shutil
+import signal
 import struct
+import sys
+import tempfile
+import traceback
+import types
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ddpm
 import sample
+import simulated_cuda
 import test_commands
 import train
-from support import checkpoint, data
+from simulated_cuda import simulated
+from support import checkpoint, data, machine
 from support.checkpoint import Trained, load, save_checkpoint
 from support.command import UsageError
 from support.machine import Machine, Noise, seed_of
-from unet import build_network
+from unet import UNet, build_network
 
 in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
 T, SIDE = 20, 8
@@ -139,12 +151,12 @@ def assert_alike(got, want) -> None:
 def test_a_compiled_network_is_compiled_once(run, monkeypatch):
     """For all batches of one command, the shorter last one too, for all samplers, and for the copies
     of later commands; the images are those without a compiler, and those of one process."""
-    compiled, real, trained = [], torch.compile, Trained(run["ema"], ddpm.make_schedule(T), SMALL, "")
+    compiled, trained = [], Trained(run["ema"], ddpm.make_schedule(T), SMALL, "")
 
     def backend(graph, inputs):
         compiled.append([x.shape for x in inputs if x.dim() == 4 and x.shape[1:] == trained.shape])
         return graph.forward
-    monkeypatch.setattr(torch, "compile", lambda net, **options: real(net, backend=backend, **options))
+    monkeypatch.setattr(machine, "BACKEND", backend)
     torch._dynamo.reset()
     for how in ({"steps": 5, "eta": 0.5}, {}):
         want = sample.draw_samples(trained, 5, 3, 2, CPU, **how)
@@ -152,16 +164,13 @@ def test_a_compiled_network_is_compiled_once(run, monkeypatch):
             got = sample.draw_samples(trained, n, 3, 2, CPU._replace(compiles=True), **how)
             assert_alike(got, want[:n])
     assert compiled == [[(2, 3, SIDE, SIDE)]]
-    gathered = []
-    monkeypatch.setattr(Machine, "gather", lambda self, mine, n: gathered.append((mine, n)) or mine)
-    for rank in (0, 1):
-        list(sample.draw_batches(trained, range(5), 3, 2, CPU._replace(compiles=True, rank=rank, world=2)))
-        (first, _), (last, _) = gathered
-        assert [(len(mine), n) for mine, n in gathered] == [(2, 4)] * 2
-        gathered.clear()
-        assert_alike(torch.cat([first, last])[:3 - rank], want[rank::2])
-        gathered.clear()
-    assert compiled == [[(2, 3, SIDE, SIDE)]] * len(compiled)
+
+    def job(machine):
+        compiled.clear()
+        return sample.draw_samples(trained, 5, 3, 2, machine._replace(compiles=True)), list(compiled)
+    for got, graphs in processes(job):
+        assert_alike(got, want)
+        assert graphs in ([], [[(2, 3, SIDE, SIDE)]])
 
 
 def test_the_tests_can_tell(run):
@@ -281,7 +290,7 @@ def test_the_command_does_not_clip_what_was_trained_without(run):
     assert (found[True, False] - found[True, True]).abs().max() > 3
 
 
-def test_grids_during_training(run, monkeypatch):
+def test_grids_during_training(run):
     """A run's grids are samples of its averaged weights, from the noise of its seed; all T steps
     where --sample-steps is T or more, and then Algorithm 2's."""
     nets = [train.begin({"init": None, "sample_steps": steps, "samples": 4, "seed": 3},
@@ -355,26 +364,40 @@ def test_fig8_interpolation(run, flags, options, start):
         assert_alike(cells("f.png", 11, 5)[11 * row:11 * (row + 1)], want)
 
 
-def test_the_images_that_are_mixed(run, monkeypatch, capsys):
+def test_the_images_that_are_mixed(run, capsys):
     """Those of the test split of the data that were named, or else of the run's, at the network's
     size. Images of another shape, and a network that names no data, are one line."""
-    asked, real = [], torch.load("images.pt")
-    images, file = real, Path("runs/images/checkpoint.pt")
+    real, file = torch.load("images.pt"), Path("runs/images/checkpoint.pt")
+    flags = "--device cpu --precision fp32 --seed 3 --interpolate --n 1 --steps 2 --time 1".split()
+
+    def ends(*more, n, side=SIDE):  # the two images of the row, and which of n they are
+        assert sample.main([*flags, "--out", "mixed.png", *more]) == 0
+        columns = read_png("mixed.png")[:, :, ::max(1, round(480 / (11 * side)))]
+        k = columns.shape[1] // side
+        columns = columns[:, ::k].unfold(2, side, side).permute(2, 0, 1, 3)
+        pick = torch.Generator().manual_seed(seed_of(3, "pairs"))
+        return columns[[0, 10]], torch.randint(n, (1, 2), generator=pick)[0]
+    torch.save(real.flip(0), "a.pt")
+    for more, images in (([], real), (["--dataset", "a.pt"], real.flip(0)),
+                         (["--dataset", "shapes"], data.shapes(1024, SIDE, "test"))):
+        found, pair = ends(*more, n=len(images))
+        assert torch.equal(found, images[pair].int())
+    torch.save(real[:, :1], "grey.pt")
+    assert sample.main([*flags, "--dataset", "grey.pt"]) == 1 and "grey.pt" in capsys.readouterr().err
     state = checkpoint.load_checkpoint(file)
-    monkeypatch.setattr(data, "load", lambda *x: asked.append(x) or (images, "test"))
-    flags = [*FLAGS, "--interpolate", "--n", "1", "--steps", "2", "--time", "1"]
-    for more, place in (([], ("images.pt", "data")), (["--dataset", "a"], ("a", "data")),
-                        (["--dataset", "b", "--data-dir", "there"], ("b", "there"))):
-        assert sample.main([*flags, *more]) == 0
-        assert asked.pop() == (*place, "test", SIDE)
-    images = real[:, :1]
-    assert sample.main([*flags, "--dataset", "grey"]) == 1 and "grey" in capsys.readouterr().err
-    images = real
     del state["settings"]["dataset"]
     save_checkpoint(file, state)
-    assert sample.main([*flags, "--dataset", "a"]) == 0 and asked[-1] == ("a", "data", "test", SIDE)
+    found, pair = ends("--dataset", "a.pt", n=64)
+    assert torch.equal(found, real.flip(0)[pair].int())
     assert sample.main(flags) == 2 and "--dataset" in capsys.readouterr().err
     assert sample.main([*flags, "--time", str(T + 1)]) == 2 and "--time" in capsys.readouterr().err
+    random_run(dataset="mnist", in_channels=1, image_size=32, attention=[])   # of which only the test split is there
+    digits = torch.randint(256, (5, 1, 28, 28), dtype=torch.uint8)
+    Path("there").mkdir()
+    Path("there", data.FILES["mnist"][1][1][0]).write_bytes(gzip.compress(
+        struct.pack(">4I", 2051, 5, 28, 28) + data.raw_bytes(digits)))
+    found, pair = ends("--data-dir", "there", n=5, side=32)
+    assert torch.equal(found, torch.nn.functional.pad(digits, (2, 2, 2, 2))[pair].int())
 
 
 # ------------------------------------------------------------------------------- a trained network
@@ -389,16 +412,15 @@ def assert_has(net, state) -> None:
     test_commands.assert_equal(dict(net.state_dict()), dict(state))
 
 
-def test_what_is_loaded_of_a_checkpoint(small, monkeypatch):
-    """The averages unless told otherwise, on the best machine here, for evaluation; from a file of
-    --keep too, which has no others. channels_last makes convolutions fast."""
-    state, asked = small.net.state_dict(), []
+def test_what_is_loaded_of_a_checkpoint(small):
+    """The averages unless told otherwise, for evaluation; from a file of --keep too, which has no
+    others. channels_last makes convolutions fast."""
+    state = small.net.state_dict()
     ema = {key: value + 1 for key, value in state.items()}
     file, folder, kept = Path("runs/x/checkpoint.pt"), Path("runs/x"), Path("runs/x/ema-0000012.pt")
     whole = {"step": 12, "settings": SMALL, "net": state, "ema": ema}
     save_checkpoint(file, whole)
     save_checkpoint(kept, {key: whole[key] for key in ("step", "settings", "ema")})
-    monkeypatch.setattr(checkpoint, "start_machine", lambda: asked.append("machine") or CPU)
     for words, path, weights, which in (
             (("runs/x",), file, ema, "averaged"), ((), file, ema, "averaged"),
             ((None, "data", False), file, state, "last"), ((folder, "x", True, CPU), file, ema, "averaged"),
@@ -411,9 +433,18 @@ def test_what_is_loaded_of_a_checkpoint(small, monkeypatch):
         assert not any(module.training for module in trained.net.modules())
         assert trained.net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(trained.s.alpha_bars, small.s.alpha_bars)
-    assert asked == ["machine"] * 3
     with pytest.raises(ValueError, match="ema-0000012.pt"):
         load(kept, ema=False, machine=CPU)
+
+
+@pytest.mark.skipif(bool(simulated_cuda.MISSING), reason=str(simulated_cuda.MISSING))
+def test_a_network_is_loaded_to_the_best_machine(run):
+    """That of this moment, unless one is named."""
+    def place(**machine):
+        return {p.device.type for p in load("runs/images", **machine).net.parameters()}
+    with simulated():
+        assert place() == {"cuda"} and place(machine=CPU) == {"cpu"}
+    assert torch.cuda.is_available() or place() == {"cpu"}
 
 
 @pytest.mark.parametrize("change", [{"ema": {}}, {"ema": None}, {"settings": {}},
@@ -429,28 +460,30 @@ def test_weights_must_fit_their_settings(small, change):
         load("x.pt", machine=CPU)
 
 
-def test_where_weights_are_looked_for(small, monkeypatch):
+def test_where_weights_are_looked_for(monkeypatch):
     """Folders of diffusers are read where they are; only a name of the form of the hub's is
-    downloaded, to the folder hub of the data."""
-    asked = []
-    for name in ("flat/config.json", "deep/unet/config.json"):
+    downloaded, to the folder hub of the data. (The library is a simulation, which finds nothing.)"""
+    def download(name, cache_dir):
+        raise OSError(f"{name} was not found for {cache_dir}")
+    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(
+        logging=types.SimpleNamespace(set_verbosity=lambda level: None),
+        DDPMPipeline=types.SimpleNamespace(download=download)))
+    for name in ("flat/config.json", "deep/unet/config.json", "deep/scheduler/x"):
         Path(name).parent.mkdir(parents=True)
         Path(name).write_text("{}")
-    monkeypatch.setattr(checkpoint.weights, "from_diffusers",
-                        lambda *x: asked.append(x) or (copy.deepcopy(small.net), SMALL))
-    for words, want in (
-            (("flat",), (Path("flat"), Path("data/hub"))), ((Path("deep"),), (Path("deep"), Path("data/hub"))),
-            (("some.one/mo-del_1.5",), (Path("some.one/mo-del_1.5"), Path("data/hub"))),
-            ((Path("-a/b"), "there"), (Path("-a/b"), Path("there/hub")))):
-        asked.clear()
-        trained = load(*words, machine=CPU)
-        assert asked == [want] and trained.settings == SMALL and trained.source == str(words[0])
-    asked.clear()
+    for words, kind, text in (
+            (("flat",), ValueError, "flat/scheduler_config.json cannot be read"),
+            ((Path("deep"),), ValueError, "deep/scheduler/scheduler_config.json cannot be read"),
+            (("some.one/mo-del_1.5",), OSError, "some.one/mo-del_1.5 was not found for data/hub"),
+            ((Path("-a/b"), "there"), OSError, "-a/b was not found for there/hub")):
+        with pytest.raises(kind) as refusal:
+            load(*words, machine=CPU)
+        assert text in str(refusal.value)
     for name in ("someone/model.pt", "runs/model", "model", "a/b/c", "deep/unet/x/y", "../a", "flat/x.pt"):
         Path("runs").mkdir(exist_ok=True)
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=name) as refusal:
             load(name, machine=CPU)
-    assert asked == []
+        assert "a checkpoint of train.py" in str(refusal.value)
 
 
 def test_the_newest_run_is_the_one_that_saved_last():
@@ -483,71 +516,118 @@ def test_weights_are_cast_once_in_a_copy(small):
 
 # ------------------------------------------------------------------------------------ many images
 
-def test_the_batches_of_images(small, monkeypatch):
+class Watched(torch.nn.Module):
+    """ε_θ = 0. It keeps what it is given, over all copies of it."""
+    seen = []
+
+    def forward(self, x, t):
+        self.seen.append((x, t))
+        return 0 * x
+
+
+def numbers(x, seed: int, shape=(3, SIDE, SIDE)) -> list[int]:
+    """Which images begin with these x_T."""
+    every = Noise(seed, range(40), shape)()
+    return [(every == one).flatten(1).all(1).nonzero().item() for one in x]
+
+
+def test_the_batches_of_images():
     """16 at a time on a CPU, and so many for each process, which draws every second one."""
-    asked = []
-    monkeypatch.setattr(sample, "Noise", lambda seed, mine, *_: asked.append((seed, *mine)) or (
-        lambda t: torch.zeros(len(mine), *small.shape)))
-    monkeypatch.setattr(sample.ddpm, "p_sample_loop", lambda s, model, x, *_, **__: [(0, x, x)])
+    trained = Trained(Watched(), ddpm.make_schedule(2), SMALL, "")
+
+    def asked():  # each batch has T = 2 calls
+        batches = [numbers(x, 7) for x, _ in Watched.seen[::2]]
+        assert all((t == 2 - i % 2).all() for i, (_, t) in enumerate(Watched.seen))
+        Watched.seen.clear()
+        return batches
+    Watched.seen.clear()
     for indices, size, want in ((range(40), None, [range(16), range(16, 32), range(32, 40)]),
                                 ([3, 9, 4], None, [(3, 9, 4)]), (range(1, 6), 2, [(1, 2), (3, 4), (5,)])):
-        asked.clear()
-        drawn = list(sample.draw_batches(small, indices, 7, size, CPU))
-        assert asked == [(7, *batch) for batch in want]
+        drawn = list(sample.draw_batches(trained, indices, 7, size, CPU))
+        assert asked() == [[*batch] for batch in want]
         assert [tuple(batch) for batch, _ in drawn] == [tuple(batch) for batch in want]
         assert all(len(x) == len(batch) for batch, x in drawn)
-    both(monkeypatch, lambda machine: asked.clear() or list(
-        sample.draw_batches(small, range(5), 7, 1, machine)))
-    assert asked == [(7, 0), (7, 2), (7, 4)]
-    assert sample.draw_samples(small, 34, 5, 17, CPU).shape == (34, *small.shape)
-    assert asked[-2:] == [(5, *range(17)), (5, *range(17, 34))]
+
+    def job(machine):
+        shapes = [tuple(x.shape) for _, x in sample.draw_batches(trained, range(5), 7, 1, machine)]
+        return shapes, asked()
+    first, second = processes(job)
+    assert first == ([(2, 3, 8, 8)] * 2 + [(1, 3, 8, 8)], [[0], [2], [4]]) and second[0] == first[0]
+    assert [batch for batch in second[1] if batch] == [[1], [3]]
+    assert sample.draw_samples(trained, 34, 7, 17, CPU).shape == (34, *trained.shape)
+    assert asked() == [[*range(17)], [*range(17, 34)]]
 
 
-def both(monkeypatch, job):
-    """job(machine) in the second of two processes and then in the first, whose result this is. What
-    each one gathers is exchanged: its share are every second row, the first process's from row 0."""
-    sent = []
-
-    def gather(self, mine, n):
-        whole = torch.zeros(n, *mine.shape[1:], dtype=mine.dtype)
-        whole[self.rank::2] = mine
-        if self.rank:
-            sent.append(whole)
-            return whole
-        return whole + sent.pop(0)
-    with monkeypatch.context() as patch:
-        patch.setattr(Machine, "gather", gather)
-        job(CPU._replace(rank=1, world=2))
-        found = job(CPU._replace(rank=0, world=2))
-    assert not sent
-    return found
+def process(job, rank: int, place: str, pipe) -> None:
+    """One of the two processes below."""
+    os.environ["RANK"] = str(rank)  # as torchrun says it
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+        found = True, job(CPU._replace(rank=rank, world=2))
+    except BaseException:
+        found = False, traceback.format_exc()
+    pipe.send_bytes(pickle.dumps(found))
+    dist.destroy_process_group()
 
 
-def test_two_processes_draw_the_images_of_one(small, monkeypatch):
-    """In their order, whatever the size of the batches."""
+def processes(job) -> list:
+    """What job(machine) returns in each of two processes that exchange by gloo. They begin as copies of
+    this one, so they have all that it has, and nothing that they change is changed here. (But after
+    a gradient in this one torch takes none in its copies.)"""
+    context, ends = multiprocessing.get_context("fork"), []
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in (0, 1):
+            here, there = context.Pipe(duplex=False)
+            child = context.Process(target=process, args=(job, rank, f"{folder}/meet", there), daemon=True)
+            child.start()
+            there.close()
+            ends.append((here, child))
+        try:
+            results = []
+            for here, child in ends:
+                assert here.poll(60), "a process does not answer"
+                works, found = pickle.loads(here.recv_bytes())
+                assert works, found
+                results.append(found)
+        finally:
+            for _, child in ends:
+                child.join(0 if sys.exc_info()[0] else 60)
+                child.kill()
+    return results
+
+
+def both(_, job):
+    """What the first of two processes finds."""
+    return processes(job)[0]
+
+
+def test_two_processes_draw_the_images_of_one(small):
+    """In their order, whatever the size of the batches; both have all of them."""
     one = sample.draw_samples(small, 5, 7, 5, CPU, steps=2)
-    for size in (1, 2, 3):
-        two = both(monkeypatch, lambda machine: sample.draw_samples(small, 5, 7, size, machine, steps=2))
-        assert (two.int() - one.int()).abs().max() <= 1
+    for two in processes(lambda machine: [sample.draw_samples(small, 5, 7, size, machine, steps=2) for size in (1, 2, 3)]):
+        assert all((images.int() - one.int()).abs().max() <= 1 for images in two)
     assert len(one.flatten(1).unique(dim=0)) == 5
 
 
-class Killed(Exception):
-    """What ends the drawing in the middle."""
+def drawn(*flags, stop_after: int | None = None) -> tuple[int, list[int]]:
+    """Runs sample.py; a signal comes when so many images are drawn. Its status and the images that were."""
+    indices, last = [], []
 
-
-def drawn(monkeypatch, *flags, stop_after: int | None = None) -> tuple[int, list[int]]:
-    """Runs sample.py; stops it after some images. Its status and the images that were drawn."""
-    indices = []
-
-    def noise(seed, batch, *rest):
-        if stop_after is not None and len(indices) >= stop_after:
-            raise Killed
-        indices.extend(batch)
-        return Noise(seed, batch, *rest)
-    with monkeypatch.context() as patch:
-        patch.setattr(sample, "Noise", noise)
+    def watch(module, given):
+        if not isinstance(module, UNet):
+            return
+        x, t = given
+        if not last or t[0] > last[-1]:  # a new batch
+            if stop_after is not None and len(indices) >= stop_after:
+                os.kill(os.getpid(), signal.SIGINT)
+            seed = int(flags[flags.index("--seed") + 1]) if "--seed" in flags else 3
+            indices.extend(numbers(x, seed))
+        last.append(t[0].item())
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(watch)
+    try:
         status = sample.main([*FLAGS, "--steps", "3", "--batch-size", "2", *map(str, flags)])
+    finally:
+        hook.remove()
     return status, indices
 
 
@@ -555,45 +635,45 @@ def contents(folder="f") -> dict:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def test_a_folder_of_samples_goes_on(run, monkeypatch):
+def test_a_folder_of_samples_goes_on(run):
     """A PNG for each image: what is missing is drawn and what is there is kept, to the byte; the
     images are those of a tensor."""
-    assert drawn(monkeypatch, "--n", 4, "--out", "whole.pt", "--batch-size", 4) == (0, [0, 1, 2, 3])
-    assert drawn(monkeypatch, "--n", 3, "--out", "f", stop_after=2) == (1, [0, 1])
+    assert drawn("--n", 4, "--out", "whole.pt", "--batch-size", 4) == (0, [0, 1, 2, 3])
+    assert drawn("--n", 3, "--out", "f", stop_after=2) == (130, [0, 1])
     before = contents()
     assert sorted(before) == [".lock", "000000.png", "000001.png", "samples.json"]
     assert json.loads(before["samples.json"]).keys() == {"weights", "seed", "sampler", "precision"}
-    assert drawn(monkeypatch, "--n", 3, "--out", "f/") == (0, [2])
+    assert drawn("--n", 3, "--out", "f/") == (0, [2])
     Path("f/000001.png").unlink()
-    assert drawn(monkeypatch, "--n", 4, "--out", "f") == (0, [1, 3])
-    assert drawn(monkeypatch, "--n", 2, "--out", "f") == (0, [])
+    assert drawn("--n", 4, "--out", "f") == (0, [1, 3])
+    assert drawn("--n", 2, "--out", "f") == (0, [])
     assert len(contents()) == 6 and contents()["000000.png"] == before["000000.png"]
     for i, image in enumerate(torch.load("whole.pt").int()):
         assert (read_png(f"f/{i:06d}.png") - image).abs().max() <= 1
 
 
-def test_two_processes_fill_one_folder(small, monkeypatch, capsys):
+def test_two_processes_fill_one_folder(small, capsys):
     """The first one writes all files and says so; the second draws its half and writes nothing."""
     args = types.SimpleNamespace(n=3, seed=7, batch_size=1)
 
     def job(machine):
         args.out = Path(f"f{machine.rank}")
         sample.draw_folder(small, sample.choose_sampler(small, 2), {"steps": 2}, args, machine)
-        return args.out.exists() and contents(args.out).keys(), capsys.readouterr().err != ""
-    assert both(monkeypatch, job) == ({"000000.png", "000001.png", "000002.png", "samples.json"}, True)
-    assert job(CPU._replace(rank=1, world=1)) == (False, False)
+        return args.out.exists() and sorted(contents(args.out)), capsys.readouterr().err != ""
+    assert processes(job) == [(["000000.png", "000001.png", "000002.png", "samples.json"], True), (False, False)]
+    assert contents("f0")["000001.png"] == data.png(sample.draw_samples(small, 2, 7, 1, CPU, steps=2)[1])
 
 
-def test_samples_of_another_kind_are_not_mixed(run, monkeypatch, capsys):
+def test_samples_of_another_kind_are_not_mixed(run, capsys):
     """Of another seed, sampler, precision or other weights, or of what no readable note tells: these
     are refused, nothing is drawn, and the folder stays as it is."""
     Path("f").mkdir()
-    assert drawn(monkeypatch, "--n", 1, "--out", "f") == (0, [0])
+    assert drawn("--n", 1, "--out", "f") == (0, [0])
     before = contents()
 
     def refused(*flags):
         capsys.readouterr()
-        assert drawn(monkeypatch, "--n", 3, "--out", "f", *flags) == (1, [])
+        assert drawn("--n", 3, "--out", "f", *flags) == (1, [])
         assert "--out" in (err := capsys.readouterr().err) or "samples.json" in err
     for flags in (["--seed", 1], ["--no-clip"], ["--steps", 4], ["--variance", "fixed_small"],
                   ["--sampler", "ddpm"], ["--eta", 0.5], ["--no-ema"], ["--precision", "bf16"]):
@@ -601,7 +681,7 @@ def test_samples_of_another_kind_are_not_mixed(run, monkeypatch, capsys):
         assert contents() == before
     state = checkpoint.load_checkpoint(Path("runs/images/checkpoint.pt"))
     save_checkpoint(Path("runs/images/checkpoint.pt"), {**state, "step": 2})  # the same weights
-    assert drawn(monkeypatch, "--n", 1, "--out", "f") == (0, [])
+    assert drawn("--n", 1, "--out", "f") == (0, [])
     state["ema"]["conv_in.bias"][0] += 1e-3
     save_checkpoint(Path("runs/images/checkpoint.pt"), state)
     refused()
@@ -610,11 +690,11 @@ def test_samples_of_another_kind_are_not_mixed(run, monkeypatch, capsys):
         refused()
 
 
-def test_a_tensor_of_samples_is_whole_or_not_there(run, monkeypatch):
+def test_a_tensor_of_samples_is_whole_or_not_there(run):
     """After a stop in the middle nothing of it is left, and what was there before is still there."""
     Path("x.pt").write_bytes(b"before")
     here = sorted(os.listdir())
-    assert drawn(monkeypatch, "--n", 5, "--out", "x.pt", stop_after=2) == (1, [0, 1])
+    assert drawn("--n", 5, "--out", "x.pt", stop_after=2) == (130, [0, 1])
     assert Path("x.pt").read_bytes() == b"before" and sorted(os.listdir()) == here
 
 
@@ -668,7 +748,7 @@ CHOICES = {"--seed": "--seed 4", "--steps": "--steps 5", "--sampler": "--sampler
            "--eta": "--eta 0.5", "--variance": "--variance fixed_small", "--no-clip": "--no-clip",
            "--no-ema": "--no-ema", "--n": "--n 3", "--time": "--time 5", "--dataset": "--dataset other.pt"}
 NEUTRAL = {"--batch-size": "--batch-size 1", "--data-dir": "--data-dir elsewhere", "--device": "--device cpu",
-           "--precision": "--precision fp32", "--checkpoint": "--checkpoint runs/images/checkpoint.pt"}
+           "--precision": "--precision fp32", "--no-compile": "--no-compile", "--checkpoint": "--checkpoint runs/images/checkpoint.pt"}
 PICTURES = {"grid": "--out x.png", "tensor": "--out x.pt", "folder": "--out x", "--progressive": "--progressive --out x.png",
             "--shared": "--shared --out x.png", "--interpolate": "--interpolate --out x.png"}
 
@@ -692,16 +772,23 @@ def flags_read(monkeypatch, parser, method: str = "parse_args") -> set[str]:
     return known
 
 
+def flags_of(main) -> set[str]:
+    """The flags of a command: those that its --help lists."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["--help"]) == 0
+    entries = re.findall(r"^  (-.*)", out.getvalue().split("\noptions:")[1], re.M)
+    return {flag for entry in entries for flag in re.findall(r"(?:^|, )(--[a-z0-9-]+)", entry.split("  ")[0])}
+
+
 @pytest.mark.parametrize("kind", PICTURES)
-def test_every_choice_reaches_every_picture(run, monkeypatch, kind):
+def test_every_choice_reaches_every_picture(run, kind):
     """Each flag of sample.py changes what it must and nothing else; the flags are read off its own
-    parser, so that a new one without a line above fails.
+    help, so that a new one without a line above fails.
 
     Kills: a choice that a figure does not follow, or that is lost on the way to one."""
-    known = flags_read(monkeypatch, sample.Parser)
     torch.save(torch.load("images.pt").flip(0), "other.pt")
     base = made(kind)
-    assert known == {*CHOICES, *NEUTRAL, *PICTURES, "--out", "--export", "--help"} - {"grid", "tensor", "folder"}
+    assert flags_of(sample.main) == {*CHOICES, *NEUTRAL, *PICTURES, "--out", "--export", "--help", "--compile"} - {"grid", "tensor", "folder"}
     for flag, words in NEUTRAL.items() if kind in ("grid", "--interpolate") else ():
         assert all((a - b).abs().max() <= 1 for a, b in zip(base, made(kind, words), strict=True)), flag
     for flag, words in CHOICES.items():
@@ -713,13 +800,16 @@ def test_every_choice_reaches_every_picture(run, monkeypatch, kind):
             a.shape != b.shape or (a - b).abs().max() > 3 for a, b in zip(base, other)), flag
 
 
-def test_every_choice_reaches_an_export(run, monkeypatch, tmp_path):
+def test_every_choice_reaches_an_export(run):
     """Which weights are exported is a choice; how samples are drawn is none of its."""
-    seen = []
-    monkeypatch.setattr(sample.weights, "export", lambda net, settings, folder: seen.append(
-        (next(net.parameters()).sum().item(), settings, folder)))
-    for words in ("", "--no-ema", "--steps 3", "--seed 9", "--no-clip"):
-        assert sample.main([*FLAGS, "--export", "there", *words.split()]) == 0
-    first, last, *rest = seen
-    assert first[0] != last[0] and first[1:] == last[1:] == (SMALL, Path("there"))
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    for i, words in enumerate(("", "--no-ema", "--steps 3", "--seed 9", "--no-clip")):
+        assert sample.main([*FLAGS, "--export", f"there{i}", *words.split()]) == 0
+    first, last, *rest = [{path.relative_to(f"there{i}"): path.read_bytes() for path in Path(f"there{i}").rglob("*.*")}
+                          for i in range(5)]
     assert all(other == first for other in rest)
+    assert {path.name for path in first if first[path] != last[path]} == {"diffusion_pytorch_model.safetensors"}
+    for i, name in enumerate(("ema", "net")):
+        found = load(f"there{i}", machine=CPU)
+        assert_has(found.net, run[name].state_dict())
+        assert found.settings["predict"] == "eps" and found.shape == (3, SIDE, SIDE)

@@ -1,23 +1,30 @@
 """The parts of train.py one by one: each number, seed and decision, recomputed by hand."""
 import contextlib
 import copy
+import importlib.util
+import io
 import itertools
 import json
 import math
+import os
+import re
+import shutil
+import signal
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import ddpm
-import sample
 import test_commands
 import test_pictures
 import test_unet
 import train
-from support import data
+from support import data, machine
 from support.checkpoint import inference_model, load, load_checkpoint, save_checkpoint
-from support.command import Progress, UsageError, stop
+from support.command import UsageError, stop
 from support.machine import Machine, seed_of
 from test_commands import assert_equal
 from unet import build_network
@@ -36,9 +43,8 @@ CPU = Machine(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def no_signal(monkeypatch):
-    """Each test begins without a signal, and its progress is shown only at the end."""
-    monkeypatch.setattr(Progress, "due", lambda self: False)
+def no_signal():
+    """Each test begins without a signal."""
     yield
     stop.number, stop.later = 0, False
 
@@ -48,7 +54,7 @@ def run_of(dtype=torch.float32, images=None, folder=".", **changes) -> train.Run
     settings = {"dataset": "shapes", "channels": 32, "multipliers": [1], "timesteps": 20,
                 "batch_size": 2, "warmup": 4, "decay": 0.0, "samples": 0, **changes}
     images = data.shapes(4, 8) if images is None else images
-    Path(folder).mkdir(exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     return train.begin({"init": None, **settings}, images, {},
                        CPU._replace(dtype=dtype), Path(folder))
 
@@ -158,12 +164,8 @@ def test_flags_go_before_the_checkpoint_the_checkpoint_before_init_and_init_befo
     assert (stored["steps"], stored["lr"], stored["channels"]) == (5, 0.5, 96)
 
 
-class Begun(ValueError):
-    """What ends a command where the run would begin."""
-
-
-FREE = {"dataset": "other.pt", "steps": 70, "log_every": 71, "save_every": 72, "sample_every": 73,
-        "samples": 74, "sample_steps": 75, "keep": 76}
+FREE = {"dataset": "other.pt", "steps": 5, "log_every": 71, "save_every": 72, "sample_every": 73,
+        "samples": 1, "sample_steps": 2, "keep": 76}
 FIXED = {"image_size": 16, "flip": False, "batch_size": 6, "micro_batch": 3,
          "lr": 0.5, "warmup": 9, "decay": 0.5, "grad_clip": 3.0, "ema": 0.5, "ema_ramp": False, "dropout": 0.25,
          "channels": 96, "multipliers": [2], "blocks": 7, "attention": [16], "timesteps": 300,
@@ -182,63 +184,82 @@ def words(settings: dict) -> list[str]:
     return flags
 
 
-def test_what_may_change_when_a_run_is_resumed(monkeypatch, capsys):
+def test_what_may_change_when_a_run_is_resumed(capsys):
     """How long it trains, how it is watched, and where the data lie, which are known by their content;
     each other setting is named in the refusal, with both values. What is not said is the run's."""
-    stored = {**settled(), "dataset": "images.pt", "image_size": 8, "micro_batch": 1}
-    save_checkpoint(Path("runs/r/checkpoint.pt"), {"settings": stored, "step": 4})
+    path = Path("runs/r/checkpoint.pt")
+    run = run_of(folder="runs/r", images=torch.load("images.pt"), dataset="images.pt", steps=4, micro_batch=1,
+                 attention=[8], blocks=1, variance="fixed_small")
+    stored = run.settings
+    train.save(run, 4)
     assert {*FREE, *FIXED} == set(train.SETTINGS) == stored.keys() - {"in_channels"}
     for name, value in FIXED.items():
         assert train.main(["--out", "runs/r", *words({name: value})]) == 2
         err = capsys.readouterr().err
         for part in ("--" + name.replace("_", "-"), str(stored[name]), str(value)):
             assert part in err and err.count("\n") == 1
-
-    def begin(given, images, known, machine, folder):
-        begun.append((given, known, folder))
-        raise Begun
-    begun, asked, real = [], [], data.load
-    monkeypatch.setattr(train, "begin", begin)
-    monkeypatch.setattr(data, "load", lambda *x: asked.append(x) or real("images.pt"))
-    same = {name: stored[name] for name in FIXED}
-    for flags, place in (({}, "data"), ({**FREE, **same}, "there")):
-        assert train.main(["--out", "runs/r", "--data-dir", place, *words(flags)]) == 1
-        given, known, folder = begun.pop()
-        assert known == stored and folder == Path("runs/r")
-        said = {key: value for key, value in flags.items() if value != []}  # which no flag says
-        assert {key: value for key, value in given.items() if key in stored} == said
-        assert asked.pop() == (flags.get("dataset", "images.pt"), place, "train", 8)
-        assert train.settle(given, torch.zeros(1, 3, 8, 8), known, {}) == {**stored, **flags}
-    for flags, folder, load_of in ((["--dataset", "a/b.pt"], "runs/b", ("a/b.pt", "data", "train", None)),
-                                   ([], "runs/cifar10", ("cifar10", "data", "train", None))):
-        assert train.main(flags) == 1 and asked.pop() == load_of and begun.pop()[2] == Path(folder)
+    shutil.copy("images.pt", "other.pt")
+    same, cpu = {name: stored[name] for name in FIXED}, ["--device", "cpu", "--precision", "fp32"]
+    for flags in ({}, {**FREE, **same}):
+        assert train.main(["--out", "runs/r", *cpu, *words(flags)]) == 0
+        state, want = load_checkpoint(path), {**stored, **flags}
+        assert state["step"] == want["steps"]
+        assert json.loads(Path("runs/r/settings.json").read_text()) == want
+    assert state["settings"] == want
 
 
-def test_a_checkpoint_that_changes_while_a_run_starts_is_noticed(monkeypatch, capsys):
+def test_where_the_images_of_a_run_are_looked_for():
+    """Those of the training, in the folder of the data, with the side of the run that goes on; CIFAR-10
+    if none are named. The folder of the run has the name of the data, unless it is said."""
+    small = [*"--device cpu --precision fp32 --channels 32 --multipliers 1 --blocks 1 --samples 0".split(),
+             *"--batch-size 1 --steps".split()]
+    shutil.copy("images.pt", "b.pt")
+    with tarfile.open("cifar-10-binary.tar.gz", "w:gz") as archive:  # of which only the training images are there
+        for i in range(1, 6):
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i}.bin")
+            entry.size = 3073
+            archive.addfile(entry, io.BytesIO(bytes([i] * 3073)))
+    for place in ("data", "there"):
+        Path(place).mkdir()
+        shutil.copy("cifar-10-binary.tar.gz", place)
+    for steps, flags, folder in ((1, [], "cifar10"), (2, ["--data-dir", "there"], "cifar10"),
+                                 (1, ["--dataset", "b.pt", "--attention", "8"], "b"),
+                                 (1, ["--dataset", "shapes", "--image-size", "8"], "shapes"),
+                                 (2, ["--dataset", "shapes"], "shapes")):
+        assert train.main([*small, str(steps), *flags]) == 0
+        state = load_checkpoint(Path("runs", folder, "checkpoint.pt"))
+        assert state["step"] == steps
+        shutil.rmtree("data", ignore_errors=True)
+        if folder != "cifar10":
+            assert state["data"] == data.fingerprint(torch.load("b.pt") if folder == "b" else data.shapes(8192, 8))
+
+
+def test_a_checkpoint_that_changes_while_a_run_starts_is_noticed(capsys):
     """Written by another process after it was read, there before or not: one line names it, it stays
     as it is, and no step is taken. So is a state that is not that of the run's network."""
-    path, calls = Path("runs/r/checkpoint.pt"), []
-    real, flags = data.load, ["--out", "runs/r", "--device", "cpu", "--precision", "fp32", *words(
-        {"dataset": "images.pt", "channels": 32, "multipliers": [1], "attention": [8], "samples": 0})]
-    run = run_of(folder="other", dataset="images.pt", attention=[8])
-    monkeypatch.setattr(train, "train", lambda run, step: calls.append(step) or step)
-
-    def saves(*place):
-        train.save(run._replace(folder=path.parent), 5)
-        return real(*place)
-    for _ in range(2):
-        with monkeypatch.context() as patch:
-            patch.setattr(data, "load", saves)
+    path, flags = Path("runs/r/checkpoint.pt"), ["--out", "runs/r", "--device", "cpu", "--precision", "fp32", *words(
+        {"dataset": "images.pt", "channels": 32, "multipliers": [1], "attention": [8], "samples": 0, "steps": 5})]
+    run = run_of(folder="runs/r", images=torch.load("images.pt"), dataset="images.pt", attention=[8], steps=5)
+    Path("other").mkdir()
+    train.save(run._replace(folder=Path("other")), 4)
+    other = Path("other/checkpoint.pt").read_bytes()
+    for before in (None, other):
+        def writes(*_):  # where the network of the run is made
+            path.write_bytes(other)
+        hook = torch.nn.modules.module.register_module_module_registration_hook(writes)
+        try:
             assert train.main(flags) == 1
+        finally:
+            hook.remove()
         assert str(path) in (err := capsys.readouterr().err) and err.count("\n") == 1
-        assert load_checkpoint(path)["step"] == 5 and not calls
-        train.save(run._replace(folder=path.parent, images=torch.load("images.pt")), 4)
-    assert train.main(flags[:6]) == 0 and calls.pop() == 4
+        assert path.read_bytes() == other and not Path("runs/r/log.jsonl").exists()
+    assert train.main(flags[:6]) == 0 and [line["step"] for line in log("runs/r")] == [5]
     state = load_checkpoint(path)
     del state["net"]["conv_in.bias"]
     save_checkpoint(path, {key: value for key, value in state.items() if key != "format"})
+    kept = path.read_bytes()
     capsys.readouterr()
-    assert train.main(flags[:6]) == 1 and not calls
+    assert train.main([*flags[:6], "--steps", "6"]) == 1 and path.read_bytes() == kept
     assert str(path) in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
@@ -405,15 +426,11 @@ WATCHED = {"log_every": "log.jsonl", "sample_every": "samples-0000002.png", "sam
 
 def trained(folder: str, **changes) -> tuple[dict, dict]:
     """The averages and the files, without what the clock says, of a run by the command."""
-    saved = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save", lambda run, step: saved.append(run.ema.state_dict()))
-        assert train.main(["--out", folder, "--device", "cpu", "--precision", "fp32",
-                           *words({**BASE, **changes})]) == 0
+    assert train.main(["--out", folder, "--device", "cpu", "--precision", "fp32", *words({**BASE, **changes})]) == 0
     files = {path.name: path.read_bytes() for path in Path(folder).iterdir()
-             if path.suffix != ".json" and path.name != "loss.png"}
+             if path.suffix != ".json" and path.name not in ("loss.png", "checkpoint.pt")}
     files["log.jsonl"] = [{**line, "images_per_s": 0} for line in log(folder)]
-    return saved[-1], files
+    return load_checkpoint(Path(folder, "checkpoint.pt"))["ema"], files
 
 
 def test_every_setting_reaches_the_training():
@@ -473,7 +490,7 @@ def test_a_run_that_cannot_begin(changes, world, part):
     assert isinstance(refusal.value, UsageError) or part == "40"
 
 
-def test_init_starts_from_the_averages_of_another_run(monkeypatch):
+def test_init_starts_from_the_averages_of_another_run():
     """Network and average are those averages; flags that say otherwise are refused. The settings of
     the network are the other run's, those of the training are not; a checkpoint goes before it."""
     other = run_of(folder="other", multipliers=[1, 2], attention=[4], predict="x0", lr=0.5)
@@ -490,46 +507,46 @@ def test_init_starts_from_the_averages_of_another_run(monkeypatch):
         train.begin({**given, "predict": "eps"}, data.shapes(4, 8), {}, CPU, Path("new"))
     resumed = train.begin({**given, "init": "nowhere"}, data.shapes(4, 8), new.settings, CPU, Path("new"))
     assert resumed.settings == new.settings
-    asked = []
-    monkeypatch.setattr(train, "load", lambda name, folder, machine: asked.append((name, folder, machine)) or load(
-        "other", machine=machine))
-    train.begin({**given, "init": "a/b"}, data.shapes(4, 8), {}, CPU, Path("new"))
-    assert asked == [("a/b", "there", CPU)]
 
 
 def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
-    """Of the shape and type of the training's, with a backward pass; not on a machine that does not
-    compile. Where it fails, a line says so and the network is used as it is.
+    """Of the shape of the training's, with a backward pass; not on a machine that does not compile.
+    Where either of them fails, a line says so and the network is used as it is.
 
     The shapes are fixed, which the compiler is told: else dropout's differ from layer to layer."""
-    seen, asked = [], []
+    seen, back, error = [], [], None
 
-    def compiler(net, dynamic):
-        asked.append((net, dynamic))
+    def gradient(grad):  # is asked for in the backward pass
+        back.append(tuple(grad.shape))
+        if error:
+            raise error
 
-        def fast(x, t):
-            seen.append((*x.shape, *t.tolist(), t.dtype))
-            return net(x, t)
-        return fast
-    monkeypatch.setattr(torch, "compile", compiler)
-    given = {"init": None, "dataset": "shapes", "channels": 32, "multipliers": [1], "batch_size": 5}
-    for compiles, flags, sizes in ((False, {}, []), (True, {}, [5]), (True, {"micro_batch": 2}, [2]),
-                                   (True, {"micro_batch": 9}, [5])):
-        run = train.begin({**given, **flags}, data.shapes(4, 8), {}, CPU._replace(compiles=compiles), Path())
-        assert [(x[0], x[4:-1], x[-1]) for x in seen] == [(n, (1,) * n, torch.int64) for n in sizes]
-        assert (run.network is run.net) == (not sizes)
-        assert asked == [(run.net, False)] * len(sizes)
-        seen.clear(), asked.clear()
+    def backend(graph, inputs):
+        seen.append(next(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and x.shape[1:] == (3, 8, 8)))
+        assert all(type(side) is int for x in inputs for side in x.shape)
+
+        def program(*given):
+            results = graph.forward(*given)
+            results[0].register_hook(gradient)
+            return results
+        return program
+    monkeypatch.setattr(machine, "BACKEND", backend)
+    torch._dynamo.reset()
+    given, images = {"init": None, "dataset": "shapes", "channels": 32, "multipliers": [1], "batch_size": 5}, data.shapes(4, 8)
+    for compiles, flags, sizes in ((False, {}, []), (None, {}, []), (True, {}, [5]), (True, {"micro_batch": 2}, [2]),
+                                   (True, {"micro_batch": 9}, [])):  # 5 again, of which there is a program
+        run = train.begin({**given, **flags}, images, {}, CPU._replace(compiles=compiles), Path())
+        assert seen == [(n, 3, 8, 8) for n in sizes]
+        assert back == [(min(5, flags.get("micro_batch", 5)), 3, 8, 8)] * bool(compiles)
+        assert (run.network is run.net) == (not compiles)
+        seen.clear(), back.clear()
     assert capsys.readouterr().err == ""
-
-    def broken(net, dynamic):
-        def fast(x, t):
-            raise RuntimeError("no compiler here\nand more lines")
-        return fast
-    monkeypatch.setattr(torch, "compile", broken)
-    run = train.begin(given, data.shapes(4, 8), {}, CPU._replace(compiles=True), Path())
-    assert run.network is run.net
-    assert "no compiler here" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    error = RuntimeError("no compiler here\nand more lines")
+    for text in ("no compiler here and more lines", "no such one"):
+        run = train.begin(given, images, {}, CPU._replace(compiles=True), Path())
+        assert run.network is run.net
+        assert text in (err := capsys.readouterr().err) and err.count("\n") == 1
+        monkeypatch.setattr(machine, "BACKEND", "no such one")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -570,35 +587,93 @@ def test_what_a_run_says_at_its_start(capsys, steps, done, flag):
 
 # ----------------------------------------------------------------------------------------- the loop
 
-def stub(monkeypatch, seconds: float = 0.0, bad: int = 10 ** 9, signal: int = 0) -> list:
-    """Steps that only take `seconds` of a clock of their own, of which a grid takes 100; what happens
-    in a run. From step `bad` on the numbers are not finite; in step `signal` a signal comes."""
-    events, now = [], [0.0]
+class Watched(Line):
+    """A network of two parameters. before(k) runs in the call of step k, and `grid()` in each call of a
+    grid; change(y) is what it returns."""
+    step, before, grid, change = 0, staticmethod(lambda k: None), staticmethod(lambda: None), staticmethod(lambda y: y)
 
-    def step(run, k):
-        assert run.network.training and stop.later  # a signal waits
-        events.append(("step", k, torch.initial_seed()))
-        now[0] += seconds
-        if k + 1 == signal:
-            stop(15, None)
-        wrong = (math.nan, math.inf) if k + 1 >= bad else (1.0, 3.0)
-        loss, norm = (1.0, wrong[bad // 2 % 2]) if bad % 2 else (wrong[bad // 2 % 2], 3.0)
-        n = len(range(run.settings["batch_size"])[run.machine.share])
-        return torch.full((n,), loss if k + 1 >= bad else 1.0), torch.arange(n) + 1, torch.tensor(
-            norm if k + 1 >= bad else 3.0)
+    def forward(self, x, t):
+        if self.training:
+            self.before(self.step)
+            self.step += 1
+            return self.change(super().forward(x, t))
+        self.grid()
+        return super().forward(x, t)
 
-    def record(name):
-        def happens(run, *rest):
-            assert stop.later == (name != "grid") and (name == "plot" or isinstance(run, train.Run))
-            events.append((name, rest[0] if rest else None))
-            now[0] += 100 * (name == "grid")
-        return happens
-    monkeypatch.setattr(train, "training_step", step)
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    for name, function in (("log", "log"), ("save", "save"), ("keep", "keep"), ("grid", "draw_grid"),
-                           ("plot", "plot_losses")):
-        monkeypatch.setattr(train, function, record(name))
-    return events
+    def __deepcopy__(self, memo):
+        other = type(self)()
+        other.load_state_dict(self.state_dict())
+        other.before, other.grid, other.change = self.before, self.grid, self.change
+        return other
+
+
+def watched(first: int = 0, machine=CPU, dtype=torch.float32, **changes) -> train.Run:
+    """A run of that network, whose next step is `first`."""
+    run = run_of(dtype, **{"samples": 1, "sample_steps": 2, **changes})
+    net = Watched()
+    net.step = first
+    return run._replace(net=net, network=net, ema=copy.deepcopy(net).eval().requires_grad_(False),
+                        adam=torch.optim.Adam(net.parameters()), machine=machine._replace(dtype=dtype))
+
+
+def on_disk(folder: Path) -> dict:
+    """What tells that something was written: the number of lines of the log, times of files."""
+    path = folder / "log.jsonl"
+    return {"log": len(path.read_text().splitlines()) if path.exists() else 0,
+            **{name: max((file.stat().st_mtime_ns for file in folder.glob(pattern)), default=0) for name, pattern in (
+                ("save", "checkpoint.pt"), ("keep", "ema-*.pt"), ("plot", "loss.png"), ("grid", "samples-*.png"))}}
+
+
+def happens(run: train.Run, first: int) -> tuple[int, list[str]]:
+    """Trains from this step: the steps that are done, and what happens, in the words of the names above.
+
+    What is written between two steps is named in one order, whatever it was in."""
+    made, state, done = [], on_disk(run.folder), first
+
+    def look():
+        nonlocal state
+        now = on_disk(run.folder)
+        made.extend(name for name in now if now[name] != state[name])
+        if now["log"] != state["log"]:
+            assert now["log"] == state["log"] + 1 and log(run.folder)[-1]["step"] == done
+        for name, pattern in (("keep", "ema-"), ("grid", "samples-")):
+            newest = max(run.folder.glob(f"{pattern}*"), default=None)
+            assert now[name] == state[name] or newest.stem == f"{pattern}{done:07d}"
+        if now["save"] != state["save"]:
+            assert load_checkpoint(run.folder / "checkpoint.pt")["step"] == done
+        state = now
+
+    def before(k):
+        nonlocal done
+        look()
+        assert k == done and stop.later and torch.initial_seed() == seed_of(0, "dropout", k, run.machine.rank)
+        done += 1
+        made.append(str(done))
+        if signalled == done:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def grid():  # what belongs to a step comes after its checkpoint, and a signal need not wait
+        assert not stop.later
+        look()
+    signalled = run.settings.get("signalled")
+    run.net.before, run.ema.grid = before, grid
+    last = train.train(run, first)
+    look()
+    return last, made
+
+
+@contextlib.contextmanager
+def signals():
+    """As in a command, whose handler has the signals."""
+    kept = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for n, handler in kept.items():
+            signal.signal(n, handler)
+
+
+PLOTS = bool(importlib.util.find_spec("matplotlib"))
 
 
 @pytest.mark.parametrize("first, steps, every, want", [
@@ -609,69 +684,96 @@ def stub(monkeypatch, seconds: float = 0.0, bad: int = 10 ** 9, signal: int = 0)
     (8, 10, (5, 4, 3, 6), "plot 9 log save keep 10 log save plot grid"),
     (0, 1, (9, 9, None, 9), "1 log save plot grid"), (5, 5, (5, 4, 3, 6), "plot grid"),
     (12, 12, (5, 4, 3, 6), "keep plot grid")])
-def test_which_steps_log_save_keep_and_draw(monkeypatch, first, steps, every, want):
+def test_which_steps_log_save_keep_and_draw(first, steps, every, want):
     """Every N-th one, counted from the first of the run; before what belongs to a step is made, it
     is saved, and the last one is; before it is saved, it has its line in the log. What belongs to the step that is resumed is made first. Each step
     has the dropout of (seed, step). A signal waits for a step and its files, and not for a grid."""
-    names = ("log_every", "save_every", "keep", "sample_every")
-    events, run = stub(monkeypatch), run_of(steps=steps, **dict(zip(names, every)))
-    assert train.train(run, first) == steps
-    made, step = [], first
-    for name, number, *seed in events:
-        if seed:
-            step += 1
-            made.append(str(step))
-            assert number == step - 1 and seed == [seed_of(0, "dropout", number, 0)]
-        else:
-            made.append(name)
-            assert number in (None, step)
-    assert " ".join(made) == want
+    run = watched(first, steps=steps, **dict(zip(("log_every", "save_every", "keep", "sample_every"), every)))
+    Path("log.jsonl").write_text('{"step": 1, "loss": 1, "loss_thirds": [1, 1, 1]}\n' * 2)  # so that there is a curve
+    last, made = happens(run, first)
+    assert last == steps
+    assert " ".join(made) == (want if PLOTS else want.replace(" plot", "").replace("plot ", ""))
 
 
-def test_a_signal_ends_the_run_after_its_step_and_saves_it(monkeypatch):
+@pytest.mark.parametrize("blocked, made", [("log.jsonl", []), ("checkpoint.pt", ["log.jsonl"])])
+def test_a_step_has_its_line_before_it_is_saved_and_is_saved_before_its_files(blocked, made):
+    """Where the one cannot be written, the other is not there, nor anything that comes after it."""
+    run = watched(folder="r", steps=4, log_every=2, save_every=2, keep=2, sample_every=2)
+    Path("r", blocked).mkdir()
+    with pytest.raises(OSError, match=blocked):
+        train.train(run, 0)
+    assert sorted(path.name for path in Path("r").iterdir()) == sorted([blocked, *made])
+
+
+def test_a_signal_ends_the_run_after_its_step_and_saves_it():
     """That step's line of the log, too; what else belongs to it is made when the run goes on."""
-    events, run = stub(monkeypatch, signal=2), run_of(steps=9, log_every=2, save_every=2, keep=2, sample_every=2)
-    assert train.train(run, 0) == 2
-    assert [event[0] for event in events] == ["step", "step", "log", "save"]
+    run = watched(steps=9, log_every=2, save_every=2, keep=2, sample_every=2)
+    run.settings["signalled"] = 2
+    with signals():
+        assert happens(run, 0) == (2, ["1", "2", "log", "save"])
+    assert stop.number == signal.SIGTERM
 
 
-def test_a_number_that_is_not_finite_is_noticed_before_it_is_written(monkeypatch):
+def wrong(kind: int):
+    """A network's result of which the loss or the gradient is not finite, and the other one is."""
+    def change(y):
+        if kind < 2:  # the loss alone
+            y = y + (math.nan, math.inf)[kind]
+            y.register_hook(torch.ones_like)
+        else:
+            y.register_hook(lambda grad: grad * (math.nan, math.inf)[kind - 2])
+        return y
+    return change
+
+
+def test_a_number_that_is_not_finite_is_noticed_before_it_is_written():
     """Whether it is the loss or the norm, NaN or ∞, in whatever step, and whatever is due when: no
     line of the log, checkpoint, kept file or grid is of this step or a later one, and it is named.
 
     Kills: a check that is left out for one of them."""
-    run = run_of()
-    for bad, *every in itertools.product((1, 2, 3, 4, 5), (1, 2, 9), (2, 9), (None, 2, 3), (3, 9)):
-        names = ("log_every", "save_every", "keep", "sample_every")
-        settings = {**run.settings, "steps": 7, **dict(zip(names, every))}
-        with pytest.MonkeyPatch.context() as patch:
-            events = stub(patch, bad=bad)
-            with pytest.raises(ValueError, match=f"step {bad}:"):
-                train.train(run._replace(settings=settings), 0)
-        assert all(number < bad for name, number, *_ in events if name in ("log", "save", "keep", "grid"))
+    names = ("log_every", "save_every", "keep", "sample_every")
+    every = [(1, 9, None, 9), (9, 2, None, 9), (9, 9, 2, 9), (9, 9, 3, 9), (9, 9, None, 3), (2, 9, 3, 9), (9, 9, None, 9)]
+    for i, (bad, some) in enumerate(itertools.product((1, 2, 3, 4, 5), every)):
+        folder = Path(f"{bad} {some}")
+        run = watched(folder=folder, steps=7, **dict(zip(names, some)))
+        run.net.before = lambda k: setattr(run.net, "change", wrong((bad + i) % 4)) if k + 1 >= bad else None
+        with pytest.raises(ValueError, match=f"step {bad}:"):
+            train.train(run, 0)
+        steps = [line["step"] for line in log(folder)] if (folder / "log.jsonl").exists() else []
+        steps += [int(path.stem[-7:]) for path in folder.glob("*-0*")]
+        if (folder / "checkpoint.pt").exists():
+            steps.append(load_checkpoint(folder / "checkpoint.pt")["step"])
+        assert all(step < bad for step in steps)
 
 
-@pytest.mark.parametrize("due, updates", [(True, [2, 3, 4]), (False, [4])])
-def test_the_progress_tells_of_the_steps_of_this_command(monkeypatch, due, updates):
-    """It counts from the step that was resumed, and the last step is always shown."""
-    shown = []
-    monkeypatch.setattr(Progress, "due", lambda self: due)
-    monkeypatch.setattr(Progress, "update", lambda self, done, *_, **__: shown.append(
-        (done, self.first, self.total, self.quiet)))
-    stub(monkeypatch)
-    train.train(run_of(steps=4), 1)
-    assert shown == [(done, 1, 4, False) for done in updates]
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
-def test_the_speed_is_that_of_the_steps_since_the_last_line(monkeypatch):
-    """Steps of 7/64 s with 2 images each are 2/(7/64) = 18.286 images/s, in every line; grids take no
-    time of it."""
-    real = train.log
-    stub(monkeypatch, 7 / 64)
-    monkeypatch.setattr(train, "log", real)
-    train.train(run_of(steps=8, log_every=3, sample_every=1), 0)
-    train.train(run_of(steps=10, log_every=3), 8)
-    assert [entry["images_per_s"] for entry in log()] == [18.286] * 10
+def test_the_progress_tells_of_the_steps_of_this_command():
+    """It counts from the step that was resumed, and the last step is always shown; on a terminal what
+    comes between, twice a second."""
+    def shown(stream, seconds):
+        run = watched(1, steps=3, samples=0)
+        run.net.before = lambda k: time.sleep(seconds)
+        with contextlib.redirect_stderr(stream):
+            train.train(run, 1)
+        return stream.getvalue()
+    assert re.findall(r"(\d+/\d+) steps loss [\d.]+ [\d.]+ steps/s", shown(io.StringIO(), 0)) == ["3/3"]
+    lines = re.findall(r"(\d+/\d+) steps loss [\d.]+ ([\d.]+) (steps/s|s each)", shown(Terminal(), 0.51))
+    assert [line for line, *_ in lines] == ["2/3", "3/3"]
+    assert all(unit == "s each" or float(rate) <= 2 for _, rate, unit in lines)
+
+
+def test_the_speed_is_that_of_the_steps_since_the_last_line():
+    """Slow steps do not slow the next line, and grids take no time of it. 2 images in each step."""
+    run = watched(steps=6, log_every=3, sample_every=3, sample_steps=2)
+    run.net.before = lambda k: time.sleep(0.3 if k < 3 else 0.02)
+    run.ema.grid = lambda: time.sleep(0.25)
+    train.train(run, 0)
+    slow, fast = (entry["images_per_s"] for entry in log())
+    assert 2 < slow <= 2 / 0.3 and 2 / 0.15 < fast <= 2 / 0.02
 
 
 # ------------------------------------------------------------------------ records, and what is saved
@@ -741,16 +843,13 @@ def test_the_mean_loss_that_is_shown():
         train.check(run, 151, steps)
 
 
-def test_fp16_leaves_the_weights_where_a_step_is_not_finite(monkeypatch):
+def test_fp16_leaves_the_weights_where_a_step_is_not_finite():
     """And halves the scale; the thirtieth such step ends the run, and the weights are as before."""
-    run, real = run_of(torch.float16, steps=40, warmup=0, log_every=100), train.loss_of
-    run = run._replace(net=(net := Line()), network=net, ema=copy.deepcopy(net),
-                       adam=torch.optim.Adam(net.parameters()))
+    run = watched(dtype=torch.float16, steps=31, warmup=0, log_every=100)
     train.training_step(run, 0)
     before = [run.net.a.item(), run.net.b.item()]
     assert before != [0.5, -0.25] and run.scaler.get_scale() == 2.0 ** 16
-    monkeypatch.setattr(Progress, "due", lambda self: True)
-    monkeypatch.setattr(train, "loss_of", lambda *given: real(*given) * math.nan)
+    run.net.change = lambda y: y * math.nan
     with pytest.raises(ValueError, match="step 2:"):
         train.train(run, 1)
     assert [run.net.a.item(), run.net.b.item()] == before and run.scaler.get_scale() == 2.0 ** (16 - 30)
@@ -802,59 +901,79 @@ def test_what_a_checkpoint_is_restored_to(capsys):
             train.restore(full._replace(images=images), state)
 
 
-def test_two_processes_by_hand(monkeypatch, capsys):
+class Begun(Exception):
+    """What ends a run in its first step."""
+
+
+def test_two_processes_by_hand(capsys):
     """Each has the losses of every second image: the log has those of all, in their order, and only
     the first one writes and says anything. A signal to one of them stops both."""
     all_of = records_of(([1.0, 2.0, 3.0, 4.0], [1, 8, 15, 20], 5.0), ([5.0, 6.0, 7.0, 8.0], [2, 9, 16, 3], 7.0))
-    run, files = run_of(batch_size=4, steps=5), {}
+    run = run_of(batch_size=4, steps=5)
 
     def job(machine):
         mine = run._replace(machine=machine, folder=Path(f"{machine.rank}"))
         mine.folder.mkdir()
         train.log(mine, 2, [(loss[machine.share], t[machine.share], norm) for loss, t, norm in all_of], 1.0)
         train.save(mine, 2)
-        files[machine.rank] = sorted(path.name for path in mine.folder.iterdir())
-    test_pictures.both(monkeypatch, job)
-    assert files == {0: ["checkpoint.pt", "log.jsonl"], 1: []}
+        other = mine._replace(machine=machine._replace(dtype=torch.bfloat16))
+        capsys.readouterr()
+        step = train.restore(other, {**load_checkpoint(Path("checkpoint.pt"))})
+        return sorted(path.name for path in mine.folder.iterdir()), step, "bfloat16" in capsys.readouterr().err
+    train.save(run, 2)
+    assert test_pictures.processes(job) == [(["checkpoint.pt", "log.jsonl"], 2, True), ([], 2, False)]
     Path("one").mkdir()
     train.log(run._replace(folder=Path("one")), 2, all_of, 1.0)
     assert log("0") == log("one")
-    state = load_checkpoint(Path("0/checkpoint.pt"))
-    for rank in (0, 1):
-        machine = CPU._replace(rank=rank, world=2, dtype=(torch.float32, torch.bfloat16)[rank])
+
+    def goes_on(machine):
+        run = watched(4, machine, folder=f"run {machine.rank}", batch_size=4, steps=9, keep=2, sample_every=2, save_every=2)
+        seeds = []
+
+        def before(k):
+            seeds.append(torch.initial_seed())
+            raise Begun
+        run.net.before = before
         capsys.readouterr()
-        assert train.restore(run._replace(machine=machine), state) == 2
-        assert capsys.readouterr().err == ""
+        with pytest.raises(Begun):
+            train.train(run, 4)
+        files, stop.later = sorted(path.name for path in run.folder.iterdir()), True
+        err = capsys.readouterr().err
+        with signals():
+            if machine.rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+            Path(f"again {machine.rank}").mkdir()
+            return files, seeds, err != "", train.train(run._replace(folder=Path(f"again {machine.rank}")), 4), stop.number
+    assert test_pictures.processes(goes_on) == [
+        (["ema-0000004.pt", "samples-0000004.png"], [seed_of(0, "dropout", 4, 0)], True, 4, signal.SIGTERM),
+        ([], [seed_of(0, "dropout", 4, 1)], False, 4, signal.SIGTERM)]
+    assert [path.name for path in Path("again 0").iterdir()] == ["ema-0000004.pt"]
 
-    events, op = stub(monkeypatch), train.dist.ReduceOp
-    monkeypatch.setattr(train.dist, "all_reduce", lambda x, kind: x.fill_(15 if len(
-        [1 for name, *_ in events if name == "step"]) == 3 else max(0, int(x))) if kind == op.MAX else None)
-    other = run._replace(machine=CPU._replace(rank=1, world=2),
-                         settings={**run.settings, "log_every": 2, "keep": 2, "sample_every": 2, "save_every": 2})
-    assert train.train(other, 0) == 3 and stop.number == 15
-    assert [(event[0], *event[2:]) for event in events] == [
-        ("step", seed_of(0, "dropout", 0, 1)), ("step", seed_of(0, "dropout", 1, 1)), ("log",), ("save",),
-        ("grid",), ("step", seed_of(0, "dropout", 2, 1)), ("log",), ("save",)]
 
-
-def test_a_signal_that_comes_while_the_processes_ask_is_not_lost(monkeypatch):
+def test_a_signal_that_comes_while_the_processes_ask_is_not_lost():
     """Between what this process has said and what all have answered: it counts in the next step, and
     all of them stop together.
 
     Kills: an answer that overwrites what came meanwhile."""
-    machine, op = CPU._replace(world=2), train.dist.ReduceOp
-    monkeypatch.setattr(stop, "number", 0)
+    def job(machine):
+        peer = machine.gather(torch.tensor([os.getpid()]), 2)[0]
+        if machine.rank:  # the first one waits in the exchange when its signal comes
+            time.sleep(0.3)
+            os.kill(int(peer), signal.SIGTERM)
+            time.sleep(0.1)
+        answers = [(train.stopped(machine), stop.number)]
+        return [*answers, (train.stopped(machine), stop.number)]
 
-    def answer(x, kind):
-        assert kind == op.MAX
-        stop.number = 15                    # it comes now
-    monkeypatch.setattr(train.dist, "all_reduce", answer)
-    assert train.stopped(machine) is False and stop.number == 15
-    assert train.stopped(machine) is True
+    def with_handler(machine):
+        stop.later = True
+        with signals():
+            return job(machine)
+    assert test_pictures.processes(with_handler) == [[(False, 15), (True, 15)], [(False, 0), (True, 15)]]
+    stop.number = 15
     assert train.stopped(CPU) is True
 
 
-def test_averages_have_the_buffers_of_their_network(monkeypatch):
+def test_averages_have_the_buffers_of_their_network():
     """What a layer such as BatchNorm has counted is no weight, and no average is sampled without it.
 
     Kills: averaged weights beside statistics of the first step."""
@@ -885,24 +1004,24 @@ def test_kept_weights_are_the_averages_of_their_step():
 @pytest.mark.parametrize("T, variance, flag, calls", [
     (20, "fixed_small", 7, 7), (20, "fixed_small", 20, 20), (20, "fixed_large", 50, 20),
     (20, "learned", 7, 20), (2, "fixed_small", 50, 2)])
-def test_the_network_calls_of_a_grid(monkeypatch, capsys, T, variance, flag, calls):
+def test_the_network_calls_of_a_grid(capsys, T, variance, flag, calls):
     """As many as the setting says, T at most, and T where the variance is learned; of the averages,
     32 images at a time."""
-    seen, real = [], sample.inference_model
+    class Grid(torch.nn.Module):
+        seen = []  # of all copies
 
-    def model(net, machine, *shape):
-        call = real(net, machine, *shape)
-        return lambda x, t: seen.append((net, len(x), t[0].item())) or call(x, t)
-    monkeypatch.setattr(sample, "inference_model", model)
+        def forward(self, x, t):
+            self.seen.append((len(x), t[0].item()))
+            return torch.cat([0 * x] * (1 + (variance == "learned")), 1)
     more = LEARNED if variance == "learned" else {"variance": variance}
     run = run_of(timesteps=T, sample_steps=flag, samples=33, **more)
-    train.draw_grid(run, 3)
-    assert [x[0] is run.ema for x in seen] == [True] * 2 * calls
-    assert [x[1] for x in seen] == [32] * calls + [1] * calls
-    assert (seen[0][2], seen[calls - 1][2]) == (T, 1) and "33/33" in capsys.readouterr().err
+    train.draw_grid(run._replace(ema=Grid()), 3)
+    seen = Grid.seen
+    assert [x[0] for x in seen] == [32] * calls + [1] * calls
+    assert (seen[0][1], seen[calls - 1][1]) == (T, 1) and "33/33" in capsys.readouterr().err
 
 
-def test_grids_of_equal_weights_are_equal(monkeypatch):
+def test_grids_of_equal_weights_are_equal():
     """The same noise in every grid, whatever the network, the step and the rest of the settings: two
     pictures differ by the averages alone. What is there is not drawn again, and no images are no
     grid.
@@ -920,35 +1039,38 @@ def test_grids_of_equal_weights_are_equal(monkeypatch):
     third.ema.load_state_dict(run.ema.state_dict())
     train.draw_grid(third, 3)
     assert Path("c/samples-0000003.png").read_bytes() != first.read_bytes()
-    monkeypatch.setattr(sample, "draw_samples", lambda *_, **__: pytest.fail("it was drawn"))
+    first.write_bytes(b"what is there")
     train.draw_grid(run, 3)
+    assert first.read_bytes() == b"what is there"
     train.draw_grid(run_of(samples=0), 4)
     assert not Path("samples-0000004.png").exists()
 
 
-def test_loss_png_shows_the_log(monkeypatch):
+def test_loss_png_shows_the_log():
     """The loss over the steps, and that of each third, on logarithmic axes; half a line is left out,
-    and a single one is no curve."""
-    class Axes:
-        def __init__(self):
-            self.lines, self.names, self.legends = [], {}, 0
-
-        def plot(self, x, y, **_):
-            self.lines.append(list(zip(x, y, strict=True)))
-
-        def set(self, **names):
-            self.names |= names
-
-        def legend(self):
-            self.legends += 1
-    axes, drawn = Axes(), []
-    monkeypatch.setattr(data, "plot", lambda path, draw: drawn.append(path) or draw(axes))
+    and a single one is no curve. Here each curve is a power of the step, which such axes make straight;
+    they are told apart by their colours, in the order of the legend."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from matplotlib import colors, image
     train.plot_losses(Path())
-    Path("log.jsonl").write_text('{"step": 2, "loss": 5, "loss_thirds": [8, 4, 3]}\n')
+    steps, curves = (1, 2, 4, 16), (lambda k: 8 / k, lambda k: 2, lambda k: k, lambda k: 4 * k ** -0.5)
+    lines = [json.dumps({"step": k, "loss": curves[3](k), "loss_thirds": [curve(k) for curve in curves[:3]]}) for k in steps]
+    Path("log.jsonl").write_text(lines[0] + "\n")
     train.plot_losses(Path())
-    assert not drawn
-    with open("log.jsonl", "ab") as file:
-        file.write(b'{"step": 3, "lo\xff\n{"step": 5, "loss": 4, "loss_thirds": [6, 2, 1]}\n{"st')
+    assert not Path("loss.png").exists()
+    Path("log.jsonl").write_bytes("\n".join(lines[:2]).encode() + b'\n{"step": 3, "lo\xff\n' + "\n".join(
+        lines[2:]).encode() + b'\n{"st')
     train.plot_losses(Path())
-    assert axes.lines == [[(2, 8), (5, 6)], [(2, 4), (5, 2)], [(2, 3), (5, 1)], [(2, 5), (5, 4)]]
-    assert axes.names["xscale"] == axes.names["yscale"] == "log" and drawn == [Path("loss.png")]
+    picture = image.imread("loss.png")
+    picture = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.float32).view(picture.shape)[..., :3]
+    points = [((picture - torch.tensor(colors.to_rgb(f"C{i}"))).abs().amax(2) < 0.02).nonzero() for i in range(4)]
+    left, right = (f(torch.cat([f(p[:, 1], 0).values[None] for p in points]), 0).values.item() for f in (torch.min, torch.max))
+
+    def height(i, k):  # of curve i over the place of step k on a logarithmic axis
+        at = left + (right - left) * math.log(k, 16)
+        return points[i][(points[i][:, 1] - at).abs() < 3, 0].double()
+    low, high = height(0, 16).median(), height(2, 16).median()    # 0.5 and 16
+    for i, curve in enumerate(curves):
+        for k in (1, 8, 16):
+            want = low + (high - low) * math.log2(curve(k) / 0.5) / 5
+            assert (height(i, k) - want).abs().min() < 4, (i, k)

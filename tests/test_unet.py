@@ -310,16 +310,18 @@ def test_norm_has_float32_statistics(c, height, width):
 @pytest.mark.parametrize("inside", [torch.float32, torch.float64])
 @pytest.mark.parametrize("outside", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("c, side", [(32, 4), (32, 32), (512, 4)])
-def test_norm_computes_in_the_precision_of_its_weights(monkeypatch, inside, outside, c, side):
-    """GroupNorm sees x in the precision of the weights, under autocast too. The result has that of
-    x."""
-    seen = []
-    monkeypatch.setattr(torch.nn.GroupNorm, "forward", lambda _, x: seen.append(x.dtype) or x)
-    norm, x = unet.Norm(c).to(inside), torch.zeros(1, c, side, side, dtype=outside)
-    for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            assert norm(x).dtype == outside
-    assert seen == [inside, inside]
+def test_norm_computes_in_the_precision_of_its_weights(inside, outside, c, side):
+    """To the bit the normalisation of torch in the precision of the weights, under autocast too. The
+    result has the precision of x."""
+    g = torch.Generator().manual_seed(0)
+    norm, x = unet.Norm(c).to(inside), (3 + torch.randn(2, c, side, side, generator=g)).to(outside)
+    with torch.no_grad():
+        norm.weight.normal_(generator=g), norm.bias.normal_(generator=g)
+        want = torch.nn.functional.group_norm(x.to(inside), 32, norm.weight, norm.bias, 1e-6).to(outside)
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = norm(x)
+            assert y.dtype == outside and torch.equal(y, want)
 
 # ------------------------------------------------------------------ against the UNet2DModel of diffusers
 
