@@ -1,61 +1,66 @@
-"""The judge: the paper's statements (test_ddpm.py) on any implementation.
-
-    python -m pytest test_ddpm.py --implementation my_ddpm.py     a file, or a module's name
-    python -m pytest test_ddpm.py --implementation                prints the interface
-
-The implementation is a module with some of these functions (or an object `implementation` in it
-that has them); tools/template.py is one to fill in. t is (B,) int64 in 1 … T (T may be 1), x (B, D) in
-[−1, 1] with 256 levels where Eq. 13 is asked, a variance (B,), (B, 1) or (B, D), and s what
-`schedule` returns. Arrays are torch tensors; if the module uses NumPy and not torch, NumPy arrays.
-
-    schedule(betas)                               β_1 … β_T, a list → s, anything
-    q_sample(s, x0, t, eps)                       Eq. 4 → x_t
-    q_posterior(s, x0, x_t, t)                    Eqs. 6, 7 → mean, variance of x_{t−1}
-    predict_x0(s, x_t, t, eps)                    Eq. 15 → x̂_0
-    p_mean_variance(s, model, x_t, t)             Eq. 11, σ_t² → mean, variance; model is ε_θ
-    sample(s, model, x_T, noise)                  Algorithm 2 → x_0; noise(t): z from t to t − 1
-    loss(s, model, x0, t, eps)                    Eq. 14 → (B,), a mean or a sum over D
-    log_likelihood(x0, mean, variance)            Eq. 13 → log p, (B, D) or summed to (B,); nats
-    kl(mean_q, variance_q, mean_p, variance_p)    KL(q ‖ p), (B, D) or summed to (B,); nats
-    vlb_term(s, model, x0, x_t, t)                L_{t−1} of Eq. 5, at t = 1 L_0 → (B,), nats, a sum
-    respaced(s, times)                            a schedule of τ_1 < … < τ_n = T alone: with it t
-                                                  counts 1 … n, and the network is shown τ_t
-    ddim(s, model, x_T, noise, eta)               DDIM with this η → x_0
-    interpolate(s, model, x0, other, lam, t, eps, eps_other, noise)       §4.4, lam (B,), t one int
-"""
+"""Calls an implementation, compares its answers with the right ones, and says what it found."""
+import contextlib
 import importlib
 import importlib.util
+import io
 import math
 import sys
+import warnings
 from pathlib import Path
 
-import pytest
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
-NAMES = [line.split("(")[0].strip() for line in __doc__.splitlines() if line.startswith("    ")
-         and "(" in line and line[4] != " " and not line.startswith("    python")]
+import torch
+
+from .theorems import THEOREMS
+
 FLOAT32 = 4 * 2.0 ** -24  # of the formula's conditioning: four roundings of a float32 table
+
+
+class Unusable(Exception):
+    """A file that cannot be judged, and why."""
+
+
+class _NotOffered(Exception):
+    """The implementation lacks a function that a theorem is about."""
+
+
+class _Differs(AssertionError):
+    """An answer is not the right one; what it looks like is in the theorem's row."""
 
 
 class Judge:
     """Calls an implementation, compares what it returns, and remembers what was found."""
 
-    def __init__(self, module):
-        self.module, self.rows, self.choices, self.row, self.strict = module, {}, {}, None, False
-        used = {getattr(value, "__name__", "").split(".")[0] for value in vars(module).values()
-                if type(value) is type(sys)} if module else {"torch"}
+    def __init__(self, module, strict: bool = False):
+        """`module` has the functions, or an object `implementation` that has them. The judge is
+        strict if what is right in float32 only does not hold."""
+        self.module = getattr(module, "implementation", module)
+        self.rows, self.choices, self.row, self.strict = {}, {}, None, strict
+        used = {value.__name__.split(".")[0] for value in vars(module).values()
+                if isinstance(value, type(sys))}
         self.numpy = "torch" not in used and "numpy" in used
 
-    def begin(self, name: str, statement: str) -> None:
-        """From now on a theorem is judged."""
-        self.row = self.rows.setdefault(name, dict(statement=statement, verdict="holds", known={},
-                                                   largest=0.0, precision="float64", fits=[]))
+    def run(self, name: str, theorem) -> dict:
+        """Judges one theorem; the row of the table that it gets."""
+        self.row = row = self.rows.setdefault(name, dict(
+            statement=" ".join(theorem.__doc__.split()), verdict="holds", known={}, largest=0.0,
+            precision="float64", fits=[]))
+        try:
+            theorem(judge=self)
+        except _NotOffered:
+            row["verdict"] = "not offered"
+        except _Differs:
+            row["verdict"] = "fails"
+        except (Exception, SystemExit) as error:           # somebody else's function
+            row["verdict"], row["largest"], row["error"] = "fails", math.inf, said(error)[:120]
+        return row
 
     def offered(self, *names: str):
         """The implementation, if it has these functions; they take and return tensors here."""
         missing = [name for name in names if not hasattr(self.module, name)]
         if missing:
-            self.row["verdict"] = "not offered"
-            pytest.skip(f"not offered: {', '.join(missing)}")
+            raise _NotOffered(", ".join(missing))
         return self
 
     def __getattr__(self, name: str):
@@ -66,14 +71,12 @@ class Judge:
 
     def there(self, x):
         """A tensor, or a function of tensors, as the implementation takes it."""
-        import torch
         if callable(x) and not isinstance(x, torch.Tensor) and self.numpy:
             return lambda *given: self.there(x(*map(self.here, given)))
         return x.numpy() if self.numpy and isinstance(x, torch.Tensor) else x
 
     def here(self, x):
         """What the implementation returns, as tensors; anything with __array__ is converted."""
-        import torch
         if isinstance(x, (tuple, list)):
             return tuple(map(self.here, x))
         if hasattr(x, "__array__") and not isinstance(x, torch.Tensor):
@@ -83,7 +86,6 @@ class Judge:
 
     def fits(self, got, want, rel: float, floor: float) -> bool:
         """Whether |got − want| ≤ rel · |want| + floor everywhere."""
-        import torch
         got, want = torch.as_tensor(got).double(), torch.as_tensor(want).double()
         bound = rel * want.abs() + floor
         return got.shape == want.shape and bool(((got - want).abs() <= bound).all())
@@ -94,7 +96,6 @@ class Judge:
 
     def choice(self, got, right: dict, wrong: dict, conditioning=1.0, floor=1e-9) -> None:
         """Fails unless got is one of `right`, the same one in every case of the theorem."""
-        import torch
         row, single = self.row, FLOAT32 / max(conditioning, 1e-12)
         row["known"].update(dict.fromkeys(wrong))
         got = torch.as_tensor(got)
@@ -106,15 +107,15 @@ class Judge:
             if found or self.strict:
                 break
         if not found:
-            row["verdict"] = "fails"
             row["largest"] = max(row["largest"], min(map(self.distance, [got] * len(right),
                                                          right.values())))
             row["fits"] += [name for name, value in wrong.items() if name not in row["fits"]
                             and self.fits(got, value, 1e-6, 1e-6)]
             shapes = {tuple(torch.as_tensor(x).shape) for x in right.values()}
             if tuple(got.shape) not in shapes:
-                row["error"] = f"the shape is {tuple(got.shape)}, not {' or '.join(map(str, shapes))}"
-            raise AssertionError(f"{row['statement']}: got {got}")
+                row["error"] = (f"the shape is {tuple(got.shape)}, not "
+                                + " or ".join(map(str, shapes)))
+            raise _Differs(f"{row['statement']}: got {got}")
         row["largest"] = max(row["largest"], min(self.distance(got, right[name]) for name in found))
         if precision == "float32":
             row["precision"] = precision
@@ -122,12 +123,10 @@ class Judge:
             kept = self.choices.setdefault(id(row), list(right))
             self.choices[id(row)] = row["choices"] = [name for name in kept if name in found]
             if not row["choices"]:
-                row["verdict"] = "fails"
-                raise AssertionError(f"{row['statement']}: now {found[0]}, and {kept[0]} before")
+                raise _Differs(f"{row['statement']}: now {found[0]}, and {kept[0]} before")
 
     def distance(self, got, want) -> float:
         """The largest |got − want|, relative to the size of want."""
-        import torch
         got, want = torch.as_tensor(got).double(), torch.as_tensor(want).double()
         if got.shape != want.shape or not got.numel():
             return math.inf if got.shape != want.shape else 0.0
@@ -149,7 +148,7 @@ class Judge:
                     note.append(f"like no known mistake (such as: {'; '.join(known[:3])})")
                 note += [row["error"]] if row.get("error") else []
             largest = f"{row['largest']:9.1e}" if row["verdict"] != "not offered" else " " * 9
-            lines.append(f"{name[11:55]:44} {row['verdict']:12} {largest}  {', '.join(note)}")
+            lines.append(f"{name:44} {row['verdict']:12} {largest}  {', '.join(note)}")
         return "\n".join(lines)
 
 
@@ -158,21 +157,43 @@ def short(mistake: str) -> str:
     return mistake.split(" (")[0]
 
 
+def said(error: BaseException) -> str:
+    """An error in one line."""
+    return ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))
+
+
 def load(name: str):
-    """The module of --implementation; what it calls `implementation`, if it does."""
-    if Path(name).suffix == ".py":
-        if not Path(name).is_file():
-            raise pytest.UsageError(f"--implementation {name}: there is no such file")
-        sys.path.insert(0, str(Path(name).resolve().parent))
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        begin = lambda: spec.loader.exec_module(module) or module
-    else:
-        begin = lambda: importlib.import_module(name)
+    """The module of this name, or of this file, which has its own name and finds its neighbours."""
+    path = Path(name)
+    if path.suffix == ".py" and not path.is_file():
+        raise Unusable("there is no such file")
+    printed = io.StringIO()
     try:
-        module = begin()
-    except Exception as error:  # somebody else's file
-        said = f"{type(error).__name__}: {error}"
-        raise pytest.UsageError(f"--implementation {name}: {said}") from None
-    return getattr(module, "implementation", module)
+        with contextlib.redirect_stderr(printed):
+            module = _imported(path) if path.suffix == ".py" else importlib.import_module(name)
+    except SystemExit as error:
+        last = printed.getvalue().strip().split("\n")[-1]
+        raise Unusable(f"it ends the program while it is imported, {said(error)}"
+                       f"{last and f' ({last})'}") from None
+    except Exception as error:                             # somebody else's file
+        raise Unusable(f"it cannot be imported, {said(error)}") from None
+    sys.stderr.write(printed.getvalue())
+    return module
+
+
+def _imported(path: Path):
+    """The module of a file; its folder comes first in sys.path, so that neighbours are found."""
+    sys.path.insert(0, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)              # unless the name is Python's or torch's
+    spec.loader.exec_module(module)
+    return module
+
+
+def judged(module, strict: bool = False) -> Judge:
+    """The judge after all theorems."""
+    judge = Judge(module, strict)
+    for name, theorem in THEOREMS.items():
+        judge.run(name, theorem)
+    return judge

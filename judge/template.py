@@ -1,7 +1,7 @@
-"""An implementation for the judge to fill in: python -m pytest test_ddpm.py --implementation FILE
+"""An implementation for the judge to fill in: python -m judge FILE
 
-Leave out what you do not have. Shapes: x0, x_t, eps (B, D), t (B,) int64 in 1 … T; tests/judging.py
-says more. With NumPy write the same with NumPy's arrays.
+Leave out what you do not have. Shapes: x0, x_t, eps (B, D), t (B,) int64 in 1 … T;
+`python -m judge` says more. With NumPy write the same with NumPy's arrays.
 """
 import torch
 

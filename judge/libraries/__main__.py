@@ -1,7 +1,7 @@
-"""The matrix: which statements of the paper hold in which library, judged by test_ddpm.py.
+"""The matrix: which statements of the paper hold in which library.
 
-    pip install --no-deps -r tools/peers/requirements.txt     beside torch, pytest, hypothesis
-    python tools/peers                                        a table, and tools/peers/matrix.json
+    pip install --no-deps -r judge/libraries/requirements.txt     beside torch and hypothesis
+    python -m judge.libraries                     a table, and judge/libraries/matrix.json
 
 Every library with an adapter (peer_NAME.py) is judged in a process of its own, and every file of
 defects/ is run. A cell says “defect” only if a file has just shown it. Such a file begins with
@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from ..judging import judged, load
+
 HERE = Path(__file__).resolve().parent
 PACKAGES = dict(diffusers="diffusers", monai="MONAI", labml="labml-nn",
                 lucidrains="denoising-diffusion-pytorch")
@@ -27,17 +29,11 @@ PACKAGES = dict(diffusers="diffusers", monai="MONAI", labml="labml-nn",
 
 def judge(name: str, out: str) -> None:
     """In a process of its own: the judge's rows and the adapter's notes, written to `out`."""
-    import pytest
-
-    class Record:
-        def pytest_sessionfinish(self, session):
-            judged = session.config.judge  # of conftest.py
-            rows = {name.removeprefix("test_judge_"): {k: row[k] for k in row if k != "known"}
-                    for name, row in judged.rows.items()}
-            kept = {"theorems": rows, "notes": getattr(judged.module, "NOTES", {})}
-            Path(out).write_text(json.dumps(kept))
-    pytest.main(["-q", "-p", "no:cacheprovider", "test_ddpm.py", "--implementation",
-                 str(HERE / f"peer_{name}.py")], plugins=[Record()])
+    found = judged(load(str(HERE / f"peer_{name}.py")))
+    rows = {theorem: {k: row[k] for k in row if k != "known"}
+            for theorem, row in found.rows.items()}
+    kept = {"theorems": rows, "notes": getattr(found.module, "NOTES", {})}
+    Path(out).write_text(json.dumps(kept))
 
 
 def run(*command) -> tuple:
@@ -99,7 +95,7 @@ def main() -> int:
         except importlib.metadata.PackageNotFoundError:
             print(f"{package} is not installed", file=sys.stderr)
             continue
-        said = run(HERE, "--judge", name, out)[1]
+        said = run("-m", "judge.libraries", "--judge", name, out)[1]
         assert out.is_file(), f"{package} was not judged: {said}"
         libraries[name] = json.loads(out.read_text()) | {
             "package": package, "version": version, "seconds": round(time.time() - began, 1)}
