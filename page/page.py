@@ -1040,8 +1040,8 @@ class Page:
         self.heading(2, "Check your own", "judge")
         self.two(
             "<p>The statements of the paper can judge any implementation: fill in "
-            "this file, and run <code>python -m pytest test_ddpm.py --implementation my_ddpm.py"
-            "</code>. Without a value the flag prints the interface.</p>",
+            "this file, and run <code>python -m judge my_ddpm.py"
+            "</code>. Without a file it prints the interface.</p>",
             f"<details class=helpers><summary>The file to fill in</summary>"
             f"{code(read('judge/template.py'), 'code test')}</details>")
         text = re.sub(r"(?<!\w)(\w[\u0300-\u036f]?)_(\w)(?!\w)", r"\1<sub>\2</sub>",

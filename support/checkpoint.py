@@ -127,8 +127,9 @@ def inference_model(model: ddpm.Model, machine: Machine, *shape: int) -> ddpm.Mo
 
 def weights_hash(trained: Trained) -> bytes:
     """A SHA-256 of the network: of its settings and its weights."""
-    model = trained.model
-    choices = {"predict": model.predict, "variance": model.variance, "clip": model.clip}
+    settings = trained.settings
+    choices = {"predict": settings["predict"], "variance": settings["variance"],
+               "clip": settings.get("clip", True)}
     sha = hashlib.sha256(json.dumps([trained.model_settings, choices]).encode())
     for name, weight in sorted(trained.net.state_dict().items()):
         sha.update(name.encode() + raw_bytes(weight))

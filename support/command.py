@@ -229,17 +229,17 @@ def locked(folder: Path) -> Iterator[None]:
     A folder that is empty at the end is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(folder / ".lock", "a") as file:
-            with contextlib.suppress(ImportError):
-                import fcntl
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise ValueError(f"another process uses {folder}: give another "
-                                     "--out") from error
+    with open(folder / ".lock", "a") as file:
+        with contextlib.suppress(ImportError):
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process uses {folder}: give another --out") from error
+        try:
             yield
-    finally:
-        if [path.name for path in folder.iterdir()] == [".lock"]:
-            (folder / ".lock").unlink()
-            folder.rmdir()
+        finally:
+            with contextlib.suppress(OSError):
+                if [path.name for path in folder.iterdir()] == [".lock"]:
+                    (folder / ".lock").unlink()
+                    folder.rmdir()

@@ -5,10 +5,13 @@ import warnings
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
+import simulated_cuda  # noqa: F401  (before torch)
+
 import hypothesis
 import pytest
 import torch
 
+torch.backends.cudnn.allow_tf32 = False  # float32 is compared with the decimals of float32
 torch.set_num_threads(1)  # the networks are tiny, and sums in the same order are the same bits
 
 hypothesis.settings.register_profile("ddpm", deadline=None, derandomize=True, database=None,

@@ -11,8 +11,8 @@ indexed from there, a generator draws on its own device only, `set_device` wants
 saved tensor remembers where it was. `waits` counts, by kind, what would wait for a GPU.
 
 Not covered: compilers, several processes and NCCL, streams, speed, memory, the random numbers and
-the rounding of CUDA's kernels, errors that CUDA reports later than they happen. Made for one
-version of torch. It must be imported before torch; MISSING says why it is not there.
+the rounding of CUDA's kernels, errors that CUDA reports later than they happen. Made for the CPU
+build of one version of torch, and imported before it; MISSING says why it is not there.
 """
 import collections
 import contextlib
@@ -28,16 +28,17 @@ from pathlib import Path
 
 VERSION, SOURCE, LINUX = "2.13.0", Path(__file__).with_suffix(".cpp"), sys.platform == "linux"
 LOADED = LINUX and hasattr(ctypes.CDLL(None), "simulated_cuda")  # by an earlier import
+LIBRARIES = Path(importlib.util.find_spec("torch").origin).parent / "lib"  # found, and not imported yet
 MISSING = (None if LOADED else "it needs Linux" if not LINUX else "torch was imported first" if "torch" in sys.modules
            else f"it is made for torch {VERSION}" if not importlib.metadata.version("torch").startswith(VERSION)
+           else "this torch is built with CUDA" if (LIBRARIES / "libtorch_cuda.so").exists()
            else None if shutil.which("g++") else "there is no g++")
 if not LOADED and not MISSING:
-    root = Path(importlib.util.find_spec("torch").origin).parent  # found, and not imported yet
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder, "simulated_cuda.so")
-        subprocess.run(["g++", "-O0", "-std=c++20", "-shared", "-fPIC", f"-I{root}/include", "-o", built, SOURCE,
-                        f"-L{root}/lib", "-lc10", "-ltorch_cpu"], check=True)
-        for library in (f"{root}/lib/libc10.so", f"{root}/lib/libtorch_cpu.so", built):
+        subprocess.run(["g++", "-O0", "-std=c++20", "-shared", "-fPIC", f"-I{LIBRARIES.parent}/include", "-o", built,
+                        SOURCE, f"-L{LIBRARIES}", "-lc10", "-ltorch_cpu"], check=True)
+        for library in (LIBRARIES / "libc10.so", LIBRARIES / "libtorch_cpu.so", built):
             ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 import torch

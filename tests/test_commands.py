@@ -26,11 +26,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import compress
 import ddpm
 import evaluate
 import sample
 import train
+from extras import compress, weights
 from support import checkpoint as checkpoints
 from support import command, data
 from support.machine import Machine
@@ -40,7 +40,7 @@ TINY = ("--dataset images.pt --channels 32 --multipliers 1 2 --blocks 1 --attent
         "--timesteps 20 --batch-size 4 --lr 1e-3 --warmup 3 --log-every 2 --save-every 100 "
         "--sample-every 100 --samples 0 --device cpu --precision fp32").split()
 SMALL = ("--multipliers", 1, "--attention", 8)  # after TINY: where the network does not matter
-SETTINGS = train.settle({"dataset": "shapes"}, torch.zeros(1, 3, 16, 16, dtype=torch.uint8), {}, {})
+SETTINGS = train.settle(train.defaults("shapes", 16), {"dataset": "shapes"}, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 CPU = Machine(torch.device("cpu"), torch.float32)
 
 
@@ -121,7 +121,8 @@ def test_appendix_b_the_papers_settings(flags, side, table):
     """What a run without further flags does is the paper's Appendix B, at 32×32 and at 256×256;
     the optimiser is Adam with its usual β and ε, and its learning rate is the one of the table."""
     images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-    settings = train.settle(train.parse(flags), images, {}, {})
+    given = train.parse(flags)
+    settings = train.settle(train.defaults(given.get("dataset"), side), given, images)
     assert {name: settings[name] for name in table} == table
     assert settings["image_size"] == side and settings["micro_batch"] is None
     assert train.learning_rate(settings, 10 ** 6) == table["lr"]
@@ -234,7 +235,7 @@ def draws(monkeypatch, step: int = 0, images=None, rank: int = 0, world: int = 1
     settings = {"seed": 0, "batch_size": 4096, "flip": True, "grad_clip": 1.0, "lr": 1e-3,
                 "steps": 9, "warmup": 0, "decay": 0.0, "ema": 0.9, "ema_ramp": False, "micro_batch": None, **settings}
     seen, net = [], nn.ParameterList([torch.ones(1)])
-    run = train.Run(settings, ddpm.make_schedule(5), images, net, net, nn.ParameterList([torch.ones(1)]),
+    run = train.Run(settings, images, net, net, ddpm.Model(ddpm.make_schedule(5), net), nn.ParameterList([torch.ones(1)]),
                     torch.optim.Adam(net.parameters()), torch.amp.GradScaler("cpu", enabled=False),
                     Machine(torch.device("cpu"), torch.float32, rank, world), Path())
     with monkeypatch.context() as patch:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import judge
+import clean
 import simulated_cuda
 from simulated_cuda import simulated
 from support import command, data
@@ -812,15 +812,15 @@ def test_shapes_have_one_kind_and_one_colour_on_black():
     assert hues[hues > 0].min() > 120
 
 
-def test_judge():
-    """The judge takes the generator's test images; not noise, nothing, blurs, or two shapes."""
+def test_clean():
+    """It takes the generator's test images; not noise, nothing, blurs, or two shapes."""
     real = data.shapes(40, split="test")
     blurred = torch.nn.functional.avg_pool2d(real.float(), 5, 1, 2).byte()
     two = torch.maximum(real, real.roll(1, 0))
     g = torch.Generator().manual_seed(0)
     noisy = (real + 20 * torch.randn(real.shape, generator=g)).clamp(0, 255).byte()
     kinds = torch.stack([real, blurred, two, noisy, torch.zeros_like(real)])
-    good, *bad = judge.clean(kinds.flatten(0, 1)).view(5, 40).double().mean(1).tolist()
+    good, *bad = clean.clean(kinds.flatten(0, 1)).view(5, 40).double().mean(1).tolist()
     assert good == 1 and max(bad) < 0.06
 
 

@@ -100,14 +100,14 @@ def test_two_lines_load_and_draw(tmp_path, monkeypatch):
     assert not space["trained"].net.training
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "compress", "bench", "judge", "steps", "mistakes", "film", "memory"])
+@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "extras.compress", "extras.weights", "bench", "clean", "steps", "mistakes", "film", "memory"])
 def test_flags_exist(script, capsys):
     """Every flag that README and PAPER give to a script is one of its flags."""
     assert importlib.import_module(script).main(["--help"]) == 0
     text = capsys.readouterr().out
     joined = TEXT.replace("\\\n", " ")
-    for line in re.findall(rf"(?:python|--) (?:tools/|page/)?{script}\.py([^\n`#]*)", joined):
-        for flag in re.findall(r"--[a-z][a-z-]*", line):
+    for line in re.findall(rf"(?:python|--) (?:tools/|page/)?{script}\.py([^\n`#]*)|-m {re.escape(script)} ([^\n`#]*)", joined):
+        for flag in re.findall(r"--[a-z][a-z-]*", " ".join(line)):
             assert flag in text, flag
 
 

@@ -21,6 +21,7 @@ import tempfile
 import traceback
 import types
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -256,7 +257,8 @@ def test_every_choice_of_a_sampler(learned):
         if learned == "learned":
             options["variance"] = "learned"
         found = sample.choose_sampler(trained, **how)
-        *_, state = found.loop(found.s, lambda x, t: model(x.float(), t), z[0], lambda t: z[t])
+        net = lambda x, t: model(x.float(), t)
+        *_, state = found.loop(replace(found.model, net=net), z[0], lambda t: z[t])
         want = chain(model, z[0], lambda t: z[t], T=4, **options)[-1][1]
         torch.testing.assert_close(state.x_t, want, rtol=1e-5, atol=1e-5)
         said = (*kind.items(), few, clip)
@@ -270,8 +272,8 @@ def test_a_network_trained_without_clipping_is_sampled_without():
     settings = {"predict": "eps", "variance": "fixed_large", "clip": False}
     trained = Trained(None, ddpm.make_schedule(4), settings, "")
     for clip, value in ((None, 3.0), (False, 3.0), (True, 1.0)):
-        s, loop, _ = sample.choose_sampler(trained, clip=clip, sampler="ddim")
-        state = next(loop(s, lambda x, t: 0 * x, 3 * s.alpha_bars[4:].sqrt(), None))
+        model, loop, _ = sample.choose_sampler(trained, clip=clip, sampler="ddim")
+        state = next(loop(replace(model, net=lambda x, t: 0 * x), 3 * model.s.alpha_bars[4:].sqrt(), None))
         assert state.x0_hat.item() == pytest.approx(value)
 
 
@@ -423,13 +425,14 @@ def test_what_is_loaded_of_a_checkpoint(small):
     save_checkpoint(kept, {key: whole[key] for key in ("step", "settings", "ema")})
     for words, path, weights, which in (
             (("runs/x",), file, ema, "averaged"), ((), file, ema, "averaged"),
-            ((None, "data", False), file, state, "last"), ((folder, "x", True, CPU), file, ema, "averaged"),
-            ((str(kept), "data", True, CPU), kept, ema, "averaged")):
+            ((None, False), file, state, "last"), ((folder, True, CPU), file, ema, "averaged"),
+            ((str(kept), True, CPU), kept, ema, "averaged")):
         trained = load(*words)
         assert trained.source.startswith(str(path)) and "12" in trained.source and which in trained.source
         assert_has(trained.net, weights)
         assert trained.settings == SMALL and trained.shape == (3, SIDE, SIDE)
-        assert trained.choices == {"predict": "eps", "variance": "fixed_large", "clip": True}
+        model = trained.model
+        assert (model.predict, model.variance, model.clip) == ("eps", "fixed_large", True)
         assert not any(module.training for module in trained.net.modules())
         assert trained.net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(trained.s.alpha_bars, small.s.alpha_bars)
@@ -460,32 +463,6 @@ def test_weights_must_fit_their_settings(small, change):
         load("x.pt", machine=CPU)
 
 
-def test_where_weights_are_looked_for(monkeypatch):
-    """Folders of diffusers are read where they are; only a name of the form of the hub's is
-    downloaded, to the folder hub of the data. (The library is a simulation, which finds nothing.)"""
-    def download(name, cache_dir):
-        raise OSError(f"{name} was not found for {cache_dir}")
-    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(
-        logging=types.SimpleNamespace(set_verbosity=lambda level: None),
-        DDPMPipeline=types.SimpleNamespace(download=download)))
-    for name in ("flat/config.json", "deep/unet/config.json", "deep/scheduler/x"):
-        Path(name).parent.mkdir(parents=True)
-        Path(name).write_text("{}")
-    for words, kind, text in (
-            (("flat",), ValueError, "flat/scheduler_config.json cannot be read"),
-            ((Path("deep"),), ValueError, "deep/scheduler/scheduler_config.json cannot be read"),
-            (("some.one/mo-del_1.5",), OSError, "some.one/mo-del_1.5 was not found for data/hub"),
-            ((Path("-a/b"), "there"), OSError, "-a/b was not found for there/hub")):
-        with pytest.raises(kind) as refusal:
-            load(*words, machine=CPU)
-        assert text in str(refusal.value)
-    for name in ("someone/model.pt", "runs/model", "model", "a/b/c", "deep/unet/x/y", "../a", "flat/x.pt"):
-        Path("runs").mkdir(exist_ok=True)
-        with pytest.raises(ValueError, match=name) as refusal:
-            load(name, machine=CPU)
-        assert "a checkpoint of train.py" in str(refusal.value)
-
-
 def test_the_newest_run_is_the_one_that_saved_last():
     """Not the last one by name, and no other file of a run counts."""
     with pytest.raises(ValueError, match="elsewhere"):
@@ -505,7 +482,8 @@ def test_weights_are_cast_once_in_a_copy(small):
     hook = torch.nn.Module.register_forward_hook
     machine = CPU._replace(dtype=torch.bfloat16)
     net.apply(lambda module: hook(module, lambda module, x, y: seen.append(module)))
-    x = checkpoint.inference_model(net, machine)(torch.zeros(1, *small.shape), torch.ones(1))
+    model = checkpoint.inference_model(ddpm.Model(small.s, net), machine)
+    x = model.net(torch.zeros(1, *small.shape), torch.ones(1))
     assert x.dtype == torch.float32 and seen and not any(module.training for module in seen)
     for module in seen:
         for weight in module.parameters(recurse=False):
@@ -730,14 +708,14 @@ def test_flags_and_their_defaults():
             ("--shared --n 3", 3, sample.shared)):
         args = sample.parse(flags.split())
         assert (args.n, args.figure, args.out) == (n, figure, Path("samples.png"))
-        assert (args.seed, args.device, args.precision, args.export) == (0, None, None, None)
+        assert (args.seed, args.device, args.precision) == (0, None, None)
         assert (args.no_ema, args.no_clip) == (False, False)
     for out in ("a.pt", "a", "a.png"):
         assert sample.parse(["--out", out]).out == Path(out)
     for flags in ("--out a.jpg", "--out a.pt --shared", "--out a --shared", "--time 3",
                   "--dataset a", "--shared --time 3", "--progressive --dataset a", "--eta 1.1",
                   "--eta -0.1", "--n 0", "--sampler euler", "--variance learned",
-                  "--shared --progressive", "--interpolate --export f"):
+                  "--shared --progressive"):
         with pytest.raises(UsageError):
             sample.parse(flags.split())
 
@@ -788,7 +766,7 @@ def test_every_choice_reaches_every_picture(run, kind):
     Kills: a choice that a figure does not follow, or that is lost on the way to one."""
     torch.save(torch.load("images.pt").flip(0), "other.pt")
     base = made(kind)
-    assert flags_of(sample.main) == {*CHOICES, *NEUTRAL, *PICTURES, "--out", "--export", "--help", "--compile"} - {"grid", "tensor", "folder"}
+    assert flags_of(sample.main) == {*CHOICES, *NEUTRAL, *PICTURES, "--out", "--help", "--compile"} - {"grid", "tensor", "folder"}
     for flag, words in NEUTRAL.items() if kind in ("grid", "--interpolate") else ():
         assert all((a - b).abs().max() <= 1 for a, b in zip(base, made(kind, words), strict=True)), flag
     for flag, words in CHOICES.items():
@@ -798,18 +776,3 @@ def test_every_choice_reaches_every_picture(run, kind):
         other = made(kind, words)
         assert len(other) != len(base) or any(
             a.shape != b.shape or (a - b).abs().max() > 3 for a, b in zip(base, other)), flag
-
-
-def test_every_choice_reaches_an_export(run):
-    """Which weights are exported is a choice; how samples are drawn is none of its."""
-    pytest.importorskip("diffusers", reason="diffusers is not installed")
-    for i, words in enumerate(("", "--no-ema", "--steps 3", "--seed 9", "--no-clip")):
-        assert sample.main([*FLAGS, "--export", f"there{i}", *words.split()]) == 0
-    first, last, *rest = [{path.relative_to(f"there{i}"): path.read_bytes() for path in Path(f"there{i}").rglob("*.*")}
-                          for i in range(5)]
-    assert all(other == first for other in rest)
-    assert {path.name for path in first if first[path] != last[path]} == {"diffusion_pytorch_model.safetensors"}
-    for i, name in enumerate(("ema", "net")):
-        found = load(f"there{i}", machine=CPU)
-        assert_has(found.net, run[name].state_dict())
-        assert found.settings["predict"] == "eps" and found.shape == (3, SIDE, SIDE)

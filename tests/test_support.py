@@ -37,16 +37,11 @@ SIMULATED = pytest.mark.skipif(bool(simulated_cuda.MISSING), reason=str(simulate
 
 # -------------------------------------------------------------------------------------------- flags
 
-def test_a_mistyped_flag_is_answered_with_the_nearest_one():
-    """It is compared without its value, and the first wrong one counts."""
+def test_a_mistyped_flag_is_named():
     parser = command.Parser("text", "--steps", "--seed", "--device")
-    for words, near in (("--stesp 3", "--steps"), ("--devise=a-very-long-value", "--device"),
-                        ("--seeed --something-else", "--seed"), ("steps", "--steps"), ("--zzz", ""),
-                        ("--ste 3", "--steps")):
-        with pytest.raises(UsageError) as error:
+    for words in ("--stesp 3", "--devise=a-very-long-value", "--ste 3", "steps"):
+        with pytest.raises(UsageError, match=f"{words.split()[0]}.*--help"):
             parser.parse_args(words.split())
-        flags = [flag for flag in ("--steps", "--seed", "--device") if flag in str(error.value)]
-        assert flags == [near] * bool(near)
 
 
 def test_help_shows_the_text_of_the_script_line_by_line():
@@ -161,16 +156,6 @@ def test_what_is_printed_moves_no_cursor(capsys):
     command.say("a\x1b[31mb\x07\rc\nd é", start="\r")
     assert capsys.readouterr().err == "\ra?[31mb??c\nd é\n"
     assert command.plain("x\u202ey\0") == "x?y?"
-
-
-def test_two_hyphens_are_no_value():
-    """argparse takes --flag=-- for an empty list: it is refused, wherever it stands."""
-    parser = command.Parser("", "--steps", "--data-dir")
-    for words in (["--steps=--"], ["--data-dir=--"], ["--steps", "3", "--data-dir=--"]):
-        for parse in (parser.parse_args, parser.parse_intermixed_args):
-            with pytest.raises(UsageError, match="--"):
-                parse(words)
-    assert parser.parse_args(["--data-dir=-"]).data_dir == "-"
 
 
 # -------------------------------------------------------------------------------------- the machine
@@ -335,7 +320,7 @@ def test_a_network_is_computed_in_the_precision_of_the_machine():
         return layer(x)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         seen = []
-        assert Machine(CPU, dtype).model(net)(x, t).dtype == torch.float32 and seen == [dtype]
+        assert Machine(CPU, dtype).network(net)(x, t).dtype == torch.float32 and seen == [dtype]
 
 
 # --------------------------------------------------------------------------- random numbers, counted

@@ -12,6 +12,7 @@ import shutil
 import signal
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ import test_unet
 import train
 from support import data, machine
 from support.checkpoint import inference_model, load, load_checkpoint, save_checkpoint
-from support.command import UsageError, stop
+from support.command import UsageError, locked, stop
 from support.machine import Machine, seed_of
 from test_commands import assert_equal
 from unet import build_network
@@ -69,8 +70,9 @@ LEARNED = {"variance": "learned", "objective": "vlb"}
 
 
 def settled(given=(), stored=(), init=(), shape=(1, 3, 16, 16)) -> dict:
-    return train.settle({"dataset": "shapes", **dict(given)}, torch.zeros(shape, dtype=torch.uint8),
-                        dict(stored), dict(init))
+    given = {"dataset": "shapes", **dict(given)}
+    base = {**train.defaults(given["dataset"], shape[2]), **dict(init), **dict(stored)}
+    return train.settle(base, given, torch.zeros(shape, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("name, side, table", [
@@ -81,7 +83,7 @@ def test_recipes(name, side, table):
     """All default settings of each data set: the paper's, for its kind of images."""
     given = {"dataset": name} if name else {}
     want = {**table, **given, "in_channels": 3, "image_size": side}
-    assert train.settle(given, torch.zeros(1, 3, side, side), {}, {}) == want
+    assert train.settle(train.defaults(name, side), given, torch.zeros(1, 3, side, side)) == want
 
 
 WHOLE = {"image_size": (1, 4096), "steps": (1, 10 ** 9), "batch_size": (1, 10 ** 6),
@@ -234,25 +236,17 @@ def test_where_the_images_of_a_run_are_looked_for():
             assert state["data"] == data.fingerprint(torch.load("b.pt") if folder == "b" else data.shapes(8192, 8))
 
 
-def test_a_checkpoint_that_changes_while_a_run_starts_is_noticed(capsys):
-    """Written by another process after it was read, there before or not: one line names it, it stays
-    as it is, and no step is taken. So is a state that is not that of the run's network."""
+def test_a_run_is_locked_before_it_is_read(capsys):
+    """While another process has the folder, one line says so, and what that one saves last is what the
+    next command goes on from. A state that is not that of the run's network is one line, too."""
     path, flags = Path("runs/r/checkpoint.pt"), ["--out", "runs/r", "--device", "cpu", "--precision", "fp32", *words(
         {"dataset": "images.pt", "channels": 32, "multipliers": [1], "attention": [8], "samples": 0, "steps": 5})]
     run = run_of(folder="runs/r", images=torch.load("images.pt"), dataset="images.pt", attention=[8], steps=5)
-    Path("other").mkdir()
-    train.save(run._replace(folder=Path("other")), 4)
-    other = Path("other/checkpoint.pt").read_bytes()
-    for before in (None, other):
-        def writes(*_):  # where the network of the run is made
-            path.write_bytes(other)
-        hook = torch.nn.modules.module.register_module_module_registration_hook(writes)
-        try:
-            assert train.main(flags) == 1
-        finally:
-            hook.remove()
-        assert str(path) in (err := capsys.readouterr().err) and err.count("\n") == 1
-        assert path.read_bytes() == other and not Path("runs/r/log.jsonl").exists()
+    path.write_bytes(b"half a checkpoint")
+    with locked(path.parent):
+        assert train.main(flags) == 1
+        assert "another process uses runs/r" in (err := capsys.readouterr().err) and err.count("\n") == 1
+        train.save(run, 4)
     assert train.main(flags[:6]) == 0 and [line["step"] for line in log("runs/r")] == [5]
     state = load_checkpoint(path)
     del state["net"]["conv_in.bias"]
@@ -263,12 +257,19 @@ def test_a_checkpoint_that_changes_while_a_run_starts_is_noticed(capsys):
     assert str(path) in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
+def test_flags_that_contradict_the_network_of_init_are_refused(capsys):
+    """The refusal has the setting and both values; nothing is left of the folder."""
+    test_pictures.random_run("init")
+    for flags, parts in (("--channels 64", ["--init", "channels", "32", "64"]),
+                         ("--dataset shapes", ["--init", "image_size", "8", "16"])):
+        assert train.main(["--init", "init", "--dataset", "images.pt", "--out", "new", *flags.split()]) == 2
+        err = capsys.readouterr().err
+        assert all(part in err for part in parts) and err.count("\n") == 1 and not Path("new").exists(), err
+
+
 @pytest.mark.parametrize("given, init, shape, parts", [
     ({"attention": [16, 4]}, {}, 16, ["--attention", "4"]), ({"attention": [2, 4, 8]}, {}, 8, ["--attention", "2"]),
-    ({"channels": 32}, {"channels": 96}, 16, ["--init", "channels", "96", "32"]),
-    ({}, {"image_size": 32}, 16, ["--init", "image_size", "32", "16"]),
     ({"variance": "learned"}, {}, 16, ["--variance", "--objective"]),
-    ({**LEARNED, "predict": "x0"}, {}, 16, ["--variance", "--predict"]),
     ({"variance": "learned", "predict": "mean"}, {}, 16, ["--objective"]), ({}, {}, (16, 8), ["16×8"]),
     ({"image_size": 32}, {}, 16, ["16×16", "--image-size"])])
 def test_settings_that_contradict_each_other_are_refused(given, init, shape, parts):
@@ -282,7 +283,7 @@ def test_settings_that_contradict_each_other_are_refused(given, init, shape, par
 @pytest.mark.parametrize("given, side", [
     ({"multipliers": [1, 1, 1], "attention": [12, 6, 3]}, 12), ({"multipliers": [1]}, 9), ({"image_size": 9}, 9),
     ({"objective": "vlb", "predict": "x0"}, 16), ({"sample_steps": 10 ** 5}, 16),
-    (LEARNED, 16), ({**LEARNED, "predict": "mean"}, 16)])
+    (LEARNED, 16), ({**LEARNED, "predict": "x0"}, 16), ({**LEARNED, "predict": "mean"}, 16)])
 def test_settings_that_fit_are_taken(given, side):
     settings = settled(given, shape=(1, 3, side, side))
     assert {name: settings[name] for name in given} == given
@@ -311,19 +312,16 @@ def test_eq05_and_eq14_for_every_choice(predict, variance):
         torch.testing.assert_close(x, x_t)
         assert times.tolist() == t.tolist()
         return net
-    settings = {"objective": "simple", "predict": predict, "variance": variance}
+    model = ddpm.Model(s, model, predict, variance, clip=False)
     if variance != "learned":
         target = {"eps": eps, "x0": x0, "mean": mean(x0)}[predict]
-        torch.testing.assert_close(train.loss_of(settings, s, model, x0, t, eps),
-                                   (target - net).square().mean((1, 2, 3)))
+        torch.testing.assert_close(ddpm.loss_simple(model, x0, t, eps), (target - net).square().mean((1, 2, 3)))
     small = (1 - alpha) * (1 - before) / (1 - bar)
     v = {"fixed_large": 1 - alpha, "fixed_small": small, "learned": out[1].exp()}[variance]
     x0_hat = (x_t - (1 - bar).sqrt() * out[0]) / bar.sqrt() if predict == "eps" else out[0]
     off = mean(x0) - (out[0] if predict == "mean" else mean(x0_hat))
     kl = ((v / small).log() + (small + off ** 2) / v - 1) / 2
-    settings["objective"] = "vlb"
-    torch.testing.assert_close(train.loss_of(settings, s, model, x0, t, eps),
-                               kl.mean((1, 2, 3)) / math.log(2))
+    torch.testing.assert_close(ddpm.loss_vlb(model, x0, t, eps), kl.mean((1, 2, 3)) / math.log(2))
 
 
 def test_learning_rates_and_decays():
@@ -375,8 +373,8 @@ def test_alg1_three_steps_by_hand(flip, micro, scale, rank, world):
     settings = {**SHAPES, "seed": 7, "batch_size": 8, "flip": flip, "grad_clip": 0.5, "lr": 0.1,
                 "warmup": 7, "ema": 0.6, "micro_batch": micro}
     net, bar = Line(), test_pictures.alpha_bars(20)
-    run = train.Run(settings, ddpm.make_schedule(20, beta_end=0.012), images, net, net,
-                    copy.deepcopy(net), torch.optim.Adam(net.parameters()),
+    model = ddpm.Model(ddpm.make_schedule(20, beta_end=0.012), net, clip=False)
+    run = train.Run(settings, images, net, net, model, copy.deepcopy(net), torch.optim.Adam(net.parameters()),
                     torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None),
                     CPU._replace(rank=rank, world=world), Path())
     order = torch.cat([torch.randperm(5, generator=torch.Generator().manual_seed(seed_of(7, "epoch", e)))
@@ -476,7 +474,7 @@ def test_a_run_begins_with_the_weights_of_its_seed():
         id(p) for p in run.net.parameters()}
     s = ddpm.make_schedule(20, "quadratic", 2e-4, 0.03)
     other = run_of(schedule="quadratic", beta_start=2e-4, beta_end=0.03)
-    assert torch.equal(other.s.alpha_bars, s.alpha_bars)
+    assert torch.equal(other.model.s.alpha_bars, s.alpha_bars)
 
 
 @pytest.mark.parametrize("changes, world, part", [
@@ -554,7 +552,7 @@ def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
 def test_a_compiler_sees_one_graph(training, dtype):
     """Nothing breaks the graph of the network, with dropout in training or cast for sampling."""
     machine, net = Machine(torch.device("cpu"), dtype), test_unet.randomised().train(training)
-    model = machine.model(net) if training else inference_model(net, machine)
+    model = machine.network(net) if training else inference_model(ddpm.Model(ddpm.make_schedule(), net), machine).net
     with torch.set_grad_enabled(training):
         seen = torch._dynamo.explain(model)(torch.zeros(2, 3, 8, 8), torch.tensor([7, 900]))
     assert (seen.graph_count, seen.graph_break_count) == (1, 0) and seen.op_count > 100
@@ -572,6 +570,7 @@ def test_what_a_run_says_at_its_start(capsys, steps, done, flag):
                                  f'{json.dumps(lines[1])}\n{{"step": 2')
     for name in (".0123.part", "film.part", ".part.txt"):
         Path(name).touch()
+    train.prepare(run, done)
     train.describe(run, done, "all pictures")
     err = capsys.readouterr().err
     assert {f for f in ("--warmup", "--steps") if f in err} == ({flag} if flag else set())
@@ -612,8 +611,10 @@ def watched(first: int = 0, machine=CPU, dtype=torch.float32, **changes) -> trai
     run = run_of(dtype, **{"samples": 1, "sample_steps": 2, **changes})
     net = Watched()
     net.step = first
-    return run._replace(net=net, network=net, ema=copy.deepcopy(net).eval().requires_grad_(False),
-                        adam=torch.optim.Adam(net.parameters()), machine=machine._replace(dtype=dtype))
+    machine = machine._replace(dtype=dtype)
+    model = replace(run.model, net=machine.network(net))
+    return run._replace(net=net, network=net, model=model, ema=copy.deepcopy(net).eval().requires_grad_(False),
+                        adam=torch.optim.Adam(net.parameters()), machine=machine)
 
 
 def on_disk(folder: Path) -> dict:
@@ -821,7 +822,7 @@ def test_the_bound_in_the_log_is_that_of_the_training_images():
     images = data.shapes(70, 8)
     run = run_of(objective="vlb", timesteps=60, images=images)
     train.log(run, 3, records_of(([1.0, 3.0], [1, 60], 8.0)), 1.0)
-    bar, x0 = run.s.alpha_bars[60].item(), images[:64].double() / 127.5 - 1
+    bar, x0 = run.model.s.alpha_bars[60].item(), images[:64].double() / 127.5 - 1
     L_T = (bar * x0 ** 2 - bar - math.log(1 - bar)).mean().item() / 2 / math.log(2)
     assert log()[0]["bound"] - 120 == pytest.approx(L_T, rel=1e-4) and L_T > 1e-6
 

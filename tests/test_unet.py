@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import unet
-from support import weights
+from extras import weights
 
 SMALL = dict(channels=64, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8)
 LARGE = dict(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)

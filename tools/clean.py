@@ -1,12 +1,12 @@
 """How many samples of `train.py --dataset shapes` are one clean disc, square, triangle or ring?
 
-    python tools/judge.py runs/shapes                  samples of this network
-    python tools/judge.py samples.pt                   images of sample.py --out samples.pt
+    python tools/clean.py runs/shapes                  samples of this network
+    python tools/clean.py samples.pt                   images of sample.py --out samples.pt
 
 A sample is accepted if a picture of the generator's own family (one outline of any kind, place and
 size, in one colour, on a ground of another) fits it: the root mean square error is below LIMIT
 levels, and below a tenth of the distance of the two colours. The generator's own test images are
-judged too, as a check of the judge.
+judged too, as a check.
 """
 from __future__ import annotations
 
