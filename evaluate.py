@@ -19,8 +19,8 @@ from pathlib import Path
 
 from support import data
 from support.checkpoint import Trained, inference_model, load
-from support.command import (Parser, Progress, UsageError, command, count, plain, reading, say,
-                             word, written)
+from support.command import (Parser, Progress, UsageError, command, nonblank, plain, positive_int,
+                             reading, say, written)
 from support.machine import Machine, Noise, seed_of, start_machine
 
 import torch
@@ -77,7 +77,7 @@ def likelihood(trained: Trained, images: Tensor, machine: Machine, args, table) 
         model = replace(model, clip=False)
     s = model.s
     n, mine = len(images), range(len(images))[machine.share]
-    progress = Progress(n, "images", quiet=not machine.chief)
+    progress = Progress(n, "images", quiet=not machine.is_main)
     parts = [torch.zeros(0, 3, dtype=torch.float64)]
     curves = [torch.zeros(0, s.T, 2, dtype=torch.float64)]
     for i in range(0, len(mine), args.batch_size):
@@ -99,7 +99,7 @@ def likelihood(trained: Trained, images: Tensor, machine: Machine, args, table) 
         progress.update(min((i + len(index)) * machine.world, n))
     bits = ddpm.bits_per_dim(machine.gather(torch.cat(parts), n), images)
     curve = None if args.terms else machine.gather(torch.cat(curves), n)
-    if not machine.chief:
+    if not machine.is_main:
         return
     K = len(strata(s.T, args.terms)) if args.terms else None
     how = f"{K} strata, {K + 1} network calls an image" if K else f"all {s.T} terms"
@@ -166,7 +166,7 @@ def load_inception(path: str | None, data_dir: str, machine: Machine):
     """The original Inception network as TorchScript, given or downloaded and verified."""
     file = Path(path or Path(data_dir, Path(INCEPTION[0]).name))
     if not path:
-        with machine.chief_first():
+        with machine.main_first():
             data.fetch(INCEPTION[0], file, INCEPTION[1])
     warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")
     with reading(file, f"the TorchScript network of {INCEPTION[0]}"):
@@ -183,7 +183,7 @@ def inception_outputs(net, images: Tensor, machine: Machine, batch: int, what: s
     if len(images) < machine.world:
         raise ValueError(f"{len(images)} images cannot be shared by {machine.world} processes")
     rows, mine = [], range(len(images))[machine.share]
-    progress = Progress(len(images), what, quiet=not machine.chief)
+    progress = Progress(len(images), what, quiet=not machine.is_main)
     for i in range(0, len(mine), batch):
         x = images[list(mine[i:i + batch])].to(machine.device).expand(-1, 3, -1, -1)
         rows.append([net(x, **{flag: True}).cpu().double() for flag in wanted])
@@ -196,7 +196,7 @@ def scores(net, made: Tensor, images: Tensor, about: str, machine: Machine, args
                                                 "return_features", "no_output_bias")
     real, = inception_outputs(net, images, machine, args.batch_size, "images seen",
                               "return_features")
-    if not machine.chief:
+    if not machine.is_main:
         return
     count = f"{len(made)} samples, rounded to 8 bits"
     print(f"FID {frechet_distance(features, real):.4f} ({count}; {len(images)} images of {about})")
@@ -213,12 +213,12 @@ def parse(argv):
     """The flags of evaluate.py."""
     parser = Parser(__doc__, "--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip",
                     "--seed", "--batch-size", "--device", "--precision", "--compile")
-    parser.add_argument("--dataset", type=word, help="as in train.py (default: that of the run)")
+    parser.add_argument("--dataset", type=nonblank, help="as in train.py (default: the run's)")
     parser.add_argument("--split", choices=("train", "test"), help="which images of the data set "
                         "(default: test; train for --fid)")
-    parser.add_argument("--n", type=count, help="images (default: all of the split); with "
+    parser.add_argument("--n", type=positive_int, help="images (default: all of the split); with "
                         "--fid, samples (default: 50,000)")
-    parser.add_argument("--terms", type=count, help="estimate the bound from L_0 and one "
+    parser.add_argument("--terms", type=positive_int, help="estimate the bound from L_0 and one "
                         "t in each of this many ranges of t (default: compute all T terms)")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of "
                         "rate-distortion.csv (default: the current one)")
@@ -252,22 +252,22 @@ def main(argv=None) -> int:
     name = args.dataset or settings.get("dataset")
     if not name:
         raise UsageError("--dataset is missing, and the checkpoint names none")
-    with machine.chief_first():
+    with machine.main_first():
         images, about = data.load(name, args.data_dir, args.split, settings.get("image_size"))
     shape = trained.shape if made is None else tuple(made.shape[1:])
     if tuple(images.shape[1:]) != shape:
         raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, those of "
                          f"{args.samples or trained.source} {shape}")
-    if machine.chief:
+    if machine.is_main:
         print(plain(f"{args.samples or trained.source}; {name}, {about}"))
     if args.fid:
         net = load_inception(args.inception, args.data_dir, machine)
         if made is None:
             n = args.n or 50_000
             how = dict(steps=args.steps, clip=False if args.no_clip else None)
-            if machine.chief:
+            if machine.is_main:
                 say(sample.choose_sampler(trained, **how).about)
-            progress = Progress(n, "samples", quiet=not machine.chief)
+            progress = Progress(n, "samples", quiet=not machine.is_main)
             made = sample.draw_samples(trained, n, args.seed, args.batch_size, machine, progress,
                                        **how)
         scores(net, made, images, f"{name}, {about}", machine, args)
@@ -275,7 +275,7 @@ def main(argv=None) -> int:
     if args.n and args.n > len(images):
         raise ValueError(f"--n {args.n}: {name} has {len(images)} images")
     table = args.out / "rate-distortion.csv"  # opened before the work
-    with written(table) if machine.chief and not args.terms else nullcontext() as file:
+    with written(table) if machine.is_main and not args.terms else nullcontext() as file:
         likelihood(trained, images[:args.n], machine, args, file)
     return 0
 

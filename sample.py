@@ -27,8 +27,8 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 
 from support import data
 from support.checkpoint import Trained, inference_model, load, weights_hash
-from support.command import (Parser, Progress, UsageError, command, count, locked, reading, real,
-                             say, word, written)
+from support.command import (Parser, Progress, UsageError, command, float_between, locked, nonblank,
+                             positive_int, reading, say, written)
 from support.machine import Machine, Noise, seed_of, start_machine
 
 import torch
@@ -110,7 +110,7 @@ def progressive(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
     model, loop, _ = sampler
     s, noise = model.s, Noise(args.seed, range(args.n), trained.shape, machine.device)
     shown = {round(t) for t in torch.linspace(s.T, 1, min(11, s.T)).tolist()} | {0}
-    progress, columns = Progress(s.T, "steps", quiet=not machine.chief), []
+    progress, columns = Progress(s.T, "steps", quiet=not machine.is_main), []
     for t, _, x0_hat in loop(model, noise(), noise):
         progress.update(s.T - t)
         if t in shown:
@@ -123,7 +123,7 @@ def shared(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
     s, noise = model.s, Noise(args.seed, [0], trained.shape, machine.device)
     times = [max(1, round(s.T * part)) for part in (1, 0.75, 0.5, 0.25)]
     x = {t: x_t for t, x_t, _ in loop(model, noise(), noise) if t in times}
-    progress, done, rows = Progress(sum(times), "steps", quiet=not machine.chief), 0, []
+    progress, done, rows = Progress(sum(times), "steps", quiet=not machine.is_main), 0, []
     for t in times:
         names = [("shared", t, i) for i in range(args.n)]
         own = Noise(args.seed, names, trained.shape, machine.device)
@@ -138,13 +138,13 @@ def interpolation(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
     (model, loop, _), name = sampler, args.dataset or trained.settings.get("dataset")
     if not name:
         raise UsageError("--interpolate needs --dataset: the checkpoint names none")
-    with machine.chief_first():
+    with machine.main_first():
         images, _ = data.load(name, args.data_dir, "test", trained.settings["image_size"])
     if tuple(images.shape[1:]) != trained.shape:
         raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, the network's "
                          f"{trained.shape}")
     start = int((model.s.times - (args.time or trained.s.T // 2)).abs()[1:].argmin()) + 1
-    progress, rows = Progress(args.n * start, "steps", quiet=not machine.chief), []
+    progress, rows = Progress(args.n * start, "steps", quiet=not machine.is_main), []
     pick = torch.Generator().manual_seed(seed_of(args.seed, "pairs"))
     for row, pair in enumerate(torch.randint(len(images), (args.n, 2), generator=pick)):
         x0, other = data.to_model(images[pair]).to(machine.device)[:, None]
@@ -165,14 +165,14 @@ def parse(argv):
     """The flags of sample.py."""
     parser = Parser(__doc__, "--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip",
                     "--seed", "--batch-size", "--device", "--precision", "--compile")
-    parser.add_argument("--n", type=count, help="how many images (default: 64); rows of Figures 6 "
-                        "and 8, samples in a row of Figure 7 (default: 8)")
+    parser.add_argument("--n", type=positive_int, help="how many images (default: 64); rows of "
+                        "Figures 6 and 8, samples in a row of Figure 7 (default: 8)")
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), help="Algorithm 2, or DDIM's steps "
                         "(default: ddpm; with fewer steps than T, ddim for a network trained with "
                         "fixed_large, unless --variance is given)")
     parser.add_argument("--variance", choices=("fixed_large", "fixed_small"),
                         help="σ_t² of Algorithm 2: β_t or β̃_t (default: as trained)")
-    parser.add_argument("--eta", type=real(0, 1), help="η of DDIM (default: 0)")
+    parser.add_argument("--eta", type=float_between(0, 1), help="η of DDIM (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png file, a .pt "
                         "file for a uint8 tensor, or a folder for PNGs (default: samples.png)")
     figure = parser.add_mutually_exclusive_group()
@@ -181,9 +181,9 @@ def parse(argv):
             ("--shared", shared, "Figure 7: samples that share x_t"),
             ("--interpolate", interpolation, "Figure 8: mixtures of two images")):
         figure.add_argument(flag, action="store_const", dest="figure", const=function, help=what)
-    parser.add_argument("--time", type=count, help="the t at which --interpolate encodes the "
-                        "images (default: T/2)")
-    parser.add_argument("--dataset", type=word, help="of --interpolate (default: the run's)")
+    parser.add_argument("--time", type=positive_int, help="the t at which --interpolate encodes "
+                        "the images (default: T/2)")
+    parser.add_argument("--dataset", type=nonblank, help="of --interpolate (default: the run's)")
     args = parser.parse_args(argv)
     if args.out.suffix not in ((".png",) if args.figure else (".png", ".pt", "")):
         raise UsageError(f"--out {args.out}: " + ("a figure is a .png file" if args.figure else
@@ -204,19 +204,19 @@ def main(argv=None) -> int:
     how = dict(steps=args.steps, sampler=args.sampler, eta=args.eta, variance=args.variance,
                clip=False if args.no_clip else None)
     sampler = choose_sampler(trained, **how)
-    if machine.chief:
+    if machine.is_main:
         say(f"{trained.source}, T = {trained.s.T}: {sampler.about}")
     if not args.out.suffix:
-        with locked(args.out) if machine.chief else nullcontext():
+        with locked(args.out) if machine.is_main else nullcontext():
             draw_folder(trained, sampler, how, args, machine)
-    else:  # the file is opened before the work, and only the chief writes it
-        with written(args.out) if machine.chief else nullcontext(io.BytesIO()) as file:
+    else:  # the file is opened before the work, and only the main process writes it
+        with written(args.out) if machine.is_main else nullcontext(io.BytesIO()) as file:
             if args.figure:
                 sampler = sampler._replace(model=inference_model(sampler.model, machine))
                 with torch.no_grad():
                     picture = args.figure(trained, sampler, args, machine)
             else:
-                progress = Progress(args.n, "samples", quiet=not machine.chief)
+                progress = Progress(args.n, "samples", quiet=not machine.is_main)
                 picture = draw_samples(trained, args.n, args.seed, args.batch_size, machine,
                                        progress, **how)
             if args.out.suffix == ".pt":
@@ -224,7 +224,7 @@ def main(argv=None) -> int:
                 file.write(buffer.getbuffer())
             else:
                 file.write(data.png(picture if args.figure else data.tiled(picture)))
-    if machine.chief:
+    if machine.is_main:
         say(f"{args.out} holds {args.n} {'row' if args.figure else 'sample'}{'s' * (args.n > 1)}")
     return 0
 
@@ -234,17 +234,17 @@ def draw_folder(trained: Trained, sampler: Sampler, how: dict, args, machine: Ma
         "weights": weights_hash(trained).hex(), "seed": args.seed, "sampler": sampler.about,
         "precision": str(machine.dtype)}
     missing = [i for i in range(args.n) if not (args.out / f"{i:06d}.png").exists()]
-    if machine.chief and len(missing) < args.n:
+    if machine.is_main and len(missing) < args.n:
         with reading(note, "the note of these samples"):
             if json.loads(note.read_bytes()) != about:
                 raise ValueError("it tells of others: give another --out")
-    elif machine.chief:
+    elif machine.is_main:
         with written(note) as file:
             file.write(json.dumps(about).encode())
-    progress = Progress(len(missing), "samples", quiet=not machine.chief)
+    progress = Progress(len(missing), "samples", quiet=not machine.is_main)
     for batch, images in draw_batches(trained, missing, args.seed, args.batch_size, machine,
                                       progress, **how):
-        for i, image in zip(batch, images) if machine.chief else ():
+        for i, image in zip(batch, images) if machine.is_main else ():
             with written(args.out / f"{i:06d}.png") as file:
                 file.write(data.png(image))
 

@@ -21,12 +21,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from support import data
 from support.checkpoint import Trained, build_schedule, load, load_checkpoint, save_checkpoint
-from support.command import (Parser, Progress, UsageError, command, count, locked, reading, real,
-                             say, seed, stop, whole, word, written)
+from support.command import (Parser, Progress, UsageError, command, float_between, int_between,
+                             locked, nonblank, positive_int, reading, say, seed, stop, written)
 from support.machine import Machine, seed_of, start_machine
 
 import torch
@@ -45,38 +45,38 @@ from unet import build_network
 # name of one that shapes the network goes into `Trained.model_settings`, too.
 
 SETTINGS = {
-    "dataset": ("cifar10", word, f"{', '.join(data.NAMES)}, a .pt file or a folder of pictures"),
-    "image_size": (None, whole(1, 4096), "side of a folder's pictures (256) or of shapes (16)"),
+    "dataset": ("cifar10", nonblank, f"{', '.join(data.NAMES)}, a .pt file, a folder of pictures"),
+    "image_size": (None, int_between(1, 4096), "side of a folder's pictures (256), of shapes (16)"),
     "flip": (True, bool, "mirror each image at random, with probability 1/2"),
-    "steps": (800_000, count, "training steps in all"),
-    "batch_size": (128, whole(1, 10 ** 6), "images in a step, summed over all processes"),
-    "micro_batch": (None, count, "images per forward pass; gradients are accumulated"),
-    "lr": (2e-4, real(1e-12, 1000), "learning rate of Adam"),
-    "warmup": (5000, whole(0, 10 ** 9), "steps in which the learning rate rises from 0"),
-    "decay": (0.0, real(0, 1), "the learning rate falls to 0 over this last fraction of --steps"),
-    "grad_clip": (1.0, real(1e-12, 1e9), "largest norm of the gradient; it is scaled down to it"),
-    "ema": (0.9999, real(0, 1), "decay of the averaged weights, which sampling uses"),
+    "steps": (800_000, positive_int, "training steps in all"),
+    "batch_size": (128, int_between(1, 10 ** 6), "images in a step, summed over all processes"),
+    "micro_batch": (None, positive_int, "images per forward pass; gradients are accumulated"),
+    "lr": (2e-4, float_between(1e-12, 1000), "learning rate of Adam"),
+    "warmup": (5000, int_between(0, 10 ** 9), "steps in which the learning rate rises from 0"),
+    "decay": (0.0, float_between(0, 1), "the last part of --steps in which the rate falls to 0"),
+    "grad_clip": (1.0, float_between(1e-12, 1e9), "maximum norm; larger gradients are rescaled"),
+    "ema": (0.9999, float_between(0, 1), "decay of the averaged weights, which sampling uses"),
     "ema_ramp": (True, bool, "warm the EMA decay up: (1 + k)/(10 + k) in step k, at most --ema"),
-    "dropout": (0.1, real(0, 0.99), "probability of dropout in each residual block"),
-    "channels": (128, whole(1, 4096), "width of the U-Net's first level, a multiple of 32"),
-    "multipliers": ([1, 2, 2, 2], [whole(1, 64)], "width of each level, in units of --channels"),
-    "blocks": (2, whole(1, 32), "residual blocks in each level on the way down; up: one more"),
-    "attention": ([16], [whole(1, 4096)], "resolutions in pixels with self-attention"),
-    "timesteps": (1000, whole(2, 10 ** 5), "T, the number of time steps"),
-    "schedule": ("linear", word, "linear, quadratic or constant β_t, see ddpm.make_schedule"),
-    "beta_start": (1e-4, real(1e-12, 0.999), "β_1; multiplied by 1000/T if T is not 1000"),
-    "beta_end": (0.02, real(1e-12, 0.999), "β_T; multiplied by 1000/T if T is not 1000"),
+    "dropout": (0.1, float_between(0, 0.99), "probability of dropout in each residual block"),
+    "channels": (128, int_between(1, 4096), "width of the U-Net's first level, a multiple of 32"),
+    "multipliers": ([1, 2, 2, 2], [int_between(1, 64)], "width of each level, times --channels"),
+    "blocks": (2, int_between(1, 32), "residual blocks per level on the way down; up: one more"),
+    "attention": ([16], [int_between(1, 4096)], "resolutions in pixels with self-attention"),
+    "timesteps": (1000, int_between(2, 10 ** 5), "T, the number of time steps"),
+    "schedule": ("linear", nonblank, "linear, quadratic or constant β_t, see ddpm.make_schedule"),
+    "beta_start": (1e-4, float_between(1e-12, 0.999), "β_1; multiplied by 1000/T if T is not 1000"),
+    "beta_end": (0.02, float_between(1e-12, 0.999), "β_T; multiplied by 1000/T if T is not 1000"),
     "predict": ("eps", tuple(ddpm.PREDICTIONS), "what the network predicts: ε, x_0, μ̃_t (Table 2)"),
     "variance": ("fixed_large", ddpm.VARIANCES, "σ_t²: β_t or β̃_t, or predicted by the network "
                  "(Table 2)"),
     "objective": ("simple", ("simple", "vlb"), "L_simple (Eq. 14), or the bound L (Eq. 5)"),
     "seed": (0, seed, "seed of all random numbers"),
-    "log_every": (100, whole(1, 10_000), "steps between two lines of log.jsonl"),
-    "save_every": (5000, count, "steps between two checkpoints"),
-    "sample_every": (25_000, count, "steps between two grids of samples"),
-    "samples": (64, whole(0, 10_000), "images in a grid; 0 draws no grids"),
-    "sample_steps": (50, whole(2, 10 ** 5), "network calls for an image of a grid, at most T"),
-    "keep": (None, count, "steps between two files ema-*.pt with the averaged weights"),
+    "log_every": (100, int_between(1, 10_000), "steps between two lines of log.jsonl"),
+    "save_every": (5000, positive_int, "steps between two checkpoints"),
+    "sample_every": (25_000, positive_int, "steps between two grids of samples"),
+    "samples": (64, int_between(0, 10_000), "images in a grid; 0 draws no grids"),
+    "sample_steps": (50, int_between(2, 10 ** 5), "network calls per image of a grid, at most T"),
+    "keep": (None, positive_int, "steps between two files ema-*.pt with the averaged weights"),
 }
 RECIPES = {  # what differs for other data sets, and for images of 256×256 pixels or more
     "mnist": dict(flip=False),
@@ -87,8 +87,8 @@ RECIPES = {  # what differs for other data sets, and for images of 256×256 pixe
                    sample_steps=100),
     # CelebA-HQ and LSUN (§4, Appendix B). LSUN took 1.2 to 2.4 million steps, and LSUN Bedroom was
     # not flipped. The released code's variance.
-    "256×256": dict(multipliers=[1, 1, 2, 2, 4, 4], dropout=0.0, steps=500_000, batch_size=64, lr=2e-5,
-                variance="fixed_small", samples=16),
+    "256×256": dict(multipliers=[1, 1, 2, 2, 4, 4], dropout=0.0, steps=500_000, batch_size=64,
+                    lr=2e-5, variance="fixed_small", samples=16),
 }
 MAY_CHANGE = {"dataset", "steps", "log_every", "save_every", "sample_every", "samples",
               "sample_steps", "keep"}  # when a run is resumed
@@ -132,7 +132,7 @@ def training_step(run: Run, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def train(run: Run, step: int) -> int:
     """Algorithm 1 from `step` to the last step, or to a signal → the steps that are done then."""
     settings, machine, records, seconds = run.settings, run.machine, [], 0.0
-    progress = Progress(settings["steps"], "steps", step, quiet=not machine.chief)
+    progress = Progress(settings["steps"], "steps", step, quiet=not machine.is_main)
     run.network.train()
 
     def due(*names: str) -> bool:
@@ -142,9 +142,9 @@ def train(run: Run, step: int) -> int:
     while True:  # 1: repeat
         last = step >= settings["steps"]
         # The files of a step come after its checkpoint; a resumed run first writes what is missing.
-        if machine.chief and due("keep"):
+        if machine.is_main and due("keep"):
             keep(run, step)
-        if machine.chief and (last or due("save_every")):
+        if machine.is_main and (last or due("save_every")):
             plot_losses(run.folder)
         if last or due("sample_every"):
             if stopped(machine):
@@ -184,7 +184,7 @@ def generator(run: Run, k: int) -> torch.Generator:
     return torch.Generator(run.machine.device).manual_seed(seed)
 
 def batch(run: Run, k: int, mirrored: Tensor) -> Tensor:
-    """The x_0 of step k of this process: (B, C, H, W) in [−1, 1], mirrored where `mirrored` (n,)."""
+    """The x_0 of step k here: (B, C, H, W) in [−1, 1], mirrored where `mirrored` (n,) is true."""
     settings, images, share = run.settings, run.images, run.machine.share
     index = batch_indices(settings["seed"], len(images), k, len(mirrored), images.device)[share]
     x0 = data.to_model(images[index].to(run.machine.device))
@@ -285,7 +285,7 @@ def save(run: Run, step: int) -> None:
     state = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"settings": run.settings, "step": step, "dtype": str(run.machine.dtype),
               "data": data.fingerprint(run.images)}
-    if run.machine.chief:
+    if run.machine.is_main:
         save_checkpoint(run.folder / "checkpoint.pt", state)
 
 def keep(run: Run, step: int) -> None:
@@ -300,7 +300,7 @@ def restore(run: Run, state: dict) -> int:
     if state["data"] != data.fingerprint(run.images):
         raise ValueError(f"the images of {run.settings['dataset']} are not those with which the "
                          f"run in {run.folder} began")
-    if state["dtype"] != str(run.machine.dtype) and run.machine.chief:
+    if state["dtype"] != str(run.machine.dtype) and run.machine.is_main:
         say(f"warning: this run was in {state['dtype']}, and goes on in {run.machine.dtype}")
     parameters, groups = list(run.net.parameters()), run.adam.state_dict()["param_groups"]
     for i, averages in state["adam"]["state"].items():
@@ -328,7 +328,7 @@ def log(run: Run, step: int, records: list[tuple], seconds: float) -> None:
         some = data.to_model(run.images[:64])
         L_T = ddpm.bits_per_dim(ddpm.prior_kl(s, some.to(s.betas.device)), some).mean().item()
         entry["bound"] = s.T * mean + L_T
-    if run.machine.chief:
+    if run.machine.is_main:
         with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
@@ -365,9 +365,9 @@ def draw_grid(run: Run, step: int) -> None:
         T, learned = run.model.s.T, settings["variance"] == "learned"  # which takes all T steps
         images = sample.draw_samples(
             Trained(run.ema, run.model.s, settings, ""), n, settings["seed"], 32, machine,
-            Progress(n, "samples", quiet=not machine.chief),
+            Progress(n, "samples", quiet=not machine.is_main),
             steps=None if learned else min(settings["sample_steps"], T))
-        if machine.chief:
+        if machine.is_main:
             with written(path) as file:
                 file.write(data.png(data.tiled(images)))
             say(f"{path} shows {n} samples")
@@ -389,7 +389,7 @@ def parse(argv) -> dict:
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
                             **options)
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATASET)")
-    parser.add_argument("--init", type=word, help="start from these weights (whatever "
+    parser.add_argument("--init", type=nonblank, help="start from these weights (whatever "
                         "sample.py --checkpoint accepts)")
     parser.add_argument("--deterministic", action="store_true",
                         help="bit-identical results on CUDA too, at some loss of speed")
@@ -490,7 +490,7 @@ def main(argv=None) -> int:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     path = folder / "checkpoint.pt"
-    with locked(folder) if machine.chief else contextlib.nullcontext():
+    with locked(folder) if machine.is_main else contextlib.nullcontext():
         state = load_checkpoint(path) if path.exists() else {}
         if state and "adam" not in state:
             raise ValueError(f"{path} has weights alone, and no run to resume: to start from them "
@@ -501,7 +501,7 @@ def main(argv=None) -> int:
                 raise UsageError(f"this run has --{key.replace('_', '-')} {stored[key]}, not "
                                  f"{given[key]}: give a new run another --out")
         known = {"dataset": name, "image_size": None, **stored, **given}
-        with machine.chief_first():
+        with machine.main_first():
             images, about = data.load(known["dataset"], known["data_dir"], "train",
                                       known["image_size"])
         run, step = begin(given, images, stored, machine, folder), 0
@@ -509,12 +509,12 @@ def main(argv=None) -> int:
             with reading(path, "the state of this run"):
                 step = restore(run, state)
         machine.agree(step, run.settings, data.fingerprint(images), torch.__version__)
-        if machine.chief:
+        if machine.is_main:
             prepare(run, step)
             describe(run, step, about)
         step = train(run, step)
     if stop.number:
-        if machine.chief:
+        if machine.is_main:
             say(f"stopped at step {step}; the same command resumes")
         return 128 + stop.number
     return 0

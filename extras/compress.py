@@ -24,8 +24,8 @@ from pathlib import Path
 
 from support import data
 from support.checkpoint import Trained, load, weights_hash
-from support.command import (Parser, Progress, UsageError, command, count, reading, say, whole,
-                             written)
+from support.command import (Parser, Progress, UsageError, command, int_between, positive_int,
+                             reading, say, written)
 from support.machine import seed_of, start_machine
 
 import torch
@@ -257,9 +257,9 @@ def main(argv=None) -> int:
     parser.add_argument("action", choices=("encode", "decode", "measure"))
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="the one to read, and "
                         "the one to write: a .png and a file of this program, or the reverse")
-    parser.add_argument("--b", type=whole(1, 16), help="2^b candidates (default: 12)")
-    parser.add_argument("--bytes", type=count, help="decode only the first so many bytes")
-    parser.add_argument("--n", type=count, help="images of measure (default: 20)")
+    parser.add_argument("--b", type=int_between(1, 16), help="2^b candidates (default: 12)")
+    parser.add_argument("--bytes", type=positive_int, help="decode only the first so many bytes")
+    parser.add_argument("--n", type=positive_int, help="images of measure (default: 20)")
     args = parser.parse_intermixed_args(argv)  # flags may stand before and between the files
     if len(set(args.files)) != len(args.files) or len(args.files) != 2 * (args.action != "measure"):
         raise UsageError("encode and decode take two different FILEs, measure none")

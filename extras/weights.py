@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from support.checkpoint import is_diffusers, load, load_checkpoint, save_checkpoint
-from support.command import Parser, UsageError, command, one_line, reading, say, word
+from support.command import Parser, UsageError, command, nonblank, one_line, reading, say
 from support.machine import start_machine
 
 import torch
@@ -171,10 +171,10 @@ def export(net: nn.Module, settings: dict, folder: Path) -> None:
 def main(argv=None) -> int:
     """Converts from SOURCE to TARGET: see the text at the head of this file."""
     parser = Parser(__doc__, "--no-ema", "--data-dir", prog="python -m extras.weights")
-    parser.add_argument("source", type=word, metavar="SOURCE", help="a checkpoint of train.py or "
+    parser.add_argument("source", type=nonblank, metavar="SOURCE", help="a checkpoint of train.py, "
                         "its folder, a folder of diffusers, or ORGANISATION/MODEL on the hub, "
                         "which is downloaded once to hub/ in the folder of data")
-    parser.add_argument("target", type=word, metavar="TARGET", help="the folder to write: of a "
+    parser.add_argument("target", type=nonblank, metavar="TARGET", help="the folder to write: of a "
                         "run, or, from a checkpoint, a new one of diffusers")
     args = parser.parse_args(argv)
     source, target = Path(args.source), Path(args.target)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from support import data
 from support.checkpoint import Trained, inference_model, load
-from support.command import Parser, command, say, word, written
+from support.command import Parser, command, nonblank, say, written
 from support.machine import Machine, Noise, start_machine
 
 import torch
@@ -153,7 +153,7 @@ def main(argv=None) -> int:
     """Writes the pictures: see the text at the head of this file."""
     parser = Parser(__doc__, "--data-dir")
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--dataset", type=word, required=True, help="images for the pictures")
+    parser.add_argument("--dataset", type=nonblank, required=True, help="images for the pictures")
     args = parser.parse_args(argv)
     machine = start_machine("cpu", "fp32")
     trained = load(args.checkpoint, machine=machine)

@@ -25,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "page" / "images" / "mistakes"
 sys.path.insert(0, str(ROOT))
-from support.command import Parser, Progress, UsageError, command, count, one_line, say, written
+from support.command import (Parser, Progress, UsageError, command, one_line, positive_int, say,
+                             written)
 
 import torch
 
@@ -507,8 +508,8 @@ def main(argv=None) -> int:
     parser = Parser(__doc__, "--data-dir")
     parser.add_argument("--out", type=Path, default=Path("mistakes"), help="(default: mistakes)")
     parser.add_argument("--only", default="", help="only names and controls with this text")
-    parser.add_argument("--jobs", type=count, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--threads", type=count, default=1, help="of each (default: 1)")
+    parser.add_argument("--jobs", type=positive_int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--threads", type=positive_int, default=1, help="of each (default: 1)")
     parser.add_argument("--keep", action="store_true", help="put numbers and pictures into the "
                         "repository, where the page finds them")
     args = parser.parse_args(argv)

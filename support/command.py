@@ -22,35 +22,37 @@ import torch.distributed as dist
 class UsageError(ValueError):
     """A mistake in the arguments: exit status 2."""
 
-def whole(low: int, high: int, kind: type = int) -> Callable:
-    """A type of flags: an int from `low` to `high`."""
-    def judge(text: str):
+def between(kind: type, name: str, low: float, high: float) -> Callable:
+    """A type of flags: a number of this kind from `low` to `high`."""
+    def parse(text: str):
         with contextlib.suppress(ValueError):
             if low <= (value := kind(text)) <= high:
                 return value
-        raise argparse.ArgumentTypeError(f"{ascii(text)[:60]} is not a {'whole ' * (kind is int)}"
-                                         f"number from {low:g} to {high:g}")
-    return judge
+        raise argparse.ArgumentTypeError(f"{ascii(text)[:60]} is not a {name} from {low:g} to "
+                                         f"{high:g}")
+    return parse
 
-real = functools.partial(whole, kind=float)  # the same for a float
-count, seed = whole(1, 10 ** 9), whole(0, 2 ** 63 - 1)
+int_between = functools.partial(between, int, "whole number")
+float_between = functools.partial(between, float, "number")
+positive_int, seed = int_between(1, 10 ** 9), int_between(0, 2 ** 63 - 1)
 
-def word(text: str) -> str:
+def nonblank(text: str) -> str:
     """A type of flags: a text that is not blank, as an unset variable of the shell would be."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is blank")
     return text
 
 FLAGS = {  # those that several commands have
-    "--checkpoint": dict(type=word, help="a checkpoint or its folder (default: the newest run)"),
+    "--checkpoint": dict(type=nonblank, help="a checkpoint or its folder (default: newest run)"),
     "--no-ema": dict(action="store_true", help="the last weights, not their average"),
-    "--data-dir": dict(type=word, default="data", help="folder of data, downloads (default: data)"),
-    "--steps": dict(type=count, help="network calls for each sample, at times evenly spaced from T "
-                    "to 1 (default: all T)"),
+    "--data-dir": dict(type=nonblank, default="data", help="folder of data (default: data)"),
+    "--steps": dict(type=positive_int, help="network calls per sample, at times evenly spaced from "
+                    "T to 1 (default: all T)"),
     "--no-clip": dict(action="store_true", help="do not clip x̂_0 to [−1, 1] (the paper has no "
                       "clipping; the authors' code clips)"),
     "--seed": dict(type=seed, default=0, help="seed of all random numbers (default: 0)"),
-    "--batch-size": dict(type=count, help="images at a time (default: 256 on CUDA, else 16)"),
+    "--batch-size": dict(type=positive_int, help="images at a time (default: 256 on CUDA, "
+                         "else 16)"),
     "--device": dict(help="cuda, cuda:N, mps or cpu (default: the first that is there)"),
     "--precision": dict(choices=("bf16", "fp16", "tf32", "fp32"), help="of convolutions and matrix "
                         "products (default: bf16 if the hardware has it, else fp16 on CUDA of "
@@ -106,8 +108,9 @@ def command(main: Callable) -> Callable:
             elif not isinstance(error, (ValueError, OSError)):
                 places = [x for x in traceback.extract_tb(error.__traceback__)
                           if "site-packages" not in x.filename]
-                text = (f"unforeseen {type(error).__name__} in {Path(places[-1].filename).name}, line "
-                        f"{places[-1].lineno}: {text} (DDPM_TRACEBACK=1 shows all)")
+                place = f"{Path(places[-1].filename).name}, line {places[-1].lineno}"
+                text = (f"unforeseen {type(error).__name__} in {place}: {text} "
+                        "(DDPM_TRACEBACK=1 shows all)")
             say(f"{script}: {text}")
             return 2 if isinstance(error, UsageError) else 1
         finally:

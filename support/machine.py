@@ -25,7 +25,7 @@ class Machine(NamedTuple):
     compiles: bool | None = None    # --compile or --no-compile, if one was given
 
     @property
-    def chief(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
@@ -38,20 +38,20 @@ class Machine(NamedTuple):
         """The n rows of all processes, each of which has those of its `share`; on the CPU."""
         if self.world == 1:
             return mine.cpu()
-        whole = torch.zeros(n, *mine.shape[1:], dtype=mine.dtype)
-        whole[self.share] = mine.cpu()
-        dist.all_reduce(whole)
-        return whole
+        rows = torch.zeros(n, *mine.shape[1:], dtype=mine.dtype)
+        rows[self.share] = mine.cpu()
+        dist.all_reduce(rows)
+        return rows
 
     @contextlib.contextmanager
-    def chief_first(self) -> Iterator[None]:
-        """The chief runs the block before the others: it downloads a file, and they find it."""
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block first: it downloads a file, and the others find it."""
         patient = None if self.world == 1 else dist.new_group(
             backend="gloo", timeout=timedelta(days=1))
-        if not self.chief:
+        if not self.is_main:
             dist.barrier(patient)
         yield
-        if self.chief and self.world > 1:
+        if self.is_main and self.world > 1:
             dist.barrier(patient)
 
     def agree(self, *what) -> None:

@@ -199,7 +199,7 @@ def load(real, f, map_location=None, **options):
 @contextlib.contextmanager
 def simulated(capability=(8, 0), memory=80 * 2 ** 30):
     """Inside, torch.cuda has one device of this compute capability. Gives the counter of waits."""
-    import torch._dynamo  # noqa: F401  (which looks for more of CUDA when it is imported)
+    import torch._dynamo  # which looks for more of CUDA when it is imported
     driver = dict(_cuda_getDeviceCount=lambda: 1, _cuda_init=lambda: None, _cuda_setDevice=set_driver_device,
                   _cuda_getDevice=lambda: 0, _cuda_isInBadFork=lambda: False, _cuda_resetPeakMemoryStats=lambda i: None,
                   _cuda_memoryStats=lambda i: {}, _cuda_emptyCache=lambda: None,

@@ -30,7 +30,7 @@ import ddpm
 import evaluate
 import sample
 import train
-from extras import compress, weights
+from extras import compress
 from support import checkpoint as checkpoints
 from support import command, data
 from support.machine import Machine

@@ -545,7 +545,7 @@ def test_two_processes_print_what_one_prints(network, monkeypatch, terms):
             evaluate.likelihood(trained, data.shapes(5, 8), machine, args, table)
             evaluate.scores(net, data.shapes(11, 8), data.shapes(4, 8, "test"), "x", machine, args)
         said = out.getvalue()[before:]
-        assert machine.chief == bool(said) and (machine.chief and not terms) == bool(table.getvalue())
+        assert machine.is_main == bool(said) and (machine.is_main and not terms) == bool(table.getvalue())
         return [float(x) for x in re.findall(r"\d+\.\d+", said + table.getvalue().decode())]
     one = job(CPU)
     assert len(one) > 10 and test_pictures.both(monkeypatch, job) == pytest.approx(one, rel=1e-4, abs=2e-4)

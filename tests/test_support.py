@@ -74,7 +74,7 @@ def refused(judge, *texts) -> list[str]:
 
 def test_numbers_at_their_limits():
     """Both limits count; what is refused is named with both of them, on one line of ASCII."""
-    whole, real = command.whole(21, 57), command.real(21, 57)
+    whole, real = command.int_between(21, 57), command.float_between(21, 57)
     for judge, kind, good, bad in (
             (whole, int, ["21", "57"], ["20", "58", "30.0", "3e1", "", "x", "nan", "9" * 5000, "é\n"]),
             (real, float, ["21", "57", "21.0", "3e1"], ["20.99", "57.01", "nan", "inf", "-inf", "1e999", "", "x"])):
@@ -83,7 +83,7 @@ def test_numbers_at_their_limits():
         for line in refused(judge, *bad):
             assert "21" in line and "57" in line and line.isascii() and line.isprintable()
     assert refused(whole, "99") != refused(real, "99")
-    for judge, low, high in ((command.count, 1, 10 ** 9), (command.seed, 0, 2 ** 63 - 1)):
+    for judge, low, high in ((command.positive_int, 1, 10 ** 9), (command.seed, 0, 2 ** 63 - 1)):
         assert judge(str(low)) == low and judge(str(high)) == high
         refused(judge, str(low - 1), str(high + 1))
 
@@ -219,7 +219,7 @@ PROCESSES = """if True:
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, handler := lambda *_: None)
     here = machine.start_machine("cpu", "fp32")
-    found = {"machine": [str(here.device), str(here.dtype), *here[2:], here.chief],
+    found = {"machine": [str(here.device), str(here.dtype), *here[2:], here.is_main],
              "again": here == machine.start_machine("cpu", "fp32"), "backend": dist.get_backend(),
              "handler": signal.getsignal(signal.SIGTERM) is handler, "share": list(range(7))[here.share]}
 
@@ -251,8 +251,8 @@ PROCESSES = """if True:
                       plain(net, False, default=True)]
 
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.1), dist.group.WORLD)
-    with here.chief_first():
-        if here.chief:
+    with here.main_first():
+        if here.is_main:
             time.sleep(0.5)
             Path("file").touch()
         found["file"] = Path("file").exists()
@@ -279,7 +279,7 @@ def test_three_processes(tmp_path):
     says so; none waits for a gradient of another meanwhile. Where it fails nowhere, and is asked for by
     a flag or by default, none has the plain one.
 
-    The chief runs the block first, however long: the others have a day, and not the time of the group."""
+    The main process runs the block first, however long: the others have a day, and not the time of the group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -303,10 +303,10 @@ def test_three_processes(tmp_path):
 def test_one_process_alone_waits_for_nobody():
     """Its rows are all rows, it agrees with itself, and its block is run at once, without any group."""
     alone, rows = Machine(CPU, torch.float32), torch.arange(14).view(7, 2)
-    assert not dist.is_initialized() and alone.chief and list(range(7)[alone.share]) == [*range(7)]
+    assert not dist.is_initialized() and alone.is_main and list(range(7)[alone.share]) == [*range(7)]
     assert torch.equal(alone.gather(rows, 7), rows)
     alone.agree(1)
-    with alone.chief_first():
+    with alone.main_first():
         assert not dist.is_initialized()
 
 

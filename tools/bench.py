@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.checkpoint import inference_model
-from support.command import Parser, Progress, command, count
+from support.command import Parser, Progress, command, positive_int
 from support.machine import Machine, start_machine
 
 import torch
@@ -153,10 +153,10 @@ def saved_memory(job) -> float:
 def main(argv=None) -> int:
     """Measures: see the text at the head of this file."""
     parser = Parser(__doc__, "--device", "--precision")
-    parser.add_argument("--batch-size", type=count, default=8, help="(default: 8)")
-    parser.add_argument("--repeat", type=count, default=5, help="rounds (default: 5)")
-    parser.add_argument("--channels", type=count, default=128, help="(default: 128)")
-    parser.add_argument("--multipliers", type=count, nargs="+", default=[1, 2, 2, 2],
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="(default: 8)")
+    parser.add_argument("--repeat", type=positive_int, default=5, help="rounds (default: 5)")
+    parser.add_argument("--channels", type=positive_int, default=128, help="(default: 128)")
+    parser.add_argument("--multipliers", type=positive_int, nargs="+", default=[1, 2, 2, 2],
                         help="(default: 1 2 2 2)")
     parser.add_argument("--compile", action="store_true", help="torch.compile for training")
     parser.add_argument("--vs", choices=RIVALS, nargs="+", default=[], help="compare with these")

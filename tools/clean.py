@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.checkpoint import load
-from support.command import Parser, Progress, command, count
+from support.command import Parser, Progress, command, positive_int
 from support.machine import start_machine
 
 import torch
@@ -76,7 +76,7 @@ def main(argv=None) -> int:
     """Judges samples: see the text at the head of this file."""
     parser = Parser(__doc__, "--steps", "--seed", "--device", "--precision")
     parser.add_argument("what", help="a run's folder, a checkpoint, or a .pt file of images")
-    parser.add_argument("--n", type=count, default=200, help="(default: 200)")
+    parser.add_argument("--n", type=positive_int, default=200, help="(default: 200)")
     args = parser.parse_args(argv)
     machine = start_machine(args.device, args.precision)
     path = Path(args.what)

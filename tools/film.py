@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support import data
 from support.checkpoint import inference_model, load
-from support.command import Parser, Progress, command, count, say, written
+from support.command import Parser, Progress, command, positive_int, say, written
 from support.machine import Noise, start_machine
 
 import torch
@@ -23,8 +23,8 @@ def main(argv=None) -> int:
     """Draws the samples with all T steps, and writes every so many of them as an animated PNG."""
     parser = Parser(__doc__, "--seed", "--device", "--precision")
     parser.add_argument("checkpoint", help="the run")
-    parser.add_argument("--n", type=count, default=16, help="samples (default: 16)")
-    parser.add_argument("--frames", type=count, default=28, help="frames of x_t (default: 28)")
+    parser.add_argument("--n", type=positive_int, default=16, help="samples (default: 16)")
+    parser.add_argument("--frames", type=positive_int, default=28, help="frames (default: 28)")
     parser.add_argument("--out", type=Path, default=Path("film.png"), help="(default: film.png)")
     args = parser.parse_args(argv)
     from PIL import Image

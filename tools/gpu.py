@@ -31,7 +31,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from support.checkpoint import Trained, build_schedule, load, load_checkpoint, save_checkpoint
-from support.command import Parser, Progress, command, count, one_line, real, say, written
+from support.command import (Parser, Progress, command, float_between, one_line, positive_int, say,
+                             written)
 from support import machine
 from support.machine import start_machine
 
@@ -247,11 +248,11 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder (default: gpu)")
     parser.add_argument("--again", nargs="+", default=[], choices=PARTS, metavar="PART",
                         help=f"run these once more: {', '.join(PARTS)}")
-    parser.add_argument("--minutes", type=real(0, 1e4), default=7, help="no part begins later than "
-                        "this (default: 7)")
-    parser.add_argument("--train", type=real(0, 1e4), metavar="MINUTES", help="train on "
+    parser.add_argument("--minutes", type=float_between(0, 1e4), default=7, help="no part begins "
+                        "later than this (default: 7)")
+    parser.add_argument("--train", type=float_between(0, 1e4), metavar="MINUTES", help="train on "
                         "Fashion-MNIST for so long, in place of the parts")
-    parser.add_argument("--part-mb", type=count, default=20, help="size of a part in MB "
+    parser.add_argument("--part-mb", type=positive_int, default=20, help="size of a part in MB "
                         "(default: 20)")
     parser.add_argument("--rehearse", action="store_true", help="tiny networks, on the CPU")
     args = parser.parse_args(argv)

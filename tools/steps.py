@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.checkpoint import load, weights_hash
-from support.command import Parser, Progress, command, count, reading, written
+from support.command import Parser, Progress, command, positive_int, reading, written
 from support.machine import start_machine
 
 import torch
@@ -97,7 +97,7 @@ def main(argv=None) -> int:
     """Prints the table and draws the curve: see the text at the head of this file."""
     parser = Parser(__doc__, "--checkpoint", "--data-dir", "--device", "--precision")
     parser.add_argument("--out", type=Path, default=Path("steps"), help="folder (default: steps)")
-    parser.add_argument("--steps", type=count, nargs="+", default=[20, 50, 100],
+    parser.add_argument("--steps", type=positive_int, nargs="+", default=[20, 50, 100],
                         help="network calls (default: 20 50 100)")
     args = parser.parse_args(argv)
     machine = start_machine(args.device, args.precision)
