@@ -97,7 +97,7 @@ def wrong_texts(kind) -> st.SearchStrategy:
 
 
 KINDS = {"--" + name.replace("_", "-"): kind for name, (_, kind, _) in train.SETTINGS.items()
-         if kind not in (command.word, bool)}
+         if kind not in (command.nonblank, bool)}
 
 
 @many

@@ -12,6 +12,7 @@ import ddpm
 import sample
 import train
 from mistakes import MISTAKES
+from support import data
 
 HERE = Path(__file__).resolve().parents[1]
 PAGES = {path: path.read_text() for path in [HERE / "README.md", HERE / "PAPER.md", *sorted((HERE / "docs").glob("*.md"))]}
@@ -59,23 +60,27 @@ def test_another_schedule(circle):
     assert 0 < bars[-1] < 1e-4
 
 
-def test_v_prediction(circle):
-    """A network of v = √ᾱ ε − √(1 − ᾱ) x_0 gives ε back, and the sampler runs on it."""
+def test_v_prediction_is_one_entry(circle, tmp_path, monkeypatch):
+    """The README's entry, for images: the target √ᾱ ε − √(1 − ᾱ) x_0 gives x_0 back, train.py --predict v
+    lowers its loss, and the network is sampled like any other."""
+    monkeypatch.setattr(ddpm, "PREDICTIONS", dict(ddpm.PREDICTIONS))
     exec(block("v-prediction"), circle)
-    s, model = circle["s"], circle["model"]
-    x0, eps, t = torch.randn(8, 2), torch.randn(8, 2), torch.randint(1, 101, (8,))
-    x_t = ddpm.q_sample(s, x0, t, eps)
-    circle["v_net"] = lambda x, t: circle["v_target"](x0, t, eps)
-    torch.testing.assert_close(circle["eps_model"](x_t, t), eps, rtol=1e-4, atol=1e-5)
-
-    def v_net(x, t):  # the trained network, asked for v
-        e = model(x, t)
-        return circle["v_target"](ddpm.predict_x0_from_eps(s, x, t, e), t, e)
-    circle["v_net"] = v_net
-    with torch.no_grad():
-        *_, last = ddpm.p_sample_loop(s, circle["eps_model"], torch.randn(500, 2),
-                                      lambda t: torch.randn(500, 2))
-    assert abs(last.x_t.norm(dim=1).mean() - 1) < 0.05
+    assert circle["model"].predict == "v"
+    s, t = ddpm.make_schedule(), torch.tensor([1, 500, 1000])
+    x0, eps = torch.randn(2, 3, 3, 4, 4, dtype=torch.float64)
+    a, b = s.alpha_bars[t].sqrt()[:, None, None, None], (1 - s.alpha_bars[t]).sqrt()[:, None, None, None]
+    v, x_t = ddpm.PREDICTIONS["v"], a * x0 + b * eps
+    target = v.target(s, x0, x_t, t, eps)
+    torch.testing.assert_close(target, a * eps - b * x0)
+    torch.testing.assert_close(v.x0_hat(s, x_t, t, target), x0)
+    monkeypatch.setitem(train.SETTINGS, "predict", ("eps", tuple(ddpm.PREDICTIONS), "what the network predicts"))
+    monkeypatch.chdir(tmp_path)
+    torch.save(data.shapes(64, 8), "images.pt")
+    assert train.main("--dataset images.pt --predict v --channels 32 --multipliers 1 2 --blocks 1 --attention 4 --timesteps "
+                      "50 --batch-size 8 --lr 2e-3 --warmup 0 --steps 40 --log-every 10 --samples 0 --device cpu".split()) == 0
+    losses = [json.loads(line)["loss"] for line in Path("runs/images/log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+    assert sample.main("--n 2 --steps 5 --device cpu".split()) == 0
 
 
 def test_ddim(circle):
