@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 
 import pytest
 import torch
@@ -35,6 +36,11 @@ def write(folder, config=CONFIG, scheduler=SCHEDULER, nested=True, tensors=None)
         path.write_text(json.dumps(content))
     torch.save(state() if tensors is None else tensors, (folder / "unet" if nested else folder) / BIN)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -208,29 +214,33 @@ def test_schedules_are_those_of_diffusers(folder, T, name):
 
 
 @pytest.mark.parametrize("name", ["runs/nothere", "../x", "./x", "a/b/c", "-", "a/", "someone/model.pt"])
-def test_what_is_no_hub_name(tmp_path, monkeypatch, name):
-    """A mistyped run and a name that leaves its folder are not looked up on the hub."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(diffusers.DDPMPipeline, "download", lambda *_, **__: pytest.fail("looked up"))
-    refused(name)
+def test_what_is_no_hub_name(name):
+    """A mistyped run and a name that leaves its folder are not looked up on the hub, which would end
+    in an OSError here."""
+    pathlib.Path("runs").mkdir()
+    refused(name, "there is no such file")
 
 
-def test_a_name_of_the_hub_is_downloaded_into_the_data_folder(folder, tmp_path, monkeypatch):
-    """By the chief first, and the others find it."""
-    asked = []
-
-    class Ranked(Machine):
+def test_a_name_of_the_hub_is_looked_up_in_the_data_folder(folder, monkeypatch):
+    """By the chief first, and the others find it: here it is there only when it is their turn. Offline,
+    a name of which nothing is there is an OSError that says so."""
+    class Second(Machine):
+        """The second process, when the chief has downloaded the model."""
         @contextlib.contextmanager
         def chief_first(self):
-            asked.append("chief")
+            place = pathlib.Path("here/hub/models--someone--model")
+            shutil.copytree(folder, place / "snapshots" / ("1" * 40))
+            classes = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"],
+                       "scheduler": ["diffusers", "DDPMScheduler"]}
+            (place / "snapshots" / ("1" * 40) / "model_index.json").write_text(json.dumps(classes))
+            (place / "refs").mkdir()
+            (place / "refs/main").write_text("1" * 40)
             yield
-            asked.append("all")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(diffusers.DDPMPipeline, "download",
-                        lambda name, cache_dir: asked.append((name, cache_dir)) or str(folder))
-    trained = checkpoint.load("someone/model", "here", machine=Ranked(*CPU))
-    assert asked == ["chief", ("someone/model", pathlib.Path("here/hub")), "all"]
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)  # as the variable of this name, set before
+    with pytest.raises(OSError, match="as a model's name"):
+        checkpoint.load("someone/model", "here", machine=CPU)
+    trained = checkpoint.load("someone/model", "here", machine=Second(*CPU))
     torch.testing.assert_close(outputs(trained.net), torch.tensor(GOLDEN), rtol=1e-4, atol=1e-5)
     assert trained.source == "someone/model"
 
@@ -295,20 +305,21 @@ def test_what_diffusers_has_not_is_not_exported(tmp_path, change):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_goes_into_a_new_folder(tmp_path, monkeypatch):
-    """What is there stays as it is, and what fails leaves nothing.
+def test_an_export_goes_into_a_new_folder(tmp_path):
+    """What is there stays as it is, and what fails leaves nothing, here since no file may be large.
 
     Kills: a run whose folder then stands for the exported network, however long it goes on."""
     (tmp_path / "checkpoint.pt").write_bytes(b"a run")
     with pytest.raises(ValueError):
         weights.export(build_network(CHOICES), CHOICES, tmp_path)
-
-    def fails(self, path):
-        path.mkdir()
-        raise OSError("the disk is full")
-    monkeypatch.setattr(diffusers.DDPMPipeline, "save_pretrained", fails)
-    with pytest.raises(OSError, match="full"):
-        weights.export(build_network(CHOICES), CHOICES, tmp_path / "new")
+    resource = pytest.importorskip("resource", reason="Windows has no limits of this kind")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(Exception, match="(?i)file too large"):
+            weights.export(build_network(CHOICES), CHOICES, tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -345,7 +356,7 @@ def test_diffusers_weights_load_here(tmp_path, config, sizes):
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
-def test_diffusers_scheduler_steps_alike(monkeypatch, variance, prediction):
+def test_diffusers_scheduler_steps_alike(variance, prediction):
     """All 1000 steps of DDPMScheduler with the same noise: the same x_{t−1}, in float64, with the
     schedule and the choices that its configuration is read as."""
     theirs = diffusers.DDPMScheduler(variance_type=variance, prediction_type=prediction)
@@ -356,35 +367,32 @@ def test_diffusers_scheduler_steps_alike(monkeypatch, variance, prediction):
     trained = checkpoint.Trained(None, checkpoint.build_schedule(settings), settings, "")
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    there, here = (torch.Generator().manual_seed(1) for _ in range(2))
     for t in range(1000, 0, -1):
-        z = torch.randn_like(x)
-        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: z)
+        z = torch.randn(x.shape, dtype=torch.float64, generator=here)
         out = torch.sin(3 * x)
-        want = theirs.step(out, t - 1, x).prev_sample
+        want = theirs.step(out, t - 1, x, generator=there).prev_sample
         p = ddpm.p_mean_variance(trained.s, lambda *_: out, x, torch.full((2,), t), **trained.choices)
         x = ddpm.p_sample(p, z if t > 1 else 0 * z)
         torch.testing.assert_close(x, want, rtol=1e-7, atol=1e-7)
 
 
-def test_diffusers_opens_what_is_exported(folder, tmp_path, monkeypatch):
+def test_diffusers_opens_what_is_exported(folder, tmp_path):
     """DDPMPipeline.from_pretrained makes the same images from the same noise."""
     trained, out = loaded(folder), tmp_path / "out"
     DDPMPipeline = diffusers.DDPMPipeline
     weights.export(trained.net, trained.settings, out)
     pipe = DDPMPipeline.from_pretrained(str(out))
     pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(0)
-    start, draws = torch.randn(2, 3, 16, 16), torch.randn(50, 2, 3, 16, 16)
-    feed = iter(draws)
-    monkeypatch.setattr("diffusers.pipelines.ddpm.pipeline_ddpm.randn_tensor", lambda *a, **k: start)
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(feed))
-    images = torch.as_tensor(pipe(batch_size=2, num_inference_steps=50,
+    there, here = (torch.Generator().manual_seed(0) for _ in range(2))
+    draw = lambda *_: torch.randn(2, 3, 16, 16, generator=here)
+    images = torch.as_tensor(pipe(batch_size=2, num_inference_steps=50, generator=there,
                                   output_type="np").images).permute(0, 3, 1, 2)
     # Fifty steps there are the times 0, 20, …, 980, counted from 0. The same chain here:
     alpha_bars = trained.s.alpha_bars
     tau = torch.cat([torch.tensor([0]), torch.arange(0, 1000, 20) + 1])
     alphas = torch.cat([alpha_bars[:1], alpha_bars[tau][1:] / alpha_bars[tau][:-1]])
-    s, feed = ddpm.Schedule(1 - alphas, alphas, alpha_bars[tau], tau, trained.s), iter(draws)
+    s = ddpm.Schedule(1 - alphas, alphas, alpha_bars[tau], tau, trained.s)
     with torch.no_grad():
-        *_, last = ddpm.p_sample_loop(s, trained.net, start, lambda t: next(feed), **trained.choices)
+        *_, last = ddpm.p_sample_loop(s, trained.net, draw(), draw, **trained.choices)
     torch.testing.assert_close((last.x_t.clamp(-1, 1) + 1) / 2, images, rtol=1e-3, atol=1e-3)
