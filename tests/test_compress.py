@@ -1,5 +1,6 @@
 """Algorithms 3 and 4 with real bits: the arithmetic code, the chosen candidate, whole files."""
 import base64
+import itertools
 import math
 import os
 import subprocess
@@ -11,14 +12,16 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-import compress
 import ddpm
+import test_commands
 import test_pictures
+from extras import compress
 from support import checkpoint, data
 from support.checkpoint import Trained
 from unet import build_network
 
 HERE = Path(__file__).resolve().parents[1]
+in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
 
 # --- the arithmetic code
 
@@ -154,8 +157,8 @@ def test_a_file_is_as_long_as_algorithm_3_says(file):
     torch.manual_seed(0)
     with torch.no_grad():
         for _ in range(10):
-            *_, (*_, rate) = ddpm.send(s, trained.net, data.to_model(picture())[None],
-                                       lambda t: torch.randn(1, 1, 8, 8), variance="fixed_small")
+            *_, (*_, rate) = ddpm.send(ddpm.Model(s, trained.net, variance="fixed_small"), data.to_model(picture())[None],
+                                       lambda t: torch.randn(1, 1, 8, 8))
             nats.append(rate.item())
     bits = sum(nats) / len(nats) / math.log(2)
     assert 0.7 * bits < 8 * len(file) < 1.4 * bits + 8 * 13
@@ -235,8 +238,16 @@ def test_bytes_behind_a_file_are_damage(file):
         compress.decode(trained, long)
 
 
-def test_every_damaged_byte_is_noticed(file, long, monkeypatch):
-    """So is a file in which all is well but the checksum, as other pixels would make it."""
+class Lying(compress.Code):
+    """Writes other checksums than it is given, as other pixels would have."""
+
+    def __call__(self, frequencies, symbol=0):
+        super().__call__(frequencies, symbol ^ (frequencies == [256] * 256))
+        return symbol
+
+
+def test_every_damaged_byte_is_noticed(file, long):
+    """So is a file in which all is well but the checksum."""
     for i in range(0, len(file), 1 if long else 9):
         wrong = bytearray(file)
         wrong[i] ^= 1 << i % 8
@@ -244,11 +255,11 @@ def test_every_damaged_byte_is_noticed(file, long, monkeypatch):
             compress.decode(network(), bytes(wrong))
     with pytest.raises(ValueError):
         compress.decode(network(), file + b"\0")
-    with monkeypatch.context() as patch:
-        patch.setattr(compress.zlib, "crc32", lambda pixels: 7)
-        wrong = compress.encode(network(), picture(), 6)
-    with pytest.raises(ValueError):
-        compress.decode(network(), wrong)
+    trained, code = network(), Lying()
+    *_, last = compress.transmit(trained, code, 6, picture())
+    assert last.t == 0 and len(code.to_bytes()) == len(file) - 13
+    with pytest.raises(ValueError, match="damaged"):
+        compress.decode(trained, file[:13] + code.to_bytes())
 
 
 def test_the_header_by_hand(file):
@@ -326,13 +337,15 @@ def test_files_of_this_version_stay_readable(channels, b, settings, content):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A folder with images.pt, a run whose weights are random, and a picture.png."""
-    monkeypatch.chdir(tmp_path)
-    torch.save(data.shapes(64, 8), "images.pt")
-    test_pictures.random_run()
+def run():
+    """A picture.png and a run whose weights are random; its data set is a folder of two pictures for
+    training and two for testing."""
+    test_pictures.random_run(dataset="pictures")
     Path("picture.png").write_bytes(data.png(picture(3)))
-    return tmp_path
+    for part in ("train", "test"):
+        Path("pictures", part).mkdir(parents=True)
+        for i, image in enumerate(data.shapes(2, 8, part)):
+            Path("pictures", part, f"{i}.png").write_bytes(data.png(image))
 
 
 def test_both_sides_compute_the_same_bits(run, capsys):
@@ -341,8 +354,8 @@ def test_both_sides_compute_the_same_bits(run, capsys):
     content = compress.encode(checkpoint.load("runs/images"), picture(3), 6)
     Path("a.ddpm").write_bytes(content)
     settings = {"OMP_NUM_THREADS": "2", "ATEN_CPU_CAPABILITY": "default"}
-    subprocess.run([sys.executable, HERE / "compress.py", "decode", "a.ddpm", "b.png"], check=True,
-                   env={**os.environ, **settings})
+    subprocess.run([sys.executable, "-m", "extras.compress", "decode", "a.ddpm", "b.png"], check=True,
+                   env={**os.environ, **settings, "PYTHONPATH": str(HERE)})
     assert Path("b.png").read_bytes() == Path("picture.png").read_bytes()
     assert compress.main("decode --bytes 40 a.ddpm c.png --checkpoint runs/images".split()) == 0
     assert (test_pictures.read_png("c.png") != picture(3)).any()
@@ -369,29 +382,18 @@ def test_a_png_becomes_a_file(run):
         assert not Path("b.ddpm").exists()
 
 
-def test_measure_takes_the_test_images_of_the_run(run, monkeypatch):
-    """From data/, or from the folder of the flag."""
-    asked = []
-    monkeypatch.setattr(compress.data, "load", lambda *given: asked.append(given) or (torch.zeros(1), ""))
-    monkeypatch.setattr(compress, "measure", lambda *_: torch.zeros(3, 8, 8, dtype=torch.uint8))
-    for flags, folder in (([], "data"), (["--data-dir", "here"], "here")):
-        assert compress.main(["measure", *flags]) == 0
-        assert asked.pop() == ("images.pt", folder, "test", 8)
-
-
 ACTIONS = {"encode": "picture.png x", "decode": "file.ddpm x.png", "measure": ""}
-MEANT = {"--b 7": {"encode", "measure"}, "--n 1": {"measure"}, "--bytes 100": {"decode"}}
-SAYS = {**MEANT, "--data-dir there": {"measure"}, "--checkpoint runs/other": {*ACTIONS}}
+MEANT = {"--b 7": {"encode", "measure"}, "--n 2": {"measure"}, "--bytes 100": {"decode"}}
+SAYS = {**MEANT, "--data-dir there": set(), "--checkpoint runs/other": {*ACTIONS}}
+BASE = {"encode": ["--b", "6"], "decode": [], "measure": ["--b", "2", "--n", "1"]}
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_every_choice_reaches_every_file(run, monkeypatch, capsys, action):
+def test_every_choice_reaches_every_file(run, capsys, action):
     """Each flag changes what it must and is refused where it has no meaning; another network cannot
-    read a file. The flags are read off the parser, so that a new one without a line above fails."""
+    read a file. The folder of the data, where decoded pictures are kept, changes nothing else. The
+    flags are read off the command, so that a new one without a line above fails."""
     pytest.importorskip("PIL", reason="Pillow is not installed")
-    known = test_pictures.flags_read(monkeypatch, compress.Parser, "parse_intermixed_args")
-    monkeypatch.setattr(compress.data, "load", lambda name, place, *_: (
-        data.shapes(3, 8)[2 * (place != "data"):][:2], ""))
     state = checkpoint.load_checkpoint(Path("runs/images/checkpoint.pt"))
     state["ema"]["conv_out.bias"] += 0.1
     state.pop("format")
@@ -400,12 +402,12 @@ def test_every_choice_reaches_every_file(run, monkeypatch, capsys, action):
     assert compress.main(files) == 0 and capsys.readouterr()
 
     def made(*flags) -> tuple[str, bytes]:
-        base = ["--checkpoint", "runs/images"] + (["--b", "6"] if action != "decode" else [])
+        base = ["--checkpoint", "runs/images", *BASE[action]]
         assert compress.main([action, *ACTIONS[action].split(), *base, *flags]) == 0
         out = Path("compress.png" if action == "measure" else ACTIONS[action].split()[1])
         return capsys.readouterr().out, out.read_bytes()
+    assert test_pictures.flags_of(compress.main) == {words.split()[0] for words in SAYS} | {"--help"}
     base = made()
-    assert made() == base and known == {words.split()[0] for words in SAYS} | {"--help"}
     for words in SAYS:
         if action not in MEANT.get(words, ACTIONS):
             assert compress.main([action, *ACTIONS[action].split(), *words.split()]) == 2, words
@@ -413,18 +415,19 @@ def test_every_choice_reaches_every_file(run, monkeypatch, capsys, action):
             assert compress.main([action, *ACTIONS[action].split(), *words.split()]) == 1
         else:
             assert (made(*words.split()) == base) == (action not in SAYS[words]), words
+    assert all(any(Path(folder).glob("test-8-*.u8")) == (action == "measure") for folder in ("data", "there"))
 
 
 def test_measure_prints_every_format(run, capsys):
-    """The whole files are exact, as PNG is; their beginnings err less and less. A row of the picture
-    is what 16, 32, 64, 128, 256 and all bytes of a file show."""
+    """Of the test images: the whole files are exact, as PNG is; their beginnings err less and less. A
+    row of the picture is what 16, 32, 64, 128, 256 and all bytes of a file show."""
     pytest.importorskip("PIL", reason="Pillow is not installed")
-    assert compress.main("measure --n 2 --b 6".split()) == 0
+    assert compress.main("measure --b 6".split()) == 0
     rows = capsys.readouterr().out.splitlines()
     errors = {row[:22].strip(): float(row.split()[-1]) for row in rows}
     sizes = {row[:22].strip(): float(row[22:].split()[0]) for row in rows}
     bits = {row[:22].strip(): float(row[22:].split()[2]) for row in rows}
-    trained, images = checkpoint.load(), torch.load("images.pt")[:2]
+    trained, images = checkpoint.load(), data.shapes(2, 8, "test")
     content = [compress.encode(trained, image, 6) for image in images]
     assert sizes["whole files"] == sum(map(len, content)) / 2
     assert bits["whole files"] == pytest.approx(8 * sizes["whole files"] / 192, abs=1e-3)
@@ -446,24 +449,31 @@ def test_measure_prints_every_format(run, capsys):
     assert errors["their first 256 bytes"] < errors["their first 64 bytes"] < errors["their first 32 bytes"]
 
 
-def test_what_cannot_be_shown_is_grey_but_a_file_that_is_wrong_is_an_error(monkeypatch):
-    """Of nine images the first eight are shown; grey ones are measured, too."""
-    pytest.importorskip("PIL", reason="Pillow is not installed")
+class Simple(torch.nn.Module):
+    """A network without weights. If it drifts, no two calls give the same."""
+    calls = itertools.count()
 
-    def decode(trained, content):
-        if len(content) < 20:
-            raise EOFError
-        if len(content) == 256:
-            raise ValueError("it is damaged")
-        return picture(), 1
-    monkeypatch.setattr(compress, "decode", decode)
-    monkeypatch.setattr(compress, "encode", lambda *_: bytes(200))
-    shown = compress.measure(network(), picture().expand(9, -1, -1, -1), 6)
+    def __init__(self, drifts: bool = False):
+        super().__init__()
+        self.drifts = drifts
+
+    def forward(self, x, t):
+        return 0.3 * x + (next(Simple.calls) / 100 if self.drifts else 0)
+
+
+def test_what_cannot_be_shown_is_grey_but_a_file_that_is_wrong_is_an_error(capsys):
+    """Of nine images the first eight are shown; grey ones are measured, too. Here 16 bytes show nothing,
+    since x_T alone takes more. A file that does not give the picture back, because the network computes
+    something else each time, is not passed over as one that is too short."""
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    images, s = data.shapes(9, 8)[:, :1], ddpm.schedule_from_betas([0.01, 0.01])
+    shown = compress.measure(network()._replace(net=Simple(), s=s), images, 6)
     assert shown.shape == (1, 8 * 80, 6 * 80) and (shown[:, :, :80] == 128).all()
-    assert torch.equal(shown[:, :80:10, 80:160:10], picture())
-    monkeypatch.setattr(compress, "encode", lambda *_: bytes(300))
+    assert torch.equal(shown[:, ::10, 400::10], images[:8].transpose(0, 1).reshape(1, 64, 8))
+    rmse = (images - 128.0).square().mean().sqrt().item()
+    assert float(capsys.readouterr().out.splitlines()[0].split()[-1]) == pytest.approx(rmse, abs=6e-3)
     with pytest.raises(ValueError, match="damaged"):
-        compress.measure(network(), picture()[None], 6)
+        compress.measure(network()._replace(net=Simple(drifts=True), s=s), images[:1], 6)
 
 
 @pytest.mark.parametrize("line, status, said", [
@@ -490,11 +500,14 @@ def test_too_few_bytes_are_one_line(run, capsys):
 
 @pytest.mark.parametrize("change, line, status", [
     ({"variance": "learned", "objective": "vlb"}, "decode a.ddpm b.png", 1), ({"dataset": None}, "measure", 2)])
-def test_networks_that_cannot_be_used(run, monkeypatch, capsys, change, line, status):
+def test_networks_that_cannot_be_used(run, capsys, change, line, status):
     """One with learned variance, and one of which nobody knows the data set."""
-    settings = {**checkpoint.load("runs/images").settings, **change}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    trained = Trained(None, None, settings, "")
-    monkeypatch.setattr(compress, "load", lambda *_: trained)
+    test_pictures.random_run(**change)
+    state = checkpoint.load_checkpoint(Path("runs/images/checkpoint.pt"))
+    state["settings"] = {key: value for key, value in state["settings"].items() if value is not None or key != "dataset"}
+    del state["format"]
+    checkpoint.save_checkpoint(Path("runs/images/checkpoint.pt"), state)
+    Path("a.ddpm").write_bytes(b"a file")
     assert compress.main(line.split()) == status
-    assert capsys.readouterr().err.count("\n") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and ("learned variance" if status == 1 else "data set") in err

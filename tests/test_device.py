@@ -10,7 +10,7 @@ import test_commands
 import test_pictures
 import train
 from support.checkpoint import Trained, load_checkpoint
-from support.machine import Machine
+from support.machine import Machine, start_machine
 from test_commands import assert_equal
 
 in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
@@ -65,10 +65,9 @@ def test_the_same_command_draws_the_same_samples(device):
 
 
 @GPU
-def test_a_gpu_draws_the_samples_of_a_cpu(monkeypatch):
+def test_a_gpu_draws_the_samples_of_a_cpu():
     """In float32, without TF32, 99 % of the pixels to one level of 255. (The noise: test_support.py.)"""
-    for kind in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(kind, "allow_tf32", False)
+    start_machine("cuda", "fp32")
     run = test_pictures.random_run()
     here, there = (images_on(place, run).int() for place in ("cpu", "cuda"))
     assert ((here - there).abs() <= 1).double().mean() >= 0.99

@@ -4,9 +4,11 @@ import gzip
 import hashlib
 import io
 import math
+import os
 import re
+import signal
 import struct
-import types
+import sys
 import warnings
 from pathlib import Path
 
@@ -18,14 +20,17 @@ from hypothesis import strategies as st
 import ddpm
 import evaluate
 import sample
+import test_commands
 import test_pictures
-from support import data
-from support.checkpoint import Trained
+from support import data, machine
 from support.command import UsageError
 from support.machine import Machine, Noise
+from test_commands import free_port, hooked, when_called
+from unet import UNet
 
 F64 = torch.float64
 CPU = Machine(torch.device("cpu"), torch.float32)
+in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
@@ -43,45 +48,42 @@ def test_strata_cover_2_to_T_once(T, K):
     assert len(ranges) <= K
 
 
-def test_eq05_stratified_estimate_is_unbiased(monkeypatch):
+def test_eq05_stratified_estimate_is_unbiased():
     """T = 6: the mean of the estimate over every possible draw of times is the sum of all terms.
 
-    Exact, no sampling. Kills: a stratum's weight other than its length, L_0 left to chance."""
-    s, x0 = ddpm.make_schedule(6), torch.randint(256, (2, 3)).to(F64) / 127.5 - 1
-    model, T = (lambda x, t: 0.3 * x), 6
+    Exact: seeds are tried until each draw has come. Kills: a stratum's weight other than its length,
+    L_0 left to chance."""
+    s, x0, T = ddpm.make_schedule(6), torch.randint(256, (1, 3)).to(F64) / 127.5 - 1, 6
+    noise = lambda times: randn(int(times), 1, 3)
+    seen = []
 
-    def noise(times):
-        return torch.stack([randn(1000 * i + u, 3) for i, u in zip((5, 9), times.tolist())])
+    def model(x, t):
+        seen.append(int(t))
+        return 0.3 * x
 
     def term(t: int) -> torch.Tensor:
-        times = torch.full((2,), t)
+        times = torch.tensor([t])
         x_t = ddpm.q_sample(s, x0, times, noise(times))
-        return ddpm.vlb_term(s, x0, x_t, times, ddpm.p_mean_variance(s, model, x_t, times))
-
+        return ddpm.vlb_term(s, x0, x_t, times, ddpm.p_mean_variance(ddpm.Model(s, model), x_t, times))
+    L_0, want = term(1), ddpm.prior_kl(s, x0) + sum(term(t) for t in range(1, T + 1))
     for K in (1, 2, 3, 5):
-        ranges = evaluate.strata(T, K)
-        combinations = math.prod(b - a + 1 for a, b in ranges)
-        total = torch.zeros(2, dtype=F64)
-        for n in range(combinations):
-            def pick(seed, what, image, k):
-                if k == 0:
-                    return 0
-                before = math.prod(b - a + 1 for a, b in ranges[:k - 1])
-                return n // before % (ranges[k - 1][1] - ranges[k - 1][0] + 1)
-            monkeypatch.setattr(evaluate, "seed_of", pick)
-            bound = evaluate.estimate(s, model, x0, [5, 9], 0, K, noise)
-            torch.testing.assert_close(bound[:, 2], term(1))
-            total += bound.sum(1)
-        want = ddpm.prior_kl(s, x0) + sum(term(t) for t in range(1, T + 1))
-        torch.testing.assert_close(total / combinations, want, rtol=1e-10, atol=0)
+        drawn, draws = {}, math.prod(b - a + 1 for a, b in evaluate.strata(T, K))
+        for seed in range(200):
+            seen.clear()
+            bound = evaluate.estimate(ddpm.Model(s, model), x0, [5], seed, K, noise)
+            drawn[tuple(seen)] = bound.sum(1)
+            assert seen[0] == 1
+            torch.testing.assert_close(bound[:, 2], L_0)
+            if len(drawn) == draws:
+                break
+        assert len(drawn) == draws
+        torch.testing.assert_close(sum(drawn.values()) / draws, want, rtol=1e-10, atol=0)
 
 
 def rate_distortion(curve, images) -> list[list[float]]:
-    """The rows of the file that evaluate.py writes of this curve; no plot is drawn."""
+    """The rows of the file that evaluate.py writes of this curve; its plot has no place to go to."""
     table = io.BytesIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "plot", lambda *_: True)
-        evaluate.rate_distortion(curve, images, Path("x.png"), table)
+    evaluate.rate_distortion(curve, images, Path("images.pt/x.png"), table)
     names, *rows = table.getvalue().decode().splitlines()
     assert names == "t,rate_bits_per_dim,distortion_rmse"
     return [[float(x) for x in row.split(",")] for row in rows]
@@ -105,24 +107,26 @@ def times_of(seed: int, index: list[int], K: int = 4) -> list[tuple[int, ...]]:
         seen.append(t.tolist())
         return torch.zeros_like(x)
     seen: list[list[int]] = []
-    evaluate.estimate(ddpm.make_schedule(1000), model, torch.zeros(len(index), 3), index, seed, K,
+    evaluate.estimate(ddpm.Model(ddpm.make_schedule(1000), model), torch.zeros(len(index), 3), index, seed, K,
                       lambda t: torch.zeros(len(index), 3))
     return list(zip(*seen))
 
 
-def test_times_are_a_function_of_seed_image_and_stratum(monkeypatch):
+def test_times_are_a_function_of_seed_image_and_stratum():
     """An image has the same times in every batch; another image, seed or stratum has others. They
     stay the same in later versions, so that a published estimate can be had again.
 
-    The last is seen in strata of the same length, where one draw for all gives the same places."""
+    The last is seen in the place that a time has in its stratum, from 0 to 1, in the two longest: one
+    draw for both would give almost the same places."""
     assert times_of(0, [0, 1]) == [(1, 6, 19, 79, 373), (1, 5, 22, 179, 736)]
     a, b = times_of(0, [3, 8])
     assert times_of(0, [8, 3, 8]) == [b, a, b]
     assert len({a, b, *times_of(1, [3, 8]), *times_of(0, [4, 9])}) == 6
     for first, *rest in (a, b):
         assert first == 1 and all(x <= t <= y for t, (x, y) in zip(rest, evaluate.strata(1000, 4)))
-    monkeypatch.setattr(evaluate, "strata", lambda T, K: [(2, 101), (102, 201)])
-    assert len({t[2] - t[1] for t in times_of(0, list(range(20)))}) > 10
+    places = [[(t - x) / (y - x) for t, (x, y) in zip(times[3:], evaluate.strata(1000, 4)[2:])]
+              for times in times_of(0, list(range(20)))]
+    assert sum(abs(one - other) > 0.05 for one, other in places) > 10
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -133,14 +137,14 @@ def test_estimate_by_hand(clip):
     s, index, x0 = ddpm.make_schedule(1000), [7, 2], torch.tensor([[-1, 0.2, 1], [0.6, -0.2, 0]])
     times = list(zip(*times_of(5, index)))
     lengths = [1] + [b - a + 1 for a, b in evaluate.strata(1000, 4)]
-    terms = []
+    model, terms = ddpm.Model(s, lambda x, t: 3 * x, clip=clip), []
     for length, ts in zip(lengths, times):
         bar = s.alpha_bars[list(ts)].float()[:, None]
         eps = torch.cat([Noise(5, [i], (3,))(t) for i, t in zip(index, ts)])
         x_t, t = bar.sqrt() * x0 + (1 - bar).sqrt() * eps, torch.tensor(ts)
-        p = ddpm.p_mean_variance(s, lambda x, t: 3 * x, x_t, t, clip=clip)
+        p = ddpm.p_mean_variance(model, x_t, t)
         terms.append(length * ddpm.vlb_term(s, x0, x_t, t, p))
-    bound = evaluate.estimate(s, lambda x, t: 3 * x, x0, index, 5, 4, Noise(5, index, (3,)), clip=clip)
+    bound = evaluate.estimate(model, x0, index, 5, 4, Noise(5, index, (3,)))
     torch.testing.assert_close(bound[:, 0], ddpm.prior_kl(s, x0))
     torch.testing.assert_close(bound[:, 1], sum(terms[1:]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(bound[:, 2], terms[0], rtol=1e-4, atol=1e-5)
@@ -149,7 +153,7 @@ def test_estimate_by_hand(clip):
 def test_estimate_of_one_step_has_no_middle():
     """T = 1: the bound is L_T + L_0."""
     s = ddpm.schedule_from_betas(torch.tensor([0.9], dtype=F64))
-    bound = evaluate.estimate(s, lambda x, t: x, torch.zeros(2, 3), [0, 1], 0, 5,
+    bound = evaluate.estimate(ddpm.Model(s, lambda x, t: x), torch.zeros(2, 3), [0, 1], 0, 5,
                               lambda t: torch.zeros(2, 3))
     assert bound[:, 1].tolist() == [0, 0] and (bound[:, 2] > 0).all()
 
@@ -172,27 +176,32 @@ def test_table_4_is_rows_of_the_file(capsys, T, steps):
     assert numbers == pytest.approx(rows[-1][1:], abs=6e-5)
 
 
-def test_plot_of_rate_and_distortion(monkeypatch, capsys):
-    """Figure 5: distortion over rate, the numbers of the file; where no plot can be drawn a line
-    says what is missing."""
-    class Axes:
-        def plot(self, x, y):
-            self.line = x, y
-
-        def set(self, **names):
-            self.names = names
-    axes, drawn = Axes(), []
-    monkeypatch.setattr(data, "plot", lambda path, draw: drawn.append((path, draw(axes))) or len(drawn) > 1)
-    table = io.BytesIO()
-    for missing in (True, False):
+def test_plot_of_rate_and_distortion(capsys):
+    """Figure 5: distortion over rate, the numbers of the file. The figure is looked at when it is saved."""
+    Figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed").Figure
+    figures, table = [], io.BytesIO()
+    with when_called({Figure.savefig: lambda frame: figures.append(frame.f_locals["self"])}):
         evaluate.rate_distortion(randn(0, 4, 20, 2).abs(), torch.zeros(4, 3, 2, 2, dtype=torch.uint8),
                                  Path("there/x.png"), table)
-        assert ("matplotlib" in capsys.readouterr().err) == missing
-    rows = [[float(x) for x in row.split(",")] for row in table.getvalue().decode().splitlines()[1:21]]
-    assert drawn[0][0] == Path("there/x.png")
-    for i, values in enumerate(axes.line, 1):
-        assert values == pytest.approx([row[i] for row in rows], abs=6e-6)
-    assert "rate" in axes.names["xlabel"] and "distortion" in axes.names["ylabel"]
+    assert Path("there/x.png").stat().st_size > 1000 and not capsys.readouterr().err
+    rows = [[float(x) for x in row.split(",")] for row in table.getvalue().decode().splitlines()[1:]]
+    axes, = figures[0].axes
+    line, = axes.lines
+    for i, values in enumerate((line.get_xdata(), line.get_ydata()), 1):
+        assert list(values) == pytest.approx([row[i] for row in rows], abs=6e-6)
+    assert "rate" in axes.get_xlabel() and "distortion" in axes.get_ylabel()
+
+
+def test_without_matplotlib_a_line_says_what_is_missing(capsys):
+    """The numbers are there all the same."""
+    hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "matplotlib"}
+    sys.modules["matplotlib"] = None
+    try:
+        assert len(rate_distortion(randn(0, 4, 20, 2).abs(), torch.zeros(4, 3, 2, 2, dtype=torch.uint8))) == 20
+    finally:
+        del sys.modules["matplotlib"]
+        sys.modules.update(hidden)
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------- FID, IS
@@ -283,24 +292,16 @@ class Inception(torch.nn.Module):
         return torch.softmax(8 * features + bias, 1)
 
 
-def stand_ins(tmp_path, monkeypatch) -> None:
-    """A folder with 64 images, 30 samples, and the network in place of Inception."""
-    monkeypatch.chdir(tmp_path)
-    torch.save(data.shapes(64, 8), "images.pt")
+@pytest.fixture
+def network():
+    """The network in place of Inception, and 30 samples; no network was trained."""
     torch.save(data.shapes(30, 8, "test"), "made.pt")
     torch.jit.script(Inception()).save("inception.pt")
 
 
 @pytest.fixture
-def network(tmp_path, monkeypatch):
-    """The Inception stand-in, 64 images and 30 samples; no network was trained."""
-    stand_ins(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(network):
     """The same, and a run whose networks are random."""
-    stand_ins(tmp_path, monkeypatch)
     return test_pictures.random_run()
 
 
@@ -315,7 +316,8 @@ def score(capsys, *flags) -> tuple[float, str, str]:
 
 
 def test_inception_network_is_fetched_once_and_checked(network, server, monkeypatch, capsys):
-    """Its file is code: without the right checksum it is not even opened."""
+    """Its file is code: without the right checksum it is not even opened, or the error would be that
+    of a file which is no TorchScript."""
     raw = Path("inception.pt").read_bytes()
     server.files["/some/net.pt"] = raw
     address, sha256 = server.address + "/some/net.pt", hashlib.sha256(raw).hexdigest()
@@ -328,10 +330,10 @@ def test_inception_network_is_fetched_once_and_checked(network, server, monkeypa
     assert server.asked == ["/some/net.pt"]
     assert evaluate.main([*(x for x in SCORE if "inception" not in x), "--data-dir", "new"]) == 0
     assert Path("new/net.pt").read_bytes() == raw
-    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was opened"))
-    Path("folder/net.pt").write_bytes(raw + b"more")
-    with pytest.raises(ValueError, match="net.pt"):
-        evaluate.load_inception(None, "folder", CPU)
+    for other in (raw + b"more", b"no TorchScript"):
+        Path("folder/net.pt").write_bytes(other)
+        with pytest.raises(ValueError, match="net.pt.*its SHA-256 is another"):
+            evaluate.load_inception(None, "folder", CPU)
     server.files["/some/net.pt"] = raw + b"more"
     with pytest.raises(OSError, match="net.pt"):
         evaluate.load_inception(None, "other", CPU)
@@ -402,17 +404,20 @@ def test_the_line_of_the_fid_names_the_split_and_the_counts(network, capsys):
 
 @pytest.mark.parametrize("flags", ["--steps 4 --seed 4 --no-clip --precision fp32",
                                    "--steps 2 --no-ema --precision bf16"])
-def test_samples_drawn_here_are_those_of_sample_py(run, monkeypatch, capsys, flags):
+def test_samples_drawn_here_are_those_of_sample_py(run, capsys, flags):
     """The same flags give the same images to the bit, in batches of the size that is asked for, and
     the same words about them."""
-    made, batches, noise = [], [], sample.Noise
-    monkeypatch.setattr(evaluate, "inception_outputs", lambda net, images, *_: made.append(images))
-    monkeypatch.setattr(sample, "Noise", lambda seed, mine, *a: batches.append(len(mine)) or noise(seed, mine, *a))
+    made, batches = [], []
     flags = f"{flags} --n 3 --device cpu --batch-size 2".split()
-    assert sample.main([*flags, "--out", "want.pt"]) == 0
-    about = "DDIM" + capsys.readouterr().err.split("DDIM")[1].splitlines()[0]
-    evaluate.main([*flags, "--fid", "--inception", "inception.pt"])
-    assert torch.equal(made.pop(), torch.load("want.pt")) and batches == [2, 1, 2, 1]
+    with hooked(UNet, lambda net, x: batches.append(len(x[0]))), hooked(
+            torch.jit.ScriptModule, lambda net, x: made.append(x[0])):
+        assert sample.main([*flags, "--out", "want.pt"]) == 0
+        about = "DDIM" + capsys.readouterr().err.split("DDIM")[1].splitlines()[0]
+        alone, steps = batches.copy(), int(flags[1])
+        assert evaluate.main([*flags, "--fid", "--inception", "inception.pt"]) == 0
+    assert batches == 2 * alone and alone == steps * [2] + steps * [1]
+    samples = torch.load("want.pt")                            # each batch is looked at twice
+    assert torch.equal(made[0], samples[:2]) and torch.equal(made[2], samples[2:])
     err = capsys.readouterr().err
     assert "3/3" in err and about in err
 
@@ -528,29 +533,49 @@ def test_every_number_of_the_bound_by_hand(run, capsys, flags):
         assert d == pytest.approx(error[i].item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("terms", [None, 3])
-def test_two_processes_print_what_one_prints(network, monkeypatch, terms):
-    """Bits/dim of five images, rate and distortion, FID and Inception score: each process computes a
-    half, in batches of its own, and only the first one prints."""
-    net, out = Inception(), io.StringIO()
-    trained = Trained(lambda x, t: 0.3 * x, ddpm.make_schedule(20), test_pictures.SMALL, "")
-    monkeypatch.setattr(evaluate, "inference_model", lambda net, machine: net)
-    monkeypatch.setattr(data, "plot", lambda *_: True)
+def in_two_processes(job) -> None:
+    """job() in two real processes, which torchrun's variables join. They are copies of this one, so
+    that they start at once; what they print goes into the files out-0 and out-1."""
+    if not hasattr(os, "fork"):
+        pytest.skip("Windows copies no processes")
+    port, children = free_port(), []
+    for rank in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: other threads are not copied
+            child = os.fork()
+        if not child:
+            status = 99
+            try:
+                signal.alarm(120)
+                os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                with open(f"out-{rank}", "w") as out, contextlib.redirect_stdout(out):
+                    status = job()
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
 
-    def job(machine):
-        args, table = types.SimpleNamespace(batch_size=2, seed=1, terms=terms, no_clip=False,
-                                            out=Path()), io.BytesIO()
-        before = len(out.getvalue())
-        with contextlib.redirect_stdout(out):
-            evaluate.likelihood(trained, data.shapes(5, 8), machine, args, table)
-            evaluate.scores(net, data.shapes(11, 8), data.shapes(4, 8, "test"), "x", machine, args)
-        said = out.getvalue()[before:]
-        assert machine.is_main == bool(said) and (machine.is_main and not terms) == bool(table.getvalue())
-        return [float(x) for x in re.findall(r"\d+\.\d+", said + table.getvalue().decode())]
-    one = job(CPU)
-    assert len(one) > 10 and test_pictures.both(monkeypatch, job) == pytest.approx(one, rel=1e-4, abs=2e-4)
+
+@pytest.mark.parametrize("flags", ["--n 5 --seed 1 --batch-size 2", "--n 5 --seed 1 --batch-size 2 --terms 3",
+                                   "--fid --inception inception.pt --samples made.pt --batch-size 2"])
+def test_two_processes_print_what_one_prints(run, capsys, flags):
+    """Bits/dim of five images, rate and distortion, FID and Inception score: each process computes a
+    half, in batches of its own, and only the first one prints and writes."""
+    torch.save(data.shapes(11, 8), "made.pt")
+
+    def numbers(text: str) -> list[float]:
+        table = Path("rate-distortion.csv")
+        text = text.split("\n", 1)[1] + (table.read_text() if table.exists() else "")
+        table.unlink(missing_ok=True)
+        return [float(x) for x in re.findall(r"\d+\.\d+", text)]
+    words = [*flags.split(), "--device", "cpu"]
+    assert evaluate.main(words) == 0
+    one = numbers(capsys.readouterr().out)
+    in_two_processes(lambda: evaluate.main(words))
+    assert not Path("out-1").read_text()
+    assert len(one) >= 3 and numbers(Path("out-0").read_text()) == pytest.approx(one, rel=1e-4, abs=2e-4)
     with pytest.raises(ValueError):
-        evaluate.inception_outputs(net, data.shapes(1, 8), CPU._replace(rank=1, world=2), 2, "")
+        evaluate.inception_outputs(None, data.shapes(1, 8), CPU._replace(rank=1, world=2), 2, "")
 
 
 def test_fid_and_inception_score_by_hand(run, capsys):
@@ -592,12 +617,13 @@ KINDS = {"bound": "--n 4", "estimate": "--n 4 --terms 3", "fid": "--n 12 --fid -
 CHANGES = {  # the flags, and the kinds of evaluation whose numbers they change
     "--seed 4": {"bound", "estimate", "fid"}, "--no-clip": {"bound", "estimate", "fid"},
     "--no-ema": {"bound", "estimate", "fid"}, "--n 11": {"bound", "estimate", "fid"}, "--steps 3": {"fid"},
-    "--terms 4": {"bound", "estimate"}, "--inception other.pt": {"fid", "samples"},
-    "--samples more.pt": {"samples"}, "--fid": {"bound"}, **dict.fromkeys(
-        ("--dataset other.pt", "--data-dir there", "--split other"), {*KINDS})}
-NOTHING = ("--batch-size 3", "--device cpu", "--precision fp32", "--checkpoint runs/images/checkpoint.pt", "--out there")
+    "--terms 4": {"bound", "estimate"}, "--inception inception-2.pt": {"fid", "samples"},
+    "--samples more.pt": {"samples"}, "--fid": {"bound"}, "--dataset other.pt": {*KINDS}}
+NOTHING = ("--batch-size 3 --device cpu --precision fp32 --checkpoint runs/images/checkpoint.pt --out there --no-compile",
+           "--compile")
+PARTS = ("--data-dir there", "--split other")
 REFUSED = {"--steps 3": {"bound", "estimate", "samples"}, "--terms 4": {"fid", "samples"}, "--n 11": {"samples"},
-           "--inception other.pt": {"bound", "estimate"}, "--samples more.pt": {"bound", "estimate", "fid"},
+           "--inception inception-2.pt": {"bound", "estimate"}, "--samples more.pt": {"bound", "estimate", "fid"},
            "--fid": {"estimate"}}
 
 
@@ -608,32 +634,50 @@ def test_every_choice_reaches_every_number(run, monkeypatch, capsys, kind):
     are read off its own parser, so that a new one without a line above fails.
 
     Kills: a choice that the bound follows and the FID does not, or the reverse."""
-    def load(name, place, split, size):
-        seed = {"images.pt": 0, "other.pt": 1}[name] + 2 * (place != "data") + 4 * (split != split_of_the_paper)
-        return torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)), ""
-
     def numbers(*flags) -> list[str]:
         assert evaluate.main([*f"--device cpu --precision fp32 {KINDS[kind]}".split(), *" ".join(flags).split()]) == 0
         return re.findall(r"\d+\.\d{3,}", "".join(capsys.readouterr().out.splitlines(True)[1:]))
-    known = test_pictures.flags_read(monkeypatch, evaluate.Parser)
-    monkeypatch.setattr(data, "load", load)
-    split_of_the_paper, other = ("test", "train") if kind in ("bound", "estimate") else ("train", "test")
+    monkeypatch.setattr(machine, "BACKEND", "eager")
+    torch.save(torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), "other.pt")
     torch.save(data.shapes(30, 8), "more.pt")
-    torch.jit.script(Inception(2.0)).save("other.pt")
-    base = numbers()
-    assert base and known == {words.split()[0] for words in (*CHANGES, *NOTHING)} | {"--help"}
+    torch.jit.script(Inception(2.0)).save("inception-2.pt")
+    known, base = test_pictures.flags_of(evaluate.main) - {"--help"}, numbers()
+    assert base and known == set(re.findall("--[a-z-]+", " ".join((*CHANGES, *NOTHING, *PARTS))))
     for words in (*CHANGES, *NOTHING):
-        asked = words.replace("--split other", f"--split {other}")
         if kind in REFUSED.get(words, ()):
-            assert evaluate.main([*KINDS[kind].split(), *asked.split()]) == 2, words
+            assert evaluate.main([*KINDS[kind].split(), *words.split()]) == 2, words
             continue
         more = "--inception inception.pt" if words == "--fid" else ""
-        found = numbers(asked, more)
+        found = numbers(words, more)
         close = len(found) == len(base) and [float(x) for x in found] == pytest.approx([float(x) for x in base], rel=2e-4)
         assert close == (kind not in CHANGES.get(words, ())), (words, base, found)
 
 
-def test_mistakes_are_one_line(run, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_is_of_the_folder_and_the_part_that_are_asked_for(network, capsys, kind):
+    """MNIST lies in data/ and in another folder, and has two parts: the test images are the default of
+    the bound, the training images of FID."""
+    test_pictures.random_run(in_channels=1, image_size=32)
+    torch.save(torch.load("made.pt")[:12, :1].repeat(1, 1, 4, 4), "made.pt")
+    for i, folder in enumerate(("data", "there")):
+        Path(folder, "mnist").mkdir(parents=True)
+        for j, name in enumerate(("train", "t10k")):
+            pixels = bytes((k * (3 + i + 2 * j) + k // 28 * 7) % 251 for k in range(3 * 784))
+            Path(folder, "mnist", f"{name}-images-idx3-ubyte.gz").write_bytes(
+                gzip.compress(struct.pack(">IIII", 2051, 3, 28, 28) + pixels))
+    base = {"bound": "--n 1", "estimate": "--n 1 --terms 2", "fid": "--n 2 --steps 2 --fid --inception inception.pt",
+            "samples": KINDS["samples"]}[kind]
+
+    def numbers(*flags) -> list[str]:
+        assert evaluate.main([*f"--device cpu --precision fp32 --dataset mnist {base}".split(), *flags]) == 0
+        return re.findall(r"\d+\.\d{3,}", capsys.readouterr().out.split("\n", 1)[1])
+    usual, other = ("test", "train") if kind in ("bound", "estimate") else ("train", "test")
+    found = [numbers(*flags) for flags in ([], ["--data-dir", "there"], ["--split", other])]
+    assert len(set(map(tuple, found))) == 3
+    assert kind in ("bound", "fid") or numbers("--split", usual, "--data-dir", "data") == found[0]
+
+
+def test_mistakes_are_one_line(run, capsys):
     """A cut Inception file, one that is none, samples that are no images, one sample, grey against
     colour, more images than there are, a place that cannot be written, no data set that is named.
     Those that need no network are noticed before any is called."""
@@ -641,8 +685,7 @@ def test_mistakes_are_one_line(run, capsys, monkeypatch):
     torch.save(torch.rand(4, 3, 8, 8) * math.nan, "nan.pt")
     torch.save(data.shapes(1, 8), "one.pt")
     torch.save(data.shapes(3, 8)[:, :1], "grey.pt")
-    monkeypatch.setattr(evaluate, "inference_model", lambda *_: pytest.fail("it was called"))
-    monkeypatch.setattr(sample, "inference_model", lambda *_: pytest.fail("it was called"))
+    calls = []
     for flags, match in (("--fid --inception cut.pt --samples made.pt", "cut.pt"),
                          ("--fid --inception cut.pt --n 2", "cut.pt"),
                          ("--fid --inception made.pt --samples made.pt", "made.pt"),
@@ -650,6 +693,7 @@ def test_mistakes_are_one_line(run, capsys, monkeypatch):
                          ("--fid --inception inception.pt --samples one.pt", "1"),
                          ("--fid --inception inception.pt --samples grey.pt", "grey.pt"),
                          ("--dataset grey.pt", "grey.pt"), ("--n 65", "65"), ("--out images.pt", "images.pt")):
-        assert evaluate.main(["--device", "cpu", *flags.split()]) == 1
+        with hooked(UNet, lambda *_: calls.append(1)):
+            assert evaluate.main(["--device", "cpu", *flags.split()]) == 1 and not calls, flags
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert match in err and "unforeseen" not in err, flags
