@@ -1032,7 +1032,7 @@ def test_compile_falls_back(monkeypatch):
     def works(graph, inputs):
         given.append(inputs)
         return graph.forward
-    flags = (*SMALL, "--warmup", 0, "--steps", 1, "--micro-batch", 3, "--dropout", 0)
+    flags = (*SMALL, "--warmup", 0, "--steps", 1, "--batch-size", 5, "--micro-batch", 3, "--dropout", 0)
     trains(*flags, "--out", "plain")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(suppress_errors=False):

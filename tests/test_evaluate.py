@@ -563,17 +563,16 @@ def test_two_processes_print_what_one_prints(run, capsys, flags):
     half, in batches of its own, and only the first one prints and writes."""
     torch.save(data.shapes(11, 8), "made.pt")
 
-    def numbers(text: str) -> list[float]:
-        table = Path("rate-distortion.csv")
+    def numbers(text: str, folder: str) -> list[float]:
+        table = Path(folder, "rate-distortion.csv")
         text = text.split("\n", 1)[1] + (table.read_text() if table.exists() else "")
-        table.unlink(missing_ok=True)
         return [float(x) for x in re.findall(r"\d+\.\d+", text)]
     words = [*flags.split(), "--device", "cpu"]
-    assert evaluate.main(words) == 0
-    one = numbers(capsys.readouterr().out)
-    in_two_processes(lambda: evaluate.main(words))
-    assert not Path("out-1").read_text()
-    assert len(one) >= 3 and numbers(Path("out-0").read_text()) == pytest.approx(one, rel=1e-4, abs=2e-4)
+    assert evaluate.main([*words, "--out", "one"]) == 0
+    one = numbers(capsys.readouterr().out, "one")
+    in_two_processes(lambda: evaluate.main([*words, "--out", f"rank-{os.environ['RANK']}"]))
+    assert not Path("out-1").read_text() and not Path("rank-1").exists()
+    assert len(one) >= 3 and numbers(Path("out-0").read_text(), "rank-0") == pytest.approx(one, rel=1e-4, abs=2e-4)
     with pytest.raises(ValueError):
         evaluate.inception_outputs(None, data.shapes(1, 8), CPU._replace(rank=1, world=2), 2, "")
 
