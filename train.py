@@ -424,7 +424,7 @@ def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: P
     init = load(given["init"], machine=machine) if given["init"] and not stored else None
     name = given.get("dataset", SETTINGS["dataset"][0])
     own = init.model_settings if init else {}
-    settings = settle(stored or defaults(name, images.shape[2]) | own, given, images)
+    settings = settle(defaults(name, images.shape[2]) | own | stored, given, images)
     for key, value in own.items():
         if settings[key] != value:
             raise UsageError(f"--init has {key} {value}, not {settings[key]}")

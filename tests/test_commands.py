@@ -18,6 +18,7 @@ import sys
 import time
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -433,11 +434,12 @@ def test_the_objective_L_is_not_clipped():
     """A term of L is the weighted error of ε (Eq. 12), also where x̂_0 lies far outside [−1, 1].
 
     Kills: x̂_0 clipped inside the training objective, which takes away its gradient."""
-    settings = {**SETTINGS, "objective": "vlb", "variance": "fixed_small"}
+    given = train.parse([*TINY, *map(str, SMALL), "--objective", "vlb", "--variance", "fixed_small"])
+    run = train.begin(given, data.shapes(4, 8), {}, CPU, Path("x"))
     s, g = ddpm.make_schedule(50), torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 3, 3, 4, 4, generator=g, dtype=torch.float64).clamp(-1, 1)
     t, wrong = torch.tensor([7, 30, 50]), 5 + eps
-    loss = train.loss_of(settings, s, lambda x, t: wrong, x0, t, eps)
+    loss = train.OBJECTIVES["vlb"](replace(run.model, s=s, net=lambda x, t: wrong), x0, t, eps)
     bar, before = s.alpha_bars[t], s.alpha_bars[t - 1]
     beta, alpha = 1 - bar / before, bar / before
     weight = beta ** 2 / (2 * beta * (1 - before) / (1 - bar) * alpha * (1 - bar))
@@ -586,10 +588,10 @@ def test_the_mathematics_and_the_network_can_be_installed(tmp_path):
     ("--dropout 1", 2, "--dropout"), ("--batch-size x", 2, "--batch-size x"), ("--predict v", 2, "--predict v eps"),
     ("--channels 40", 1, "40 32"), ("--beta-end 0.001", 2, "--beta-end"), ("--timesteps 1", 2, "--timesteps 2"),
     ("--dataset nowhere", 1, "nowhere cifar10 shapes"), ("--device tpu", 2, "--device tpu"),
-    ("--step 3", 2, "--step --steps"), ("--variance learned", 2, "--variance --objective"),
+    ("--step 3", 2, "--step --help"), ("--variance learned", 2, "--variance --objective"),
     ("--attention", 2, "--attention"), ("--attention 16", 2, "--attention 16"), ("--samples -1", 2, "--samples"),
     ("--sample-steps 1", 2, "--sample-steps 2"), ("--schedule cubic", 2, "--schedule cubic linear"),
-    ("--objective vlb --variance learned --predict x0", 2, "--predict"), ("--init nothing.pt", 1, "nothing.pt"),
+    ("--init nothing.pt", 1, "nothing.pt"),
     ("--precision tf32", 2, "--precision tf32"), ("--out images.pt", 1, "images.pt")])
 def test_train_mistakes_are_one_line(flags, status, parts, capsys):
     """Out of range, senseless together, unknown: one line that names the flag, the value and what
@@ -838,9 +840,8 @@ def test_a_process_of_its_own_stops_and_says_how_to_go_on(capsys):
         assert_equal(checkpoint()[part], checkpoint("whole")[part])
 
 
-def test_a_run_that_ends_while_another_begins_is_not_done_again():
-    """Between reading the checkpoint and taking the folder another process may have gone on: its
-    steps are kept. The second one goes on from there, or says that it cannot.
+def test_a_run_that_begins_is_nobody_elses():
+    """From before its checkpoint is read, another command with the folder is refused.
 
     Kills: a checkpoint that is read before the folder is locked, and then believed."""
     trains(*SMALL, "--steps", 2)
@@ -849,10 +850,10 @@ def test_a_run_that_ends_while_another_begins_is_not_done_again():
     def other(frame) -> None:
         if not begun:
             begun.append(1)
-            trains(*SMALL, "--steps", 4)
-    with when_called({train.begin: other, train.training_step: lambda frame: steps.append(frame.f_locals["k"])}):
+            trains(*SMALL, "--steps", 4, expect=1)
+    with when_called({checkpoints.load_checkpoint: other, train.training_step: lambda frame: steps.append(frame.f_locals["k"])}):
         status = train.main([*TINY, *map(str, SMALL), "--steps", "6"])
-    assert (status, steps) in ((0, [4, 5]), (1, [])) and checkpoint()["step"] == (4 if status else 6)
+    assert (begun, status, steps) == ([1], 0, [2, 3, 4, 5]) and checkpoint()["step"] == 6
 
 
 def test_kill_at_random_instants_loses_nothing(long):

@@ -280,11 +280,12 @@ class Inception(torch.nn.Module):
     def __init__(self, power: float = 1.0):
         super().__init__()
         self.power = power
+        self.register_buffer("scale", torch.ones(3))
 
     def forward(self, img: torch.Tensor, return_features: bool = False,
                 no_output_bias: bool = False) -> torch.Tensor:
         assert img.dtype == torch.uint8 and img.size(1) == 3
-        x = (img.to(torch.float32).mean([2, 3]) / 255) ** self.power
+        x = self.scale * (img.to(torch.float32).mean([2, 3]) / 255) ** self.power
         features = torch.cat([x, x * x, x[:, :1] * x[:, 1:2]], 1)
         if return_features:
             return features

@@ -12,8 +12,8 @@ from hypothesis import Phase, settings
 
 from mistakes import MISTAKES, ROOT, wrong_source
 
-COPIED = ("*.py", "*.md", "pyproject.toml", "__pycache__/*.pyc", "support/*.py", "support/__pycache__/*.pyc",
-          "tests/*.py", "tests/__pycache__/*.pyc", "tools/*.py")
+COPIED = ("*.py", "*.md", "pyproject.toml", "__pycache__/*.pyc", *(f"{folder}/{kind}" for kind in ("*.py", "__pycache__/*.pyc")
+          for folder in ("support", "extras", "judge", "page", "tools", "tests")))
 
 
 class Result:

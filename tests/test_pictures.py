@@ -574,11 +574,6 @@ def processes(job) -> list:
     return results
 
 
-def both(_, job):
-    """What the first of two processes finds."""
-    return processes(job)[0]
-
-
 def test_two_processes_draw_the_images_of_one(small):
     """In their order, whatever the size of the batches; both have all of them."""
     one = sample.draw_samples(small, 5, 7, 5, CPU, steps=2)
@@ -740,14 +735,6 @@ def made(kind: str, *more: str) -> list:
     if path.is_dir():
         return [read_png(file) for file in sorted(path.glob("*.png"))]
     return [torch.load(path).int() if path.suffix == ".pt" else read_png(path)]
-
-
-def flags_read(monkeypatch, parser, method: str = "parse_args") -> set[str]:
-    """The flags of every parser of this kind that reads some from now on."""
-    known, read = set(), getattr(parser, method)
-    monkeypatch.setattr(parser, method, lambda self, *x: known.update(
-        word for word in self._option_string_actions if word.startswith("--")) or read(self, *x))
-    return known
 
 
 def flags_of(main) -> set[str]:

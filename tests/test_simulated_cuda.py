@@ -360,7 +360,7 @@ def test_the_example_of_ddpm_runs_where_the_images_are(gpu):
     code = re.search(r"\n    s = make_schedule.*?Algorithm 2\n", ddpm.__doc__, re.S)[0].replace("\n    ", "\n")
     x0 = torch.rand(2, 1, 4, 4, device="cuda") * 2 - 1
     names = {**vars(ddpm), "make_schedule": lambda: ddpm.make_schedule(20), "x0": x0, "x_T": torch.randn(2, 1, 4, 4, device="cuda"), "print": lambda *_: None,
-             "model": lambda x, t: 0.1 * x + t[:, None, None, None] / 1000}
+             "net": lambda x, t: 0.1 * x + t[:, None, None, None] / 1000}
     exec(code, names)
     assert names["loss"].device.type == names["state"].x_t.device.type == "cuda"
     s, t = ddpm.make_schedule(), torch.ones(2, dtype=torch.int64, device="cuda")
