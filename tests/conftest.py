@@ -1,5 +1,9 @@
 """Settings of all tests, the flag for the long forms, and a web server for downloads."""
+import contextlib
 import http.server
+import multiprocessing
+import os
+import signal
 import threading
 import warnings
 
@@ -33,6 +37,68 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--long"):
         config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("long")])
         items[:] = [i for i in items if not i.get_closest_marker("long")]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """With two cores, two processes take the files of tests in turn: this one and a copy of it, which
+    sends its reports. (Each test computes in one thread.)"""
+    config, files = session.config, {}
+    for item in session.items:
+        files.setdefault(item.path, []).append(item)
+    if (not hasattr(os, "fork") or (os.cpu_count() or 1) < 2 or len(files) < 5 or session.testsfailed
+            or config.option.collectonly or config.option.maxfail or config.option.usepdb):
+        return None
+    files = sorted(files.values(), key=lambda items: -items[0].path.stat().st_size)
+    taken, (here, there) = multiprocessing.Value("i", 0), multiprocessing.Pipe(duplex=False)
+    child = os.fork()
+
+    def run(after) -> None:
+        while True:
+            with taken:
+                taken.value += 1
+                i = taken.value - 1
+            if i >= len(files):
+                return
+            for item, following in zip(files[i], [*files[i][1:], None]):
+                config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                after()
+
+    if not child:
+        class Sends:
+            def pytest_runtest_logreport(self, report):
+                there.send(config.hook.pytest_report_to_serializable(config=config, report=report))
+        capture = config.pluginmanager.getplugin("capturemanager")
+        capture.stop_global_capturing()
+        capture.start_global_capturing()
+        config.pluginmanager.unregister(name="terminalreporter")
+        config.pluginmanager.register(Sends())
+        try:
+            run(lambda: None)
+            there.send(None)
+        finally:
+            os._exit(0)
+    there.close()
+
+    def receive() -> bool:
+        if (sent := here.recv()) is not None:
+            report = config.hook.pytest_report_from_serializable(config=config, data=sent)
+            config.hook.pytest_runtest_logreport(report=report)
+        return sent is not None
+    going = [True]
+
+    def look() -> None:
+        while going[0] and here.poll():
+            going[0] = receive()
+    try:
+        run(look)
+        while going[0]:  # EOFError if it died
+            going[0] = receive()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return True
 
 
 def pytest_terminal_summary(terminalreporter, config):
