@@ -239,16 +239,16 @@ MISTAKES = {
     "covariances in float32": (
         "evaluate.py", E + "test_frechet_distance_of_commuting_covariances", [
             ("for x in (a.double(), b.double()):", "for x in (a.float(), b.float()):")], "fid"),
-    "samples of the last weights": ("support/checkpoint.py", "test_pictures.test_samples", [
+    "samples of the last weights": ("support/checkpoint.py", "test_sample.test_samples", [
         ('state["ema" if ema else "net"]', 'state["net" if ema else "ema"]')], "sampling"),
-    "grids of the last weights": ("train.py", "test_pictures.test_grids_during_training", [
+    "grids of the last weights": ("train.py", "test_sample.test_grids_during_training", [
         ("Trained(run.ema,", "Trained(run.net,")], "grid"),
     "Figure 7 with the same noise": (
-        "sample.py", "test_pictures.test_fig7_samples_that_share_x_t", [
+        "sample.py", "test_sample.test_fig7_samples_that_share_x_t", [
         ('[("shared", t, i) for i', '[("shared", t, 0) for i')], "figure-7"),
-    "Figure 6 without x_0": ("sample.py", "test_pictures.test_fig6_x0_hat_over_time", [
+    "Figure 6 without x_0": ("sample.py", "test_sample.test_fig6_x0_hat_over_time", [
         (".tolist()} | {0}", ".tolist()}")], "figure-6"),
-    "Figure 7 without x_t": ("sample.py", "test_pictures.test_fig7_samples_that_share_x_t", [
+    "Figure 7 without x_t": ("sample.py", "test_sample.test_fig7_samples_that_share_x_t", [
         ("torch.cat([x[t], state.x_t])", "state.x_t")], "figure-7"),
     "averages without their ramp in a short run": (
         "train.py", T + "test_learning_rates_and_decays", [

@@ -21,7 +21,7 @@ import ddpm
 import evaluate
 import sample
 import test_commands
-import test_pictures
+import test_sample
 from support import data, machine
 from support.command import UsageError
 from support.machine import Machine, Noise
@@ -303,7 +303,7 @@ def network():
 @pytest.fixture
 def run(network):
     """The same, and a run whose networks are random."""
-    return test_pictures.random_run()
+    return test_sample.random_run()
 
 
 SCORE = "--fid --inception inception.pt --samples made.pt --dataset images.pt --device cpu".split()
@@ -474,8 +474,8 @@ def bound_by_hand(net, x0, z, clip=True):
 
     x0: (N, …), z(t): the noise with which x_t is drawn; T = 20, σ_t² = β_t, and σ_1² = β̃_2.
     """
-    T = test_pictures.T
-    bar = test_pictures.alpha_bars(T)
+    T = test_sample.T
+    bar = test_sample.alpha_bars(T)
     phi = torch.special.log_ndtr
     x = bar[T].sqrt() * x0 + (1 - bar[T]).sqrt() * z(T)
     each = (bar[T] * x0 ** 2 + (1 - bar[T]) - 1 - (1 - bar[T]).log()) / 2
@@ -641,7 +641,7 @@ def test_every_choice_reaches_every_number(run, monkeypatch, capsys, kind):
     torch.save(torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), "other.pt")
     torch.save(data.shapes(30, 8), "more.pt")
     torch.jit.script(Inception(2.0)).save("inception-2.pt")
-    known, base = test_pictures.flags_of(evaluate.main) - {"--help"}, numbers()
+    known, base = test_sample.flags_of(evaluate.main) - {"--help"}, numbers()
     assert base and known == set(re.findall("--[a-z-]+", " ".join((*CHANGES, *NOTHING, *PARTS))))
     for words in (*CHANGES, *NOTHING):
         if kind in REFUSED.get(words, ()):
@@ -657,7 +657,7 @@ def test_every_choice_reaches_every_number(run, monkeypatch, capsys, kind):
 def test_every_number_is_of_the_folder_and_the_part_that_are_asked_for(network, capsys, kind):
     """MNIST lies in data/ and in another folder, and has two parts: the test images are the default of
     the bound, the training images of FID."""
-    test_pictures.random_run(in_channels=1, image_size=32)
+    test_sample.random_run(in_channels=1, image_size=32)
     torch.save(torch.load("made.pt")[:12, :1].repeat(1, 1, 4, 4), "made.pt")
     for i, folder in enumerate(("data", "there")):
         Path(folder, "mnist").mkdir(parents=True)

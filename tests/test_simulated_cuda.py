@@ -14,7 +14,7 @@ import sample
 import simulated_cuda
 import test_commands
 import test_evaluate
-import test_pictures
+import test_sample
 import train
 import unet
 from simulated_cuda import simulated, waits
@@ -40,13 +40,13 @@ def gpu():
 
 @pytest.fixture
 def run(in_a_folder_of_its_own):
-    return test_pictures.random_run()
+    return test_sample.random_run()
 
 
 def trained(place: str, steps: int, *flags: str, device: str, capability=(8, 0), **settings) -> dict:
     """The checkpoint of a training run on that device, from random weights, the same each time."""
     if not Path("init").exists():
-        test_pictures.random_run("init", **WIDE, **settings)
+        test_sample.random_run("init", **WIDE, **settings)
     words = [*TRAIN, str(steps), "--out", place, "--device", device, *flags]
     if device == "cpu":
         assert train.main(words) == 0
@@ -216,7 +216,7 @@ def test_a_run_goes_on_on_another_device(first, then):
     parts = trained("parts", 4, *flags, device=then)
     assert_close(whole, parts)
     for grid in ("samples-0000002.png", "samples-0000004.png"):
-        pictures = [test_pictures.read_png(Path(out, grid)) for out in ("whole", "parts")]
+        pictures = [test_sample.read_png(Path(out, grid)) for out in ("whole", "parts")]
         assert (pictures[0] - pictures[1]).abs().max() <= 1
     one, two = ([entry["loss"] for entry in test_commands.losses(out)] for out in ("whole", "parts"))
     assert one == pytest.approx(two, rel=1e-4) and len(one) == 4
@@ -244,7 +244,7 @@ def test_what_is_compiled_on_a_gpu(monkeypatch, capsys):
     words = [word for word in TRAIN if word != "--no-compile"]
     grids = ["2", "--sample-every", "1", "--samples", "1", "--sample-steps", "2", "--device", "cuda"]
     drawn = "--n 1 --steps 2 --checkpoint a".split()
-    test_pictures.random_run("init", **WIDE)
+    test_sample.random_run("init", **WIDE)
     with simulated():
         for main, flags, tries in (
                 (train.main, [*words, *grids, "--out", "a"], 1), (train.main, [*words, *grids, "--out", "b", "--compile"], 2),
@@ -272,7 +272,7 @@ def test_the_samples_of_a_gpu_are_those_of_a_cpu(run, flags, out):
         if out.endswith(".pt"):
             return torch.load(f"{device}/{out}", weights_only=True).int()
         files = sorted(Path(device).rglob("*.png"))
-        return torch.stack([test_pictures.read_png(file) for file in files])
+        return torch.stack([test_sample.read_png(file) for file in files])
     here = drawn("cpu")
     with simulated():
         there = drawn("cuda")

@@ -20,7 +20,7 @@ import torch
 
 import ddpm
 import test_commands
-import test_pictures
+import test_sample
 import test_unet
 import train
 from support import data, machine
@@ -259,7 +259,7 @@ def test_a_run_is_locked_before_it_is_read(capsys):
 
 def test_flags_that_contradict_the_network_of_init_are_refused(capsys):
     """The refusal has the setting and both values; nothing is left of the folder."""
-    test_pictures.random_run("init")
+    test_sample.random_run("init")
     for flags, parts in (("--channels 64", ["--init", "channels", "32", "64"]),
                          ("--dataset shapes", ["--init", "image_size", "8", "16"])):
         assert train.main(["--init", "init", "--dataset", "images.pt", "--out", "new", *flags.split()]) == 2
@@ -372,7 +372,7 @@ def test_alg1_three_steps_by_hand(flip, micro, scale, rank, world):
     images = torch.arange(5 * 12, dtype=torch.uint8).view(5, 1, 3, 4) * 4
     settings = {**SHAPES, "seed": 7, "batch_size": 8, "flip": flip, "grad_clip": 0.5, "lr": 0.1,
                 "warmup": 7, "ema": 0.6, "micro_batch": micro}
-    net, bar = Line(), test_pictures.alpha_bars(20)
+    net, bar = Line(), test_sample.alpha_bars(20)
     model = ddpm.Model(ddpm.make_schedule(20, beta_end=0.012), net, clip=False)
     run = train.Run(settings, images, net, net, model, copy.deepcopy(net), torch.optim.Adam(net.parameters()),
                     torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None),
@@ -922,7 +922,7 @@ def test_two_processes_by_hand(capsys):
         step = train.restore(other, {**load_checkpoint(Path("checkpoint.pt"))})
         return sorted(path.name for path in mine.folder.iterdir()), step, "bfloat16" in capsys.readouterr().err
     train.save(run, 2)
-    assert test_pictures.processes(job) == [(["checkpoint.pt", "log.jsonl"], 2, True), ([], 2, False)]
+    assert test_sample.processes(job) == [(["checkpoint.pt", "log.jsonl"], 2, True), ([], 2, False)]
     Path("one").mkdir()
     train.log(run._replace(folder=Path("one")), 2, all_of, 1.0)
     assert log("0") == log("one")
@@ -945,7 +945,7 @@ def test_two_processes_by_hand(capsys):
                 os.kill(os.getpid(), signal.SIGTERM)
             Path(f"again {machine.rank}").mkdir()
             return files, seeds, err != "", train.train(run._replace(folder=Path(f"again {machine.rank}")), 4), stop.number
-    assert test_pictures.processes(goes_on) == [
+    assert test_sample.processes(goes_on) == [
         (["ema-0000004.pt", "samples-0000004.png"], [seed_of(0, "dropout", 4, 0)], True, 4, signal.SIGTERM),
         ([], [seed_of(0, "dropout", 4, 1)], False, 4, signal.SIGTERM)]
     assert [path.name for path in Path("again 0").iterdir()] == ["ema-0000004.pt"]
@@ -969,7 +969,7 @@ def test_a_signal_that_comes_while_the_processes_ask_is_not_lost():
         stop.later = True
         with signals():
             return job(machine)
-    assert test_pictures.processes(with_handler) == [[(False, 15), (True, 15)], [(False, 0), (True, 15)]]
+    assert test_sample.processes(with_handler) == [[(False, 15), (True, 15)], [(False, 0), (True, 15)]]
     stop.number = 15
     assert train.stopped(CPU) is True
 
