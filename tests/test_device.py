@@ -66,7 +66,7 @@ def test_the_same_command_draws_the_same_samples(device):
 
 @GPU
 def test_a_gpu_draws_the_samples_of_a_cpu():
-    """In float32, without TF32, 99 % of the pixels to one level of 255. (The noise: test_support.py.)"""
+    """In float32, without TF32, 99 % of the pixels to one level of 255. (The noise: test_command.py.)"""
     start_machine("cuda", "fp32")
     run = test_sample.random_run()
     here, there = (images_on(place, run).int() for place in ("cpu", "cuda"))

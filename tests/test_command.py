@@ -116,7 +116,7 @@ def test_the_status_tells_how_a_command_ended(error, status, said, capsys, monke
     assert ends(error) == status
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == isinstance(error, (Exception, KeyboardInterrupt))
-    assert all(line.startswith("test_support.py: ") for line in lines)
+    assert all(line.startswith("test_command.py: ") for line in lines)
     assert all(text in lines[0] for text in said)
     monkeypatch.setenv("DDPM_TRACEBACK", "1")
     if isinstance(error, Exception):
