@@ -28,6 +28,7 @@ Likelihoods are in nats, summed over all dimensions unless the docstring says ot
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -56,7 +57,7 @@ Network = Callable[[Tensor, Tensor], Tensor]
 class Gaussian(NamedTuple):
     """A Gaussian with a diagonal covariance, as in each step of Eqs. 1, 2, 4 and 6."""
     mean: Tensor    # (B, …)
-    sigma2: Tensor  # σ², for each image or each dimension; it broadcasts against the mean
+    sigma2: Tensor  # σ², for each image (in float64) or each dimension; it broadcasts
 
 # --- Eq. 2: the forward process adds noise --------------------------------------------------------
 
@@ -137,10 +138,29 @@ def _at(table: Tensor, t: Tensor) -> Tensor:
                          f" as in s.to({str(t.device)!r})")
     return table.index_select(0, t)
 
+def _column(c: Tensor, x: Tensor) -> Tensor:
+    """c (B,), one number per image, as (B, 1, …, 1), to multiply x (B, …). ValueError if B differs."""
+    if len(c) != len(x):
+        raise ValueError(f"{len(c)} times for {len(x)} images: t needs one time per image")
+    return c.to(x.device).reshape((-1,) + (1,) * (x.dim() - 1))
+
 def _like(c: Tensor, x: Tensor) -> Tensor:
-    """Reshapes c (B,) to (B, 1, …, 1), to multiply x (B, …), and casts it to the dtype of x."""
-    c = c.to(x.device).to(x.dtype)  # the device first, because MPS has no float64
-    return c.reshape((-1,) + (1,) * (x.dim() - 1))
+    """The same in the dtype of x: a coefficient, computed in float64, is rounded here, once."""
+    return _column(c, x).to(x.dtype)
+
+def _same(x: Tensor, *others: Tensor) -> None:
+    """ValueError unless x, ε, z or what the network returns have one shape and a floating dtype."""
+    for other in others:
+        if x.shape != other.shape or not (x.is_floating_point() and other.is_floating_point()):
+            raise ValueError(f"{tuple(x.shape)} {x.dtype} meets {tuple(other.shape)} {other.dtype}:"
+                             " x, ε, z and what the network returns have one shape and are floats")
+
+def _countdown(T: int, start: int | None) -> range:
+    """The times start (T) … 1. ValueError if they do not begin in 1 … T."""
+    first = T if start is None else operator.index(start)
+    if not 1 <= first <= T:
+        raise ValueError(f"a chain cannot start at t = {first}: choose 1 … {T}")
+    return range(first, 0, -1)
 
 def _all(t: int, x: Tensor) -> Tensor:
     """The time t for every image of x (B, …): (B,) int64."""
@@ -152,6 +172,7 @@ def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     x is x_{t−1} (B, …), the result x_t. If x_{t−1} has variance 1, then so has x_t:
     (1 − β_t) · 1 + β_t = 1. Training does not walk these steps: Eq. 4 jumps to any t at once.
     """
+    _same(x, eps)
     return _like(_at(s.alphas, t).sqrt(), x) * x + _like(_at(s.betas, t).sqrt(), x) * eps
 
 # --- Eq. 3: the bound -----------------------------------------------------------------------------
@@ -173,22 +194,25 @@ def q_mean_variance(s: Schedule, x0: Tensor, t: Tensor) -> Gaussian:
     t: 0 … T, where t = 0 stands for x_0 itself.
     """
     alpha_bar = _at(s.alpha_bars, t)
-    return Gaussian(_like(alpha_bar.sqrt(), x0) * x0, _like(1 - alpha_bar, x0))
+    return Gaussian(_like(alpha_bar.sqrt(), x0) * x0, _column(1 - alpha_bar, x0))
 
 def q_sample(s: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t(x_0, ε) = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, a sample of q(x_t | x_0).   [DDPM Eq. 4]"""
     mean, sigma2 = q_mean_variance(s, x0, t)
-    return mean + sigma2.sqrt() * eps
+    _same(mean, eps)
+    return mean + sigma2.sqrt().to(mean.dtype) * eps
 
 # --- Eq. 15: from x_t back to x_0 -----------------------------------------------------------------
 
 def predict_x0_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t: Eq. 4 solved for x_0.   [DDPM Eq. 15]"""
+    _same(x_t, eps)
     alpha_bar = _at(s.alpha_bars, t)
     return (x_t - _like((1 - alpha_bar).sqrt(), x_t) * eps) / _like(alpha_bar.sqrt(), x_t)
 
 def predict_eps_from_x0(s: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
     """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t): Eq. 4 solved for ε.   [DDPM Eq. 15 inverted]"""
+    _same(x_t, x0)
     alpha_bar = _at(s.alpha_bars, t)
     return (x_t - _like(alpha_bar.sqrt(), x_t) * x0) / _like((1 - alpha_bar).sqrt(), x_t)
 
@@ -210,7 +234,11 @@ def normal_kl(q: Gaussian, p: Gaussian) -> Tensor:
     return 0.5 * ((p.sigma2 / q.sigma2).log()
                   + (q.sigma2 + (q.mean - p.mean) ** 2) / p.sigma2 - 1)
 
-# --- Eqs. 6 and 7: the forward process turned round, given x_0 ------------------------------------
+# --- Eqs. 6 and 7: the posterior of the forward process -------------------------------------------
+
+def _beta_tilde(s: Schedule, t: Tensor) -> Tensor:
+    """β̃_t = (1 − ᾱ_{t−1}) / (1 − ᾱ_t) β_t (B,)."""
+    return (1 - _at(s.alpha_bars, t - 1)) / (1 - _at(s.alpha_bars, t)) * _at(s.betas, t)
 
 def q_posterior_mean_variance(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
     """q(x_{t−1} | x_t, x_0) = N(μ̃_t(x_t, x_0), β̃_t I).   [DDPM Eqs. 6, 7]
@@ -225,15 +253,16 @@ def q_posterior_mean_variance(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor) -
     alpha_bar, alpha_bar_before = _at(s.alpha_bars, t), _at(s.alpha_bars, t - 1)
     weight_x0 = alpha_bar_before.sqrt() * beta / (1 - alpha_bar)
     weight_x_t = alpha.sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
-    beta_tilde = (1 - alpha_bar_before) / (1 - alpha_bar) * beta
+    _same(x_t, x0)
     return Gaussian(_like(weight_x0, x_t) * x0 + _like(weight_x_t, x_t) * x_t,
-                    _like(beta_tilde, x_t))
+                    _column(_beta_tilde(s, t), x_t))
 
 def predict_x0_from_mean(s: Schedule, x_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:
     """x̂_0 = ((1 − ᾱ_t) μ̃_t − √α_t (1 − ᾱ_{t−1}) x_t) / (√ᾱ_{t−1} β_t).   [DDPM Eq. 7 inverted]"""
     alpha_bar, alpha_bar_before = _at(s.alpha_bars, t), _at(s.alpha_bars, t - 1)
     weight_x_t = _at(s.alphas, t).sqrt() * (1 - alpha_bar_before)
     weight_x0 = alpha_bar_before.sqrt() * _at(s.betas, t)
+    _same(x_t, mean)
     return (_like(1 - alpha_bar, x_t) * mean - _like(weight_x_t, x_t) * x_t) / _like(weight_x0, x_t)
 
 # === §3.1  The forward process and L_T ============================================================
@@ -264,8 +293,7 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
     """
     if s.T == 1:
         return _at(s.betas, t)
-    u = t.clamp(min=2)
-    beta_tilde = (1 - _at(s.alpha_bars, u - 1)) / (1 - _at(s.alpha_bars, u)) * _at(s.betas, u)
+    beta_tilde = _beta_tilde(s, t.clamp(min=2))
     if variance == "fixed_small":
         return beta_tilde
     if variance == "fixed_large":
@@ -348,6 +376,7 @@ def predict_x0(model: Model, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | N
     out = model.net(x_t, tau)
     if model.variance == "learned":
         out, log_sigma2 = out.chunk(2, dim=1)
+    _same(x_t, out)
     x0_hat = PREDICTIONS[model.predict].x0_hat(full, x_t, tau, out)
     return (x0_hat.clamp(-1, 1) if model.clip else x0_hat), log_sigma2
 
@@ -366,7 +395,7 @@ def p_mean_variance(model: Model, x_t: Tensor, t: Tensor) -> Reverse:
     s = model.s
     x0_hat, log_sigma2 = predict_x0(model, x_t, t)
     if log_sigma2 is None:
-        sigma2 = _like(p_variance(s, t, model.variance), x_t)
+        sigma2 = _column(p_variance(s, t, model.variance), x_t)
     elif s.full is None:
         sigma2 = log_sigma2.exp()
     else:
@@ -384,7 +413,8 @@ class State(NamedTuple):
 
 def p_sample(p: Gaussian | Reverse, z: Tensor) -> Tensor:
     """x_{t−1} = μ_θ(x_t, t) + σ_t z.   [DDPM Alg. 2, line 4]"""
-    return p.mean + p.sigma2.sqrt() * z
+    _same(p.mean, z)
+    return p.mean + p.sigma2.sqrt().to(p.mean.dtype) * z
 
 def p_sample_loop(model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
                   start: int | None = None) -> Iterator[State]:
@@ -397,7 +427,7 @@ def p_sample_loop(model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
     # 1: x_T ~ N(0, I), drawn by the caller
     x_t = x_T
     # 2: for t = T, …, 1 do
-    for t in range(model.s.T if start is None else start, 0, -1):
+    for t in _countdown(model.s.T, start):
         # 3: z ~ N(0, I) if t > 1, else z = 0
         z = noise(t) if t > 1 else torch.zeros_like(x_t)
         # 4: x_{t−1} = (x_t − (1 − α_t)/√(1 − ᾱ_t) ε_θ(x_t, t)) / √α_t + σ_t z, where the first
@@ -423,8 +453,8 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, sigma2: Tensor
     infinity = 1e30  # a large finite number, because a true ∞ would make gradients NaN
     mean, sigma = _float64(mean), _float64(sigma2).sqrt()
     x0 = ((_float64(x0) + 1) * 127.5).round() / 127.5 - 1  # undoes a rounding to float32
-    lower = torch.where(x0 > -1, x0 - 1 / 255, -infinity)
-    upper = torch.where(x0 < 1, x0 + 1 / 255, infinity)
+    lower = torch.where(x0 <= -1, -infinity, x0 - 1 / 255)  # (so written, NaN stays NaN)
+    upper = torch.where(x0 >= 1, infinity, x0 + 1 / 255)
     a, b = (lower - mean) / sigma, (upper - mean) / sigma
     # Φ(b) − Φ(a) = Φ(−a) − Φ(−b). Of the two forms take the one in the left tail, where log Φ
     # keeps all its digits: log(Φ(b) − Φ(a)) = log Φ(b) + log(1 − exp(log Φ(a) − log Φ(b))).
@@ -454,7 +484,7 @@ def vlb_term(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, p: Gaussian | Reve
     x0, x_t = _float64(x0), _float64(x_t)
     p = Gaussian(_float64(p.mean), _float64(p.sigma2))
     q = q_posterior_mean_variance(s, x0, x_t, t)
-    is_first = _like(t == 1, x0).bool()
+    is_first = _column(t == 1, x0)
     # The KL at t = 1 is not used, but `torch.where` differentiates it, and β̃_1 = 0 would make its
     # gradient NaN. So a 1 is put in its place.
     q = Gaussian(q.mean, torch.where(is_first, 1.0, q.sigma2))
@@ -481,7 +511,9 @@ def loss_simple(model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """
     x_t = q_sample(model.s, x0, t, eps)
     target = PREDICTIONS[model.predict].target(model.s, x0, x_t, t, eps)
-    return (target - model.net(x_t, _at(model.s.times, t))).square().flatten(1).mean(1)
+    out = model.net(x_t, _at(model.s.times, t))
+    _same(target, out)
+    return (target - out).square().flatten(1).mean(1)
 
 def loss_vlb(model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """L_{t−1} of Eq. 5 (L_0 at t = 1) in bits/dim for each image.   [DDPM Table 2, the objective L]
@@ -583,6 +615,7 @@ def interpolate(model: Model, x0: Tensor, other: Tensor, lam: Tensor, t: int, ep
     x'_t (Eq. 4), the same for every λ; loop: Algorithm 2, or `ddim_loop`; noise: as there.
     Yields the states at t, t − 1, …, 0. (Where x_t and x'_t stand, the paper prints x_0 and x'_0.)
     """
+    t = _countdown(model.s.T, t)[0]
     x_t = q_sample(model.s, x0, _all(t, x0), eps)
     other_t = q_sample(model.s, other, _all(t, x0), eps_other)
     mixed = (1 - _like(lam, x0)) * x_t + _like(lam, x0) * other_t
@@ -624,14 +657,15 @@ def ddim_loop(model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
     and the states are those of `p_sample_loop`.
     """
     s, x_t = model.s, x_T
-    for t in range(s.T if start is None else start, 0, -1):
+    for t in _countdown(s.T, start):
         now = _all(t, x_t)
         x0_hat, _ = predict_x0(model, x_t, now)
         yield State(t, x_t, x0_hat)
         eps = predict_eps_from_x0(s, x_t, now, x0_hat)
         z = noise(t) if eta and t > 1 else torch.zeros_like(x_t)
-        alpha_bar_before = _like(_at(s.alpha_bars, now - 1), x_t)
-        sigma2 = eta ** 2 * q_posterior_mean_variance(s, x0_hat, x_t, now).sigma2
-        rest = (1 - alpha_bar_before - sigma2).clamp(min=0)  # rounding may make it −10⁻⁸
-        x_t = alpha_bar_before.sqrt() * x0_hat + rest.sqrt() * eps + sigma2.sqrt() * z
+        alpha_bar_before, sigma2 = _at(s.alpha_bars, now - 1), eta ** 2 * _beta_tilde(s, now)
+        rest = (1 - alpha_bar_before - sigma2).clamp(min=0)  # rounding may make it −10⁻¹⁷
+        _same(x_t, z)
+        x_t = (_like(alpha_bar_before.sqrt(), x_t) * x0_hat + _like(rest.sqrt(), x_t) * eps
+               + _like(sigma2.sqrt(), x_t) * z)
     yield State(0, x_t, x_t)

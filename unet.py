@@ -89,7 +89,9 @@ class UNet(nn.Module):
                              f"{self.levels - 1} times: its sides must be divisible by "
                              f"{2 ** (self.levels - 1)}")
         # SiLU comes before the time projection of every block. It is computed once, here.
-        emb = F.silu(self.time(time_embedding(t, self.channels, x.dtype)))
+        dtype = self.time[0].weight.dtype
+        precise = torch.promote_types(dtype, torch.float32)  # 16 bits tell few of the times apart
+        emb = F.silu(self.time(time_embedding(t, self.channels, precise).to(dtype)))
         h = self.conv_in(x)
         skips = [h]
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import operator
 import os
 import signal
 from datetime import timedelta
@@ -136,9 +137,16 @@ def seed_of(*keys) -> int:
     """63 bits, hashed from what the seed is for, such as (seed, "step", 17).
 
     With a sum, seed + step, the runs of neighbouring seeds would share their random numbers. (Of
-    these bits torch's CPU generator uses 32.)
+    these bits torch's CPU generator uses 32.) An integer means its value, of whatever type it is.
     """
+    keys = integers(keys)
     return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big") >> 1
+
+def integers(key):
+    """The key with all integers in it, such as those of NumPy or torch, as Python's."""
+    if isinstance(key, (tuple, list)):
+        return type(key)(map(integers, key))
+    return operator.index(key) if hasattr(key, "__index__") else key
 
 def mixed(x: Tensor) -> Tensor:
     """The finaliser of splitmix64 on int64, a bijection in which each bit depends on all.
@@ -165,8 +173,10 @@ class Noise:
         self.elements = mixed(torch.arange(1, 1 + torch.Size(shape).numel(), device=place))
 
     def __call__(self, t: int | Tensor = 0) -> Tensor:
-        # (as_tensor of a number would wait for the device)
-        t = t.to(self.images.device) if isinstance(t, Tensor) else torch.full_like(self.images, t)
+        if isinstance(t, Tensor) and t.dim():
+            t = t.to(self.images)  # int64, as sums of int32 would overflow
+        else:                      # as_tensor would wait for the device
+            t = torch.full_like(self.images, operator.index(t))
         streams = mixed(self.images + (2 * t + 1) * (0x9E3779B97F4A7C15 - 2 ** 64))
         bits = mixed(streams[:, None] ^ self.elements)
         # 52 bits, because with 53 the largest of them would be rounded to u = 1.
