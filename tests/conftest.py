@@ -15,6 +15,9 @@ import hypothesis
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers")
+from support import data
+
 torch.backends.cudnn.allow_tf32 = False  # float32 is compared with the decimals of float32
 torch.set_num_threads(1)  # the networks are tiny, and sums in the same order are the same bits
 
@@ -148,6 +151,13 @@ def server():
 def seeded():
     """What a test draws does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """The folder of the test is a new one, with small images in it."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(data.shapes(64, 8), "images.pt")
 
 
 @pytest.fixture

@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 import ddpm
 import simulated_cuda
 import unet
+from helpers import assert_equal, SETTINGS
 from simulated_cuda import simulated
 from support import checkpoint, command, machine
 from support.command import UsageError
 from support.machine import Machine, Noise, seed_of
-from test_commands import SETTINGS, assert_equal
 
 CPU, ROOT = torch.device("cpu"), Path(unet.__file__).parent
 SIMULATED = pytest.mark.skipif(bool(simulated_cuda.MISSING), reason=str(simulated_cuda.MISSING))

@@ -1,6 +1,5 @@
 """train.py, sample.py and evaluate.py as people call them, on a network of a few thousand
 weights."""
-import contextlib
 import copy
 import importlib.metadata
 import importlib.util
@@ -11,13 +10,10 @@ import os
 import re
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import time
 import zipfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,133 +28,17 @@ import evaluate
 import sample
 import train
 from extras import compress
+from helpers import (assert_equal, assert_same_log, checkpoint, CPU, free_port, HERE, hooked, losses,
+                     read_png, said, SETTINGS, SMALL, TINY, trains, when_called)
 from support import checkpoint as checkpoints
 from support import command, data, machine
 from support.machine import Machine
 from unet import UNet
 
-HERE = Path(__file__).resolve().parents[1]
-TINY = ("--dataset images.pt --channels 32 --multipliers 1 2 --blocks 1 --attention 4 "
-        "--timesteps 20 --batch-size 4 --lr 1e-3 --warmup 3 --log-every 2 --save-every 100 "
-        "--sample-every 100 --samples 0 --device cpu --precision fp32").split()
-SMALL = ("--multipliers", 1, "--attention", 8)  # after TINY: where the network does not matter
-SETTINGS = train.settle(train.defaults("shapes", 16), {"dataset": "shapes"}, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
-CPU = Machine(torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save(data.shapes(64, 8), "images.pt")
-
-
-def trains(*flags, expect: int = 0) -> int:
-    status = train.main([*TINY, *map(str, flags)])
-    assert status == expect
-    return status
-
-
-def checkpoint(folder="runs/images") -> dict:
-    return checkpoints.load_checkpoint(Path(folder, "checkpoint.pt"))
-
-
-def losses(folder="runs/images") -> list[dict]:
-    """The lines of the log, without the speed, which is another one every time."""
-    lines = Path(folder, "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
-
-
-def assert_same_log(folder, whole="whole") -> None:
-    """The same means of the same steps: where a run was stopped, a line is there in two parts."""
-    def sums(entries) -> dict:
-        total, before, found = 0.0, 0, {}
-        for entry in entries:
-            total, before = total + (entry["step"] - before) * entry["loss"], entry["step"]
-            found[before] = pytest.approx(total)
-        return found
-    mine, all_of = sums(losses(folder)), sums(losses(whole))
-    assert {step: mine[step] for step in all_of} == all_of and len(mine) >= len(all_of)
-
-
-def assert_equal(a, b) -> None:
-    """Nested dictionaries and lists of tensors, to the bit."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_equal(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    else:
-        assert a == b
-
-
-@contextlib.contextmanager
-def when_called(acts: dict):
-    """acts[function](frame) at each call of it, before its first line; of a function in C the frame is
-    that of the caller. Nothing is replaced: Python's profiler tells of the calls."""
-    acts = {getattr(function, "__code__", function): act for function, act in acts.items()}
-
-    def told(frame, event, what) -> None:
-        act = acts.get(frame.f_code if event == "call" else what if event == "c_call" else None)
-        if act:
-            act(frame)
-    sys.setprofile(told)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-
-
-@contextlib.contextmanager
-def hooked(kind: type, hook, after: bool = False):
-    """hook(module, inputs), or with `after` hook(module, inputs, output), which may return another
-    output, at each call of each module of this kind."""
-    modules = torch.nn.modules.module
-    add = modules.register_module_forward_hook if after else modules.register_module_forward_pre_hook
-    handle = add(lambda module, *rest: hook(module, *rest) if isinstance(module, kind) else None)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def said(capsys) -> str:
-    """The last line on stderr; there is no traceback."""
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    return err.strip().splitlines()[-1]
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 # ---------------------------------------------------------------------------------- the settings
-
-CIFAR10 = {  # §4 and Appendix B; of the released code alone: flips as a choice, warm-up, clipping
-    "flip": True, "steps": 800_000, "batch_size": 128, "lr": 2e-4, "warmup": 5000, "decay": 0.0,
-    "grad_clip": 1.0, "ema": 0.9999, "dropout": 0.1, "channels": 128, "multipliers": [1, 2, 2, 2], "blocks": 2,
-    "attention": [16], "timesteps": 1000, "schedule": "linear", "beta_start": 1e-4,
-    "beta_end": 0.02, "predict": "eps", "variance": "fixed_large", "objective": "simple"}
-LARGE = {**CIFAR10, "steps": 500_000, "batch_size": 64, "lr": 2e-5, "dropout": 0.0,
-         "multipliers": [1, 1, 2, 2, 4, 4], "variance": "fixed_small"}
-
-
-@pytest.mark.parametrize("flags, side, table", [
-    ([], 32, CIFAR10), (["--dataset", "cifar10"], 32, CIFAR10), (["--dataset", "x.pt"], 64, CIFAR10),
-    (["--dataset", "mnist"], 32, {**CIFAR10, "flip": False}), (["--dataset", "x.pt"], 255, CIFAR10),
-    (["--dataset", "x.pt"], 256, LARGE), (["--dataset", "x.pt", "--lr", "1"], 256, {**LARGE, "lr": 1.0})])
-def test_appendix_b_the_papers_settings(flags, side, table):
-    """What a run without further flags does is the paper's Appendix B, at 32×32 and at 256×256;
-    the optimiser is Adam with its usual β and ε, and its learning rate is the one of the table."""
-    images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-    given = train.parse(flags)
-    settings = train.settle(train.defaults(given.get("dataset"), side), given, images)
-    assert {name: settings[name] for name in table} == table
-    assert settings["image_size"] == side and settings["micro_batch"] is None
-    assert train.learning_rate(settings, 10 ** 6) == table["lr"]
-    assert train.ema_decay(settings, 10 ** 6) == table["ema"]
 
 
 def test_adam_is_the_papers():
@@ -185,7 +65,7 @@ def test_train_resume_sample(capsys):
     assert_same_log("b", "a")
     assert [e["step"] for e in losses("a")] == [2, 4, 6, 7]
     assert [e["step"] for e in losses("b")] == [2, 3, 4, 6, 7]
-    assert read_png("b/samples-0000007.png")[0] == (480, 480)
+    assert read_png("b/samples-0000007.png").shape[1:] == (480, 480)
 
     Path("runs").mkdir()
     os.rename("a", "runs/one")
@@ -197,7 +77,7 @@ def test_train_resume_sample(capsys):
     assert (x[:3].int() - y.int()).abs().max() <= 1            # whatever the batch size
     assert len(x.flatten(1).unique(dim=0)) == 5
     assert sample.main("--n 5 --seed 1 --steps 7 --no-ema --no-clip --variance fixed_small".split()) == 0
-    assert read_png("samples.png")[0] == (24 * 20, 16 * 20)
+    assert read_png("samples.png").shape[1:] == (16 * 20, 24 * 20)
 
 
 def test_resume_at_any_step_is_exact():
@@ -457,7 +337,7 @@ def test_table2_rows_train_sample_and_evaluate(predict, variance, objective, cap
     entry, = losses()
     assert ("bound" in entry) == (objective == "vlb") and entry["loss"] > 0
     assert sample.main(["--n", "1"]) == 0
-    assert read_png("samples.png")[0] == (480, 480)
+    assert read_png("samples.png").shape[1:] == (480, 480)
     capsys.readouterr()
     assert evaluate.main("--n 2 --terms 3".split()) == 0
     bits = float(re.search(r"bits/dim ≤ ([\d.]+)", capsys.readouterr().out)[1])
@@ -548,7 +428,7 @@ def test_a_network_and_a_schedule_of_ones_own(tmp_path):
         assert_same_log(f"runs/{precision}", f"whole-{precision}")
         log = losses(f"runs/{precision}")
         assert log[-1]["loss"] < log[0]["loss"] and parts["settings"]["schedule"] == "cosine"
-        assert read_png(f"runs/{precision}/samples-0000006.png")[0] == (480, 480)
+        assert read_png(f"runs/{precision}/samples-0000006.png").shape[1:] == (480, 480)
         x = torch.load(f"{precision}.pt")
         assert x.shape == (2, 3, 8, 8) and not torch.equal(x[0], x[1])
 
@@ -894,12 +774,6 @@ def test_kill_at_random_instants_loses_nothing(long):
     print(f"killed {killed} times; {ended} runs ended with the same bits")
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def torchrun(first: list[str], second: list[str]) -> None:
     """train.py, and then sample.py in the same processes, under two gloo ranks on the CPU."""
     Path("both.py").write_text(f"""import os, sys, sample, train
@@ -1054,38 +928,3 @@ def test_bench_runs(capsys):
     out = capsys.readouterr().out
     for text in ("ours +train", "ours +sample", "convolutions +train", "GFLOP/s"):
         assert re.search(text, out)
-
-
-# --------------------------------------------------------------------------------------- pictures
-
-def read_png(path) -> tuple[tuple[int, int], bytes, int]:
-    """An independent decoder of unfiltered 8-bit PNGs: (width, height), pixels, channels."""
-    raw = Path(path).read_bytes()
-    assert raw[:8] == bytes([137, 80, 78, 71, 13, 10, 26, 10])
-    at, body, kinds = 8, b"", []
-    while at < len(raw):
-        n, = struct.unpack(">I", raw[at:at + 4])
-        kind, content = raw[at + 4:at + 8], raw[at + 8:at + 8 + n]
-        assert struct.unpack(">I", raw[at + 8 + n:at + 12 + n])[0] == zlib.crc32(kind + content)
-        kinds.append(kind)
-        if kind == b"IHDR":
-            width, height, depth, colour, *rest = struct.unpack(">IIBBBBB", content)
-            assert depth == 8 and rest == [0, 0, 0]
-        body += content if kind == b"IDAT" else b""
-        at += 12 + n
-    assert kinds[0] == b"IHDR" and kinds[-1] == b"IEND"
-    channels = {0: 1, 2: 3}[colour]
-    lines, stride = zlib.decompress(body), 1 + width * channels
-    assert len(lines) == height * stride
-    pixels, above = [], bytes(stride - 1)
-    for y in range(height):
-        kind, *line = lines[y * stride:(y + 1) * stride]
-        for i in range(len(line) if kind else 0):  # each byte has a prediction added, by its filter
-            left, corner = (line[i - channels], above[i - channels]) if i >= channels else (0, 0)
-            guess = left + above[i] - corner
-            nearest = min((left, above[i], corner), key=lambda byte: abs(guess - byte))
-            line[i] += (0, left, above[i], (left + above[i]) // 2, nearest)[kind]
-            line[i] %= 256
-        above = bytes(line)
-        pixels.append(above)
-    return (width, height), b"".join(pixels), channels

@@ -13,15 +13,14 @@ import torch
 from hypothesis import given, strategies as st
 
 import ddpm
-import test_commands
-import test_sample
 from extras import compress
+from helpers import cells, flags_of, HERE, random_run, read_png
 from support import checkpoint, data
 from support.checkpoint import Trained
 from unet import build_network
 
-HERE = Path(__file__).resolve().parents[1]
-in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 
 # --- the arithmetic code
 
@@ -340,7 +339,7 @@ def test_files_of_this_version_stay_readable(channels, b, settings, content):
 def run():
     """A picture.png and a run whose weights are random; its data set is a folder of two pictures for
     training and two for testing."""
-    test_sample.random_run(dataset="pictures")
+    random_run(dataset="pictures")
     Path("picture.png").write_bytes(data.png(picture(3)))
     for part in ("train", "test"):
         Path("pictures", part).mkdir(parents=True)
@@ -358,7 +357,7 @@ def test_both_sides_compute_the_same_bits(run, capsys):
                    env={**os.environ, **settings, "PYTHONPATH": str(HERE)})
     assert Path("b.png").read_bytes() == Path("picture.png").read_bytes()
     assert compress.main("decode --bytes 40 a.ddpm c.png --checkpoint runs/images".split()) == 0
-    assert (test_sample.read_png("c.png") != picture(3)).any()
+    assert (read_png("c.png") != picture(3)).any()
     numbers = [int(word) for word in capsys.readouterr().err.split() if word.isdigit()]
     assert {40, len(content)} <= set(numbers)
 
@@ -406,7 +405,7 @@ def test_every_choice_reaches_every_file(run, capsys, action):
         assert compress.main([action, *ACTIONS[action].split(), *base, *flags]) == 0
         out = Path("compress.png" if action == "measure" else ACTIONS[action].split()[1])
         return capsys.readouterr().out, out.read_bytes()
-    assert test_sample.flags_of(compress.main) == {words.split()[0] for words in SAYS} | {"--help"}
+    assert flags_of(compress.main) == {words.split()[0] for words in SAYS} | {"--help"}
     base = made()
     for words in SAYS:
         if action not in MEANT.get(words, ACTIONS):
@@ -433,7 +432,7 @@ def test_measure_prints_every_format(run, capsys):
     assert bits["whole files"] == pytest.approx(8 * sizes["whole files"] / 192, abs=1e-3)
     assert errors["whole files"] == errors["PNG"] == errors["WebP, lossless"] == 0
     assert len(rows) == 6 + 7 and 0 < errors["JPEG, quality 75"] < errors["JPEG, quality 5"]
-    shown = test_sample.cells("compress.png", 6, 10).view(2, 6, 3, 8, 8)
+    shown = cells("compress.png", 6, 10).view(2, 6, 3, 8, 8)
     assert torch.equal(shown[:, 5], images.int())
     for i, cut in enumerate((16, 32, 64, 128, 256)):
         name = f"their first {cut} bytes"
@@ -502,7 +501,7 @@ def test_too_few_bytes_are_one_line(run, capsys):
     ({"variance": "learned", "objective": "vlb"}, "decode a.ddpm b.png", 1), ({"dataset": None}, "measure", 2)])
 def test_networks_that_cannot_be_used(run, capsys, change, line, status):
     """One with learned variance, and one of which nobody knows the data set."""
-    test_sample.random_run(**change)
+    random_run(**change)
     state = checkpoint.load_checkpoint(Path("runs/images/checkpoint.pt"))
     state["settings"] = {key: value for key, value in state["settings"].items() if value is not None or key != "dataset"}
     del state["format"]

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 import clean
 import simulated_cuda
+from helpers import decode_png as read_png
 from simulated_cuda import simulated
 from support import command, data
-from test_commands import read_png
 
 
 def picture(*shape) -> torch.Tensor:

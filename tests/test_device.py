@@ -6,14 +6,12 @@ import pytest
 import torch
 
 import sample
-import test_commands
-import test_sample
 import train
+from helpers import assert_equal, random_run, SMALL_NET
 from support.checkpoint import Trained, load_checkpoint
 from support.machine import Machine, start_machine
-from test_commands import assert_equal
 
-in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 FLAGS = ("--dataset images.pt --channels 32 --multipliers 1 --timesteps 20 --batch-size 2 --samples 0 "
          "--dropout 0.1 --precision fp32 --no-compile").split()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which CUDA is not deterministic
@@ -51,15 +49,15 @@ def test_a_resumed_run_is_an_uninterrupted_one(device):
 
 
 def images_on(device: str, run: dict) -> torch.Tensor:
-    s = train.build_schedule(test_sample.SMALL)
-    trained = Trained(run["ema"].to(device), s, test_sample.SMALL, "")
+    s = train.build_schedule(SMALL_NET)
+    trained = Trained(run["ema"].to(device), s, SMALL_NET, "")
     machine = Machine(torch.device(device), torch.float32)
     return sample.draw_samples(trained, 5, 3, 2, machine)
 
 
 def test_the_same_command_draws_the_same_samples(device):
     """The images of two commands on the same device are the same to the bit, and lie on the CPU."""
-    run = test_sample.random_run()
+    run = random_run()
     one = images_on(device, run)
     assert one.device.type == "cpu" and torch.equal(one, images_on(device, run))
 
@@ -68,6 +66,6 @@ def test_the_same_command_draws_the_same_samples(device):
 def test_a_gpu_draws_the_samples_of_a_cpu():
     """In float32, without TF32, 99 % of the pixels to one level of 255. (The noise: test_command.py.)"""
     start_machine("cuda", "fp32")
-    run = test_sample.random_run()
+    run = random_run()
     here, there = (images_on(place, run).int() for place in ("cpu", "cuda"))
     assert ((here - there).abs() <= 1).double().mean() >= 0.99

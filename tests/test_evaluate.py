@@ -20,18 +20,15 @@ from hypothesis import strategies as st
 import ddpm
 import evaluate
 import sample
-import test_commands
-import test_sample
+from helpers import alpha_bars, CPU, flags_of, free_port, hooked, Inception, random_run, T, when_called
 from support import data, machine
 from support.command import UsageError
-from support.machine import Machine, Noise
-from test_commands import free_port, hooked, when_called
+from support.machine import Noise
 from unet import UNet
 
 F64 = torch.float64
-CPU = Machine(torch.device("cpu"), torch.float32)
-in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [pytest.mark.usefixtures("in_a_folder_of_its_own"),
+              pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")]
 
 
 def randn(seed: int, *shape) -> torch.Tensor:
@@ -274,24 +271,6 @@ def test_inception_score_of_uniform_and_of_one_hot():
 
 # --------------------------------------------------------------------------------- the command
 
-class Inception(torch.nn.Module):
-    """A stand-in with the original network's interface, for TorchScript."""
-
-    def __init__(self, power: float = 1.0):
-        super().__init__()
-        self.power = power
-        self.register_buffer("scale", torch.ones(3))
-
-    def forward(self, img: torch.Tensor, return_features: bool = False,
-                no_output_bias: bool = False) -> torch.Tensor:
-        assert img.dtype == torch.uint8 and img.size(1) == 3
-        x = self.scale * (img.to(torch.float32).mean([2, 3]) / 255) ** self.power
-        features = torch.cat([x, x * x, x[:, :1] * x[:, 1:2]], 1)
-        if return_features:
-            return features
-        bias = torch.linspace(0, 0 if no_output_bias else 5, features.size(1), device=img.device)
-        return torch.softmax(8 * features + bias, 1)
-
 
 @pytest.fixture
 def network():
@@ -303,7 +282,7 @@ def network():
 @pytest.fixture
 def run(network):
     """The same, and a run whose networks are random."""
-    return test_sample.random_run()
+    return random_run()
 
 
 SCORE = "--fid --inception inception.pt --samples made.pt --dataset images.pt --device cpu".split()
@@ -474,8 +453,7 @@ def bound_by_hand(net, x0, z, clip=True):
 
     x0: (N, …), z(t): the noise with which x_t is drawn; T = 20, σ_t² = β_t, and σ_1² = β̃_2.
     """
-    T = test_sample.T
-    bar = test_sample.alpha_bars(T)
+    bar = alpha_bars(T)
     phi = torch.special.log_ndtr
     x = bar[T].sqrt() * x0 + (1 - bar[T]).sqrt() * z(T)
     each = (bar[T] * x0 ** 2 + (1 - bar[T]) - 1 - (1 - bar[T]).log()) / 2
@@ -641,7 +619,7 @@ def test_every_choice_reaches_every_number(run, monkeypatch, capsys, kind):
     torch.save(torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), "other.pt")
     torch.save(data.shapes(30, 8), "more.pt")
     torch.jit.script(Inception(2.0)).save("inception-2.pt")
-    known, base = test_sample.flags_of(evaluate.main) - {"--help"}, numbers()
+    known, base = flags_of(evaluate.main) - {"--help"}, numbers()
     assert base and known == set(re.findall("--[a-z-]+", " ".join((*CHANGES, *NOTHING, *PARTS))))
     for words in (*CHANGES, *NOTHING):
         if kind in REFUSED.get(words, ()):
@@ -657,7 +635,7 @@ def test_every_choice_reaches_every_number(run, monkeypatch, capsys, kind):
 def test_every_number_is_of_the_folder_and_the_part_that_are_asked_for(network, capsys, kind):
     """MNIST lies in data/ and in another folder, and has two parts: the test images are the default of
     the bound, the training images of FID."""
-    test_sample.random_run(in_channels=1, image_size=32)
+    random_run(in_channels=1, image_size=32)
     torch.save(torch.load("made.pt")[:12, :1].repeat(1, 1, 4, 4), "made.pt")
     for i, folder in enumerate(("data", "there")):
         Path(folder, "mnist").mkdir(parents=True)

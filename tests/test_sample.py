@@ -3,78 +3,44 @@
 The network of these tests has random weights, and others as its averages, so that the pictures of
 the one are far from those of the other, and clipping acts at every step.
 """
-import contextlib
 import copy
 import gzip
-import io
 import itertools
 import json
-import multiprocessing
 import os
-import pickle
 import re
 import shutil
 import signal
 import struct
-import sys
-import tempfile
-import traceback
 import types
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ddpm
 import sample
 import simulated_cuda
-import test_commands
 import train
+from helpers import (alpha_bars, assert_equal, cells, CPU, flags_of, processes, random_run, read_png,
+                     SIDE, SMALL_NET, T)
 from simulated_cuda import simulated
 from support import checkpoint, data, machine
 from support.checkpoint import Trained, load, save_checkpoint
 from support.command import UsageError
-from support.machine import Machine, Noise, seed_of
+from support.machine import Noise, seed_of
 from unet import UNet, build_network
 
-in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
-T, SIDE = 20, 8
-CPU = Machine(torch.device("cpu"), torch.float32)
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 FLAGS = "--checkpoint runs/images --device cpu --precision fp32 --seed 3".split()
-SMALL = {**test_commands.SETTINGS, "dataset": "images.pt", "channels": 32, "multipliers": [1],
-         "attention": [SIDE], "image_size": SIDE, "timesteps": T, "beta_end": 0.012,
-         "variance": "fixed_large"}
-
-
-def random_run(folder="runs/images", **changes) -> dict:
-    """A run folder whose networks are random: the network at the last step, and the averaged one."""
-    settings = {**SMALL, **changes}
-    g, nets = torch.Generator().manual_seed(0), {}
-    for name in ("net", "ema"):
-        nets[name] = build_network(settings).eval()
-        for key, value in nets[name].state_dict().items():
-            z = torch.randn(value.shape, generator=g)
-            value.copy_(0 * z + 1 if re.search(r"norm.*weight", key) else
-                        (0.4 if key.startswith("conv_out") else 0.1) * z)
-    save_checkpoint(Path(folder, "checkpoint.pt"), {
-        "settings": settings, "step": 1, **{name: net.state_dict() for name, net in nets.items()}})
-    return nets
 
 
 @pytest.fixture
 def run():
     return random_run()
-
-
-def alpha_bars(T: int) -> torch.Tensor:
-    """ᾱ_0 … ᾱ_T: β in equal steps from 10⁻⁴ · 1000/T to 0.012 · 1000/T, which 0.999 limits."""
-    beta = torch.linspace(0.1 / T, min(12 / T, 0.999), T, dtype=torch.float64)
-    return torch.cat([torch.ones(1), (1 - beta).cumprod(0)]).double()
 
 
 def chain(net, x, z, start=None, clip=True, variance="fixed_large", times=None, eta=None,
@@ -113,32 +79,6 @@ def levels(x) -> torch.Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().int()
 
 
-def read_png(path) -> torch.Tensor:
-    """The pixels of a PNG (C, H, W) whose lines are stored as they are or as differences to the one
-    above: by the standard alone."""
-    raw, body = Path(path).read_bytes(), b""
-    at, (width, height, depth, colour) = 8, struct.unpack(">IIBB", raw[16:26])
-    while at < len(raw):
-        n, kind = struct.unpack(">I4s", raw[at:at + 8])
-        assert zlib.crc32(raw[at + 4:at + 8 + n]) == int.from_bytes(raw[at + 8 + n:at + 12 + n], "big")
-        body, at = body + raw[at + 8:at + 8 + n] * (kind == b"IDAT"), at + 12 + n
-    c = {0: 1, 2: 3}[colour]
-    lines = torch.frombuffer(bytearray(zlib.decompress(body)), dtype=torch.uint8).int()
-    lines = lines.view(height, 1 + width * c)
-    assert depth == 8 and (lines[:, :1] == lines[0, 0]).all() and lines[0, 0] in (0, 2)
-    pixels = lines[:, 1:].cumsum(0) % 256 if lines[0, 0] else lines[:, 1:]
-    return pixels.view(height, width, c).permute(2, 0, 1)
-
-
-def cells(path, columns: int, k: int) -> torch.Tensor:
-    """The cells of a picture, rows first: (N, C, 8, 8), enlarged by k before."""
-    image = read_png(path)
-    assert torch.equal(image, image[:, ::k, ::k].repeat_interleave(k, 1).repeat_interleave(k, 2))
-    image = image[:, ::k, ::k]
-    assert image.shape[2] == columns * SIDE
-    return image.unfold(1, SIDE, SIDE).unfold(2, SIDE, SIDE).permute(1, 2, 0, 3, 4).flatten(0, 1)
-
-
 def noise(*names, seed=3) -> Noise:
     return Noise(seed, names, (3, SIDE, SIDE))
 
@@ -152,7 +92,7 @@ def assert_alike(got, want) -> None:
 def test_a_compiled_network_is_compiled_once(run, monkeypatch):
     """For all batches of one command, the shorter last one too, for all samplers, and for the copies
     of later commands; the images are those without a compiler, and those of one process."""
-    compiled, trained = [], Trained(run["ema"], ddpm.make_schedule(T), SMALL, "")
+    compiled, trained = [], Trained(run["ema"], ddpm.make_schedule(T), SMALL_NET, "")
 
     def backend(graph, inputs):
         compiled.append([x.shape for x in inputs if x.dim() == 4 and x.shape[1:] == trained.shape])
@@ -283,7 +223,7 @@ def test_the_command_does_not_clip_what_was_trained_without(run):
     flags = "--n 2 --sampler ddpm --out".split()
     path, found = Path("runs/images/checkpoint.pt"), {}
     for clip in (True, False):
-        save_checkpoint(path, {"settings": {**SMALL, "clip": clip}, "step": 1, "ema": run["ema"].state_dict()})
+        save_checkpoint(path, {"settings": {**SMALL_NET, "clip": clip}, "step": 1, "ema": run["ema"].state_dict()})
         for more in ([], ["--no-clip"]):
             assert sample.main([*FLAGS, *flags, "x.pt", *more]) == 0
             found[clip, bool(more)] = torch.load("x.pt").int()
@@ -296,7 +236,7 @@ def test_grids_during_training(run):
     """A run's grids are samples of its averaged weights, from the noise of its seed; all T steps
     where --sample-steps is T or more, and then Algorithm 2's."""
     nets = [train.begin({"init": None, "sample_steps": steps, "samples": 4, "seed": 3},
-                        torch.load("images.pt"), SMALL, CPU, Path(f"{steps}")) for steps in (T, 3, 99)]
+                        torch.load("images.pt"), SMALL_NET, CPU, Path(f"{steps}")) for steps in (T, 3, 99)]
     z = noise(*range(4))
     for training, options in zip(nets, ({}, {"times": FEW, "eta": 0}, {})):
         training.net.load_state_dict(run["net"].state_dict())
@@ -407,11 +347,11 @@ def test_the_images_that_are_mixed(run, capsys):
 @pytest.fixture(scope="module")
 def small():
     """A network that no training has touched."""
-    return Trained(build_network(SMALL).eval(), checkpoint.build_schedule(SMALL), SMALL, "a source")
+    return Trained(build_network(SMALL_NET).eval(), checkpoint.build_schedule(SMALL_NET), SMALL_NET, "a source")
 
 
 def assert_has(net, state) -> None:
-    test_commands.assert_equal(dict(net.state_dict()), dict(state))
+    assert_equal(dict(net.state_dict()), dict(state))
 
 
 def test_what_is_loaded_of_a_checkpoint(small):
@@ -420,7 +360,7 @@ def test_what_is_loaded_of_a_checkpoint(small):
     state = small.net.state_dict()
     ema = {key: value + 1 for key, value in state.items()}
     file, folder, kept = Path("runs/x/checkpoint.pt"), Path("runs/x"), Path("runs/x/ema-0000012.pt")
-    whole = {"step": 12, "settings": SMALL, "net": state, "ema": ema}
+    whole = {"step": 12, "settings": SMALL_NET, "net": state, "ema": ema}
     save_checkpoint(file, whole)
     save_checkpoint(kept, {key: whole[key] for key in ("step", "settings", "ema")})
     for words, path, weights, which in (
@@ -430,7 +370,7 @@ def test_what_is_loaded_of_a_checkpoint(small):
         trained = load(*words)
         assert trained.source.startswith(str(path)) and "12" in trained.source and which in trained.source
         assert_has(trained.net, weights)
-        assert trained.settings == SMALL and trained.shape == (3, SIDE, SIDE)
+        assert trained.settings == SMALL_NET and trained.shape == (3, SIDE, SIDE)
         model = trained.model
         assert (model.predict, model.variance, model.clip) == ("eps", "fixed_large", True)
         assert not any(module.training for module in trained.net.modules())
@@ -452,10 +392,10 @@ def test_a_network_is_loaded_to_the_best_machine(run):
 
 @pytest.mark.parametrize("change", [{"ema": {}}, {"ema": None}, {"settings": {}},
                                     {"ema": {"more": torch.ones(1)}}, {"ema": {"conv_in.bias": torch.ones(31)}},
-                                    {"settings": {**SMALL, "channels": 64}}])
+                                    {"settings": {**SMALL_NET, "channels": 64}}])
 def test_weights_must_fit_their_settings(small, change):
     """Missing, other or more weights, or settings of another network: the file is named."""
-    state = {"step": 12, "settings": SMALL, "ema": small.net.state_dict()}
+    state = {"step": 12, "settings": SMALL_NET, "ema": small.net.state_dict()}
     if isinstance(change.get("ema"), dict) and change["ema"]:
         change = {"ema": {**state["ema"], **change["ema"]}}
     save_checkpoint(Path("x.pt"), {**state, **change})
@@ -511,7 +451,7 @@ def numbers(x, seed: int, shape=(3, SIDE, SIDE)) -> list[int]:
 
 def test_the_batches_of_images():
     """16 at a time on a CPU, and so many for each process, which draws every second one."""
-    trained = Trained(Watched(), ddpm.make_schedule(2), SMALL, "")
+    trained = Trained(Watched(), ddpm.make_schedule(2), SMALL_NET, "")
 
     def asked():  # each batch has T = 2 calls
         batches = [numbers(x, 7) for x, _ in Watched.seen[::2]]
@@ -534,44 +474,6 @@ def test_the_batches_of_images():
     assert [batch for batch in second[1] if batch] == [[1], [3]]
     assert sample.draw_samples(trained, 34, 7, 17, CPU).shape == (34, *trained.shape)
     assert asked() == [[*range(17)], [*range(17, 34)]]
-
-
-def process(job, rank: int, place: str, pipe) -> None:
-    """One of the two processes below."""
-    os.environ["RANK"] = str(rank)  # as torchrun says it
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
-        found = True, job(CPU._replace(rank=rank, world=2))
-    except BaseException:
-        found = False, traceback.format_exc()
-    pipe.send_bytes(pickle.dumps(found))
-    dist.destroy_process_group()
-
-
-def processes(job) -> list:
-    """What job(machine) returns in each of two processes that exchange by gloo. They begin as copies of
-    this one, so they have all that it has, and nothing that they change is changed here. (But after
-    a gradient in this one torch takes none in its copies.)"""
-    context, ends = multiprocessing.get_context("fork"), []
-    with tempfile.TemporaryDirectory() as folder:
-        for rank in (0, 1):
-            here, there = context.Pipe(duplex=False)
-            child = context.Process(target=process, args=(job, rank, f"{folder}/meet", there), daemon=True)
-            child.start()
-            there.close()
-            ends.append((here, child))
-        try:
-            results = []
-            for here, child in ends:
-                assert here.poll(60), "a process does not answer"
-                works, found = pickle.loads(here.recv_bytes())
-                assert works, found
-                results.append(found)
-        finally:
-            for _, child in ends:
-                child.join(0 if sys.exc_info()[0] else 60)
-                child.kill()
-    return results
 
 
 def test_two_processes_draw_the_images_of_one(small):
@@ -735,14 +637,6 @@ def made(kind: str, *more: str) -> list:
     if path.is_dir():
         return [read_png(file) for file in sorted(path.glob("*.png"))]
     return [torch.load(path).int() if path.suffix == ".pt" else read_png(path)]
-
-
-def flags_of(main) -> set[str]:
-    """The flags of a command: those that its --help lists."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert main(["--help"]) == 0
-    entries = re.findall(r"^  (-.*)", out.getvalue().split("\noptions:")[1], re.M)
-    return {flag for entry in entries for flag in re.findall(r"(?:^|, )(--[a-z0-9-]+)", entry.split("  ")[0])}
 
 
 @pytest.mark.parametrize("kind", PICTURES)

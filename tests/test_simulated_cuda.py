@@ -12,11 +12,9 @@ import ddpm
 import evaluate
 import sample
 import simulated_cuda
-import test_commands
-import test_evaluate
-import test_sample
 import train
 import unet
+from helpers import assert_equal, Inception, losses, random_run, read_png
 from simulated_cuda import simulated, waits
 from support import data, machine
 from support.checkpoint import load, load_checkpoint
@@ -24,8 +22,8 @@ from support.command import UsageError
 from support.machine import Noise, start_machine
 
 pytestmark = [pytest.mark.skipif(bool(simulated_cuda.MISSING), reason=str(simulated_cuda.MISSING)),
+              pytest.mark.usefixtures("in_a_folder_of_its_own"),
               pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")]
-in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
 WIDE = {"channels": 64, "blocks": 1}  # two channels for each group, so that no gradient is rounding alone
 TRAIN = ("--dataset images.pt --init init --batch-size 4 --lr 1e-3 --warmup 3 --samples 0 --no-compile "
          "--dropout 0 --steps").split()
@@ -40,13 +38,13 @@ def gpu():
 
 @pytest.fixture
 def run(in_a_folder_of_its_own):
-    return test_sample.random_run()
+    return random_run()
 
 
 def trained(place: str, steps: int, *flags: str, device: str, capability=(8, 0), **settings) -> dict:
     """The checkpoint of a training run on that device, from random weights, the same each time."""
     if not Path("init").exists():
-        test_sample.random_run("init", **WIDE, **settings)
+        random_run("init", **WIDE, **settings)
     words = [*TRAIN, str(steps), "--out", place, "--device", device, *flags]
     if device == "cpu":
         assert train.main(words) == 0
@@ -189,7 +187,7 @@ def test_training_in_16_bits_is_near_that_in_32(precision, capability):
     no gradient overflows; the checkpoint keeps the scale."""
     wide = trained("wide", 5, "--precision", "fp32", "--log-every", "1", device="cpu")
     half = trained("half", 5, "--log-every", "1", device="cuda", capability=capability)
-    one, two = (test_commands.losses(out)[0]["loss"] for out in ("wide", "half"))
+    one, two = (losses(out)[0]["loss"] for out in ("wide", "half"))
     assert precision == "fp16" or one == pytest.approx(two, rel=0.02)
     assert half["dtype"] == {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[precision]
     assert bool(half["scaler"]) == (precision == "fp16")
@@ -216,9 +214,9 @@ def test_a_run_goes_on_on_another_device(first, then):
     parts = trained("parts", 4, *flags, device=then)
     assert_close(whole, parts)
     for grid in ("samples-0000002.png", "samples-0000004.png"):
-        pictures = [test_sample.read_png(Path(out, grid)) for out in ("whole", "parts")]
+        pictures = [read_png(Path(out, grid)) for out in ("whole", "parts")]
         assert (pictures[0] - pictures[1]).abs().max() <= 1
-    one, two = ([entry["loss"] for entry in test_commands.losses(out)] for out in ("whole", "parts"))
+    one, two = ([entry["loss"] for entry in losses(out)] for out in ("whole", "parts"))
     assert one == pytest.approx(two, rel=1e-4) and len(one) == 4
 
 
@@ -233,7 +231,7 @@ def test_a_resumed_run_on_a_gpu_is_an_uninterrupted_one():
     finally:
         torch.use_deterministic_algorithms(False)
     for name in ("net", "ema", "adam"):
-        test_commands.assert_equal(whole[name], parts[name])
+        assert_equal(whole[name], parts[name])
     assert distance(whole["net"], other["net"]) > 0
 
 
@@ -244,7 +242,7 @@ def test_what_is_compiled_on_a_gpu(monkeypatch, capsys):
     words = [word for word in TRAIN if word != "--no-compile"]
     grids = ["2", "--sample-every", "1", "--samples", "1", "--sample-steps", "2", "--device", "cuda"]
     drawn = "--n 1 --steps 2 --checkpoint a".split()
-    test_sample.random_run("init", **WIDE)
+    random_run("init", **WIDE)
     with simulated():
         for main, flags, tries in (
                 (train.main, [*words, *grids, "--out", "a"], 1), (train.main, [*words, *grids, "--out", "b", "--compile"], 2),
@@ -272,7 +270,7 @@ def test_the_samples_of_a_gpu_are_those_of_a_cpu(run, flags, out):
         if out.endswith(".pt"):
             return torch.load(f"{device}/{out}", weights_only=True).int()
         files = sorted(Path(device).rglob("*.png"))
-        return torch.stack([test_sample.read_png(file) for file in files])
+        return torch.stack([read_png(file) for file in files])
     here = drawn("cpu")
     with simulated():
         there = drawn("cuda")
@@ -345,7 +343,7 @@ def test_bits_per_dim_of_a_gpu_are_those_of_a_cpu(run, capsys, flags):
 def test_fid_on_a_gpu_is_that_on_a_cpu(run, capsys):
     """Of samples that are drawn, with a TorchScript in the place of Inception, which is called once
     for each batch of the images and twice for each of the samples."""
-    torch.jit.script(test_evaluate.Inception()).save("inception.pt")
+    torch.jit.script(Inception()).save("inception.pt")
     flags = "--fid --n 12 --steps 3 --batch-size 6 --inception inception.pt --precision fp32".split()
     here = evaluated(capsys, *flags, "--device", "cpu")
     with simulated():

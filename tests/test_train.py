@@ -19,28 +19,29 @@ import pytest
 import torch
 
 import ddpm
-import test_commands
-import test_sample
-import test_unet
 import train
+from helpers import alpha_bars, assert_equal, CPU, log, processes, random_run, run_of, as_flags
 from support import data, machine
-from support.checkpoint import inference_model, load, load_checkpoint, save_checkpoint
+from support.checkpoint import load, load_checkpoint, save_checkpoint
 from support.command import UsageError, locked, stop
-from support.machine import Machine, seed_of
-from test_commands import assert_equal
+from support.machine import seed_of
 from unet import build_network
 
-in_a_folder_of_its_own = test_commands.in_a_folder_of_its_own  # a fixture, used by every test
-PAPER = {  # and what it does not say: how a run is watched
-    **test_commands.CIFAR10, "dataset": "cifar10", "image_size": None,
-    "seed": 0, "micro_batch": None, "ema_ramp": True, "log_every": 100, "save_every": 5000,
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+PAPER = {  # §4 and Appendix B; of the released code alone: flips as a choice, warm-up, clipping
+    "flip": True, "steps": 800_000, "batch_size": 128, "lr": 2e-4, "warmup": 5000, "decay": 0.0,
+    "grad_clip": 1.0, "ema": 0.9999, "dropout": 0.1, "channels": 128, "multipliers": [1, 2, 2, 2], "blocks": 2,
+    "attention": [16], "timesteps": 1000, "schedule": "linear", "beta_start": 1e-4,
+    "beta_end": 0.02, "predict": "eps", "variance": "fixed_large", "objective": "simple",
+    # and what it does not say: how a run is watched
+    "dataset": "cifar10", "image_size": None, "seed": 0, "micro_batch": None, "ema_ramp": True, "log_every": 100, "save_every": 5000,
     "sample_every": 25_000, "samples": 64, "sample_steps": 50, "keep": None}
-HUGE = {**PAPER, **test_commands.LARGE, "samples": 16}
+HUGE = {**PAPER, "steps": 500_000, "batch_size": 64, "lr": 2e-5, "dropout": 0.0,
+         "multipliers": [1, 1, 2, 2, 4, 4], "variance": "fixed_small", "samples": 16}
 SHAPES = {**PAPER, "dataset": "shapes", "steps": 1500, "batch_size": 32, "lr": 3e-3,
           "warmup": 100, "decay": 0.6, "ema": 0.99, "dropout": 0.0, "channels": 64, "multipliers": [1, 1],
           "blocks": 1, "attention": [], "variance": "fixed_small", "save_every": 500,
           "sample_every": 500, "samples": 16, "sample_steps": 100}
-CPU = Machine(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -48,20 +49,6 @@ def no_signal():
     """Each test begins without a signal."""
     yield
     stop.number, stop.later = 0, False
-
-
-def run_of(dtype=torch.float32, images=None, folder=".", **changes) -> train.Run:
-    """A run with a small network."""
-    settings = {"dataset": "shapes", "channels": 32, "multipliers": [1], "timesteps": 20,
-                "batch_size": 2, "warmup": 4, "decay": 0.0, "samples": 0, **changes}
-    images = data.shapes(4, 8) if images is None else images
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return train.begin({"init": None, **settings}, images, {},
-                       CPU._replace(dtype=dtype), Path(folder))
-
-
-def log(folder=".") -> list[dict]:
-    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------- the settings
@@ -75,15 +62,20 @@ def settled(given=(), stored=(), init=(), shape=(1, 3, 16, 16)) -> dict:
     return train.settle(base, given, torch.zeros(shape, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("name, side, table", [
-    ("cifar10", 32, PAPER), ("x.pt", 255, PAPER), ("shapes", 16, SHAPES), ("shapes", 256, HUGE),
-    ("mnist", 32, {**PAPER, "flip": False}), ("fashion_mnist", 32, {**PAPER, "flip": False}),
-    (".", 256, HUGE), (".", 1024, HUGE), (".", 64, PAPER), (None, 32, PAPER)])
-def test_recipes(name, side, table):
-    """All default settings of each data set: the paper's, for its kind of images."""
-    given = {"dataset": name} if name else {}
-    want = {**table, **given, "in_channels": 3, "image_size": side}
-    assert train.settle(train.defaults(name, side), given, torch.zeros(1, 3, side, side)) == want
+@pytest.mark.parametrize("flags, side, table", [
+    ("", 32, PAPER), ("--dataset cifar10", 32, PAPER), ("--dataset x.pt", 64, PAPER), ("--dataset x.pt", 255, PAPER),
+    ("--dataset mnist", 32, {**PAPER, "flip": False}), ("--dataset fashion_mnist", 32, {**PAPER, "flip": False}),
+    ("--dataset x.pt", 256, HUGE), ("--dataset .", 1024, HUGE), ("--dataset x.pt --lr 1", 256, {**HUGE, "lr": 1.0}),
+    ("--dataset shapes", 16, SHAPES), ("--dataset shapes", 256, HUGE)])
+def test_appendix_b_the_papers_settings(flags, side, table):
+    """What a run without further flags does is the paper's Appendix B, at 32×32 and at 256×256, for each
+    kind of images; the learning rate and the decay of the averages are the ones of the table."""
+    given = train.parse(flags.split())
+    images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    settings = train.settle(train.defaults(given.get("dataset"), side), given, images)
+    assert settings == {**table, "dataset": given.get("dataset", "cifar10"), "in_channels": 3, "image_size": side}
+    assert table["decay"] or train.learning_rate(settings, 10 ** 6) == table["lr"]
+    assert train.ema_decay(settings, 10 ** 6) == table["ema"]
 
 
 WHOLE = {"image_size": (1, 4096), "steps": (1, 10 ** 9), "batch_size": (1, 10 ** 6),
@@ -175,17 +167,6 @@ FIXED = {"image_size": 16, "flip": False, "batch_size": 6, "micro_batch": 3,
          "variance": "fixed_large", "objective": "vlb", "seed": 8}
 
 
-def words(settings: dict) -> list[str]:
-    flags = []
-    for name, value in settings.items():
-        if value == []:  # no flag says so
-            continue
-        flag, value = name.replace("_", "-"), value if isinstance(value, list) else [value]
-        flags += {True: [f"--{flag}"], False: [f"--no-{flag}"]}[value[0]] if (
-            isinstance(value[0], bool)) else [f"--{flag}", *map(str, value)]
-    return flags
-
-
 def test_what_may_change_when_a_run_is_resumed(capsys):
     """How long it trains, how it is watched, and where the data lie, which are known by their content;
     each other setting is named in the refusal, with both values. What is not said is the run's."""
@@ -196,14 +177,14 @@ def test_what_may_change_when_a_run_is_resumed(capsys):
     train.save(run, 4)
     assert {*FREE, *FIXED} == set(train.SETTINGS) == stored.keys() - {"in_channels"}
     for name, value in FIXED.items():
-        assert train.main(["--out", "runs/r", *words({name: value})]) == 2
+        assert train.main(["--out", "runs/r", *as_flags({name: value})]) == 2
         err = capsys.readouterr().err
         for part in ("--" + name.replace("_", "-"), str(stored[name]), str(value)):
             assert part in err and err.count("\n") == 1
     shutil.copy("images.pt", "other.pt")
     same, cpu = {name: stored[name] for name in FIXED}, ["--device", "cpu", "--precision", "fp32"]
     for flags in ({}, {**FREE, **same}):
-        assert train.main(["--out", "runs/r", *cpu, *words(flags)]) == 0
+        assert train.main(["--out", "runs/r", *cpu, *as_flags(flags)]) == 0
         state, want = load_checkpoint(path), {**stored, **flags}
         assert state["step"] == want["steps"]
         assert json.loads(Path("runs/r/settings.json").read_text()) == want
@@ -239,7 +220,7 @@ def test_where_the_images_of_a_run_are_looked_for():
 def test_a_run_is_locked_before_it_is_read(capsys):
     """While another process has the folder, one line says so, and what that one saves last is what the
     next command goes on from. A state that is not that of the run's network is one line, too."""
-    path, flags = Path("runs/r/checkpoint.pt"), ["--out", "runs/r", "--device", "cpu", "--precision", "fp32", *words(
+    path, flags = Path("runs/r/checkpoint.pt"), ["--out", "runs/r", "--device", "cpu", "--precision", "fp32", *as_flags(
         {"dataset": "images.pt", "channels": 32, "multipliers": [1], "attention": [8], "samples": 0, "steps": 5})]
     run = run_of(folder="runs/r", images=torch.load("images.pt"), dataset="images.pt", attention=[8], steps=5)
     path.write_bytes(b"half a checkpoint")
@@ -259,7 +240,7 @@ def test_a_run_is_locked_before_it_is_read(capsys):
 
 def test_flags_that_contradict_the_network_of_init_are_refused(capsys):
     """The refusal has the setting and both values; nothing is left of the folder."""
-    test_sample.random_run("init")
+    random_run("init")
     for flags, parts in (("--channels 64", ["--init", "channels", "32", "64"]),
                          ("--dataset shapes", ["--init", "image_size", "8", "16"])):
         assert train.main(["--init", "init", "--dataset", "images.pt", "--out", "new", *flags.split()]) == 2
@@ -372,7 +353,7 @@ def test_alg1_three_steps_by_hand(flip, micro, scale, rank, world):
     images = torch.arange(5 * 12, dtype=torch.uint8).view(5, 1, 3, 4) * 4
     settings = {**SHAPES, "seed": 7, "batch_size": 8, "flip": flip, "grad_clip": 0.5, "lr": 0.1,
                 "warmup": 7, "ema": 0.6, "micro_batch": micro}
-    net, bar = Line(), test_sample.alpha_bars(20)
+    net, bar = Line(), alpha_bars(20)
     model = ddpm.Model(ddpm.make_schedule(20, beta_end=0.012), net, clip=False)
     run = train.Run(settings, images, net, net, model, copy.deepcopy(net), torch.optim.Adam(net.parameters()),
                     torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None),
@@ -424,7 +405,7 @@ WATCHED = {"log_every": "log.jsonl", "sample_every": "samples-0000002.png", "sam
 
 def trained(folder: str, **changes) -> tuple[dict, dict]:
     """The averages and the files, without what the clock says, of a run by the command."""
-    assert train.main(["--out", folder, "--device", "cpu", "--precision", "fp32", *words({**BASE, **changes})]) == 0
+    assert train.main(["--out", folder, "--device", "cpu", "--precision", "fp32", *as_flags({**BASE, **changes})]) == 0
     files = {path.name: path.read_bytes() for path in Path(folder).iterdir()
              if path.suffix != ".json" and path.name not in ("loss.png", "checkpoint.pt")}
     files["log.jsonl"] = [{**line, "images_per_s": 0} for line in log(folder)]
@@ -545,17 +526,6 @@ def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
         assert run.network is run.net
         assert text in (err := capsys.readouterr().err) and err.count("\n") == 1
         monkeypatch.setattr(machine, "BACKEND", "no such one")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("training", [True, False])
-def test_a_compiler_sees_one_graph(training, dtype):
-    """Nothing breaks the graph of the network, with dropout in training or cast for sampling."""
-    machine, net = Machine(torch.device("cpu"), dtype), test_unet.randomised().train(training)
-    model = machine.network(net) if training else inference_model(ddpm.Model(ddpm.make_schedule(), net), machine).net
-    with torch.set_grad_enabled(training):
-        seen = torch._dynamo.explain(model)(torch.zeros(2, 3, 8, 8), torch.tensor([7, 900]))
-    assert (seen.graph_count, seen.graph_break_count) == (1, 0) and seen.op_count > 100
 
 
 @pytest.mark.parametrize("steps, done, flag", [
@@ -922,7 +892,7 @@ def test_two_processes_by_hand(capsys):
         step = train.restore(other, {**load_checkpoint(Path("checkpoint.pt"))})
         return sorted(path.name for path in mine.folder.iterdir()), step, "bfloat16" in capsys.readouterr().err
     train.save(run, 2)
-    assert test_sample.processes(job) == [(["checkpoint.pt", "log.jsonl"], 2, True), ([], 2, False)]
+    assert processes(job) == [(["checkpoint.pt", "log.jsonl"], 2, True), ([], 2, False)]
     Path("one").mkdir()
     train.log(run._replace(folder=Path("one")), 2, all_of, 1.0)
     assert log("0") == log("one")
@@ -945,7 +915,7 @@ def test_two_processes_by_hand(capsys):
                 os.kill(os.getpid(), signal.SIGTERM)
             Path(f"again {machine.rank}").mkdir()
             return files, seeds, err != "", train.train(run._replace(folder=Path(f"again {machine.rank}")), 4), stop.number
-    assert test_sample.processes(goes_on) == [
+    assert processes(goes_on) == [
         (["ema-0000004.pt", "samples-0000004.png"], [seed_of(0, "dropout", 4, 0)], True, 4, signal.SIGTERM),
         ([], [seed_of(0, "dropout", 4, 1)], False, 4, signal.SIGTERM)]
     assert [path.name for path in Path("again 0").iterdir()] == ["ema-0000004.pt"]
@@ -969,7 +939,7 @@ def test_a_signal_that_comes_while_the_processes_ask_is_not_lost():
         stop.later = True
         with signals():
             return job(machine)
-    assert test_sample.processes(with_handler) == [[(False, 15), (True, 15)], [(False, 0), (True, 15)]]
+    assert processes(with_handler) == [[(False, 15), (True, 15)], [(False, 0), (True, 15)]]
     stop.number = 15
     assert train.stopped(CPU) is True
 

@@ -1,12 +1,15 @@
 """The network of the released code: its size, its wiring, and the mistakes that its shape hides."""
 import math
-import zlib
 
 import pytest
 import torch
 
+import ddpm
 import unet
 from extras import weights
+from helpers import CONFIG, GOLDEN, layout, outputs, state
+from support.checkpoint import inference_model
+from support.machine import Machine
 
 SMALL = dict(channels=64, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8)
 LARGE = dict(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
@@ -19,6 +22,17 @@ def randomised(**settings) -> unet.UNet:
     for p in net.parameters():
         p.data.copy_(torch.randn(p.shape, generator=g) * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.5))
     return net
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiler_sees_one_graph(training, dtype):
+    """Nothing breaks the graph of the network, with dropout in training or cast for sampling."""
+    machine, net = Machine(torch.device("cpu"), dtype), randomised().train(training)
+    model = machine.network(net) if training else inference_model(ddpm.Model(ddpm.make_schedule(), net), machine).net
+    with torch.set_grad_enabled(training):
+        seen = torch._dynamo.explain(model)(torch.zeros(2, 3, 8, 8), torch.tensor([7, 900]))
+    assert (seen.graph_count, seen.graph_break_count) == (1, 0) and seen.op_count > 100
 
 
 @pytest.mark.parametrize("settings, number", [({}, 35_746_307), (LARGE, 113_673_219)])
@@ -324,96 +338,6 @@ def test_norm_computes_in_the_precision_of_its_weights(inside, outside, c, side)
             assert y.dtype == outside and torch.equal(y, want)
 
 # ------------------------------------------------------------------ against the UNet2DModel of diffusers
-
-CONFIG = {
-    "_class_name": "UNet2DModel", "sample_size": 16, "in_channels": 3, "out_channels": 3,
-    "block_out_channels": [32, 64], "down_block_types": ["AttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "AttnUpBlock2D"], "layers_per_block": 1,
-    "attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
-    "flip_sin_to_cos": False, "freq_shift": 1, "act_fn": "silu", "norm_num_groups": 32}
-
-
-def layout(config: dict) -> dict[str, list[int]]:
-    """A description of UNet2DModel's state: each tensor's name and shape, written out level by
-    level."""
-    shapes, widths = {}, config["block_out_channels"]
-    n, c, time = config["layers_per_block"], config["in_channels"], 4 * widths[0]
-
-    def layer(name, out, *rest):
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = [out, *rest], [out]
-
-    def resnet(name, a, b):
-        layer(f"{name}.norm1", a)
-        layer(f"{name}.conv1", b, a, 3, 3)
-        layer(f"{name}.time_emb_proj", b, time)
-        layer(f"{name}.norm2", b)
-        layer(f"{name}.conv2", b, b, 3, 3)
-        if a != b:
-            layer(f"{name}.conv_shortcut", b, a, 1, 1)
-
-    def attention(name, a):
-        layer(f"{name}.group_norm", a)
-        for part in ("to_q", "to_k", "to_v", "to_out.0"):
-            layer(f"{name}.{part}", a, a)
-
-    layer("conv_in", widths[0], c, 3, 3)
-    layer("time_embedding.linear_1", time, widths[0])
-    layer("time_embedding.linear_2", time, time)
-    skips, a = [widths[0]], widths[0]
-    for i, (kind, b) in enumerate(zip(config["down_block_types"], widths)):
-        for j in range(n):
-            resnet(f"down_blocks.{i}.resnets.{j}", a, b)
-            a = b
-            if kind.startswith("Attn"):
-                attention(f"down_blocks.{i}.attentions.{j}", b)
-            skips.append(b)
-        if i < len(widths) - 1:
-            layer(f"down_blocks.{i}.downsamplers.0.conv", b, b, 3, 3)
-            skips.append(b)
-    for j in range(2):
-        resnet(f"mid_block.resnets.{j}", a, a)
-    attention("mid_block.attentions.0", a)
-    for i, (kind, b) in enumerate(zip(config["up_block_types"], reversed(widths))):
-        for j in range(n + 1):
-            resnet(f"up_blocks.{i}.resnets.{j}", a + skips.pop(), b)
-            a = b
-            if kind.startswith("Attn"):
-                attention(f"up_blocks.{i}.attentions.{j}", b)
-        if i < len(widths) - 1:
-            layer(f"up_blocks.{i}.upsamplers.0.conv", b, b, 3, 3)
-    layer("conv_norm_out", a)
-    layer("conv_out", config["out_channels"], a, 3, 3)
-    return shapes
-
-
-def wave(name: str, shape: list[int]) -> torch.Tensor:
-    """Weights by a closed formula: a sine whose phase is the name's checksum, scaled by fan-in."""
-    i = torch.arange(math.prod(shape), dtype=torch.float64)
-    scale = (3 / math.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.5
-    x = scale * torch.sin(1.7 * i + zlib.crc32(name.encode()) % 1000)
-    return x.reshape(shape).float()
-
-
-def golden_input() -> tuple[torch.Tensor, torch.Tensor]:
-    i = torch.arange(2 * 3 * 16 * 16, dtype=torch.float64)
-    return torch.sin(0.37 * i * (1 + i / 900)).reshape(2, 3, 16, 16).float(), torch.tensor([1, 700])
-
-
-# What diffusers 0.42 (torch 2.13, float32, CPU) returns for these weights, times and images:
-# the first two and the last value of each image, its mean and its mean square.
-GOLDEN = [[0.409241, 0.44691, -0.375777, -0.069156, 0.166646],
-          [0.371759, 0.470489, -0.449813, -0.069052, 0.178996]]
-
-
-def state() -> dict[str, torch.Tensor]:
-    return {name: wave(name, shape) for name, shape in layout(CONFIG).items()}
-
-
-def outputs(net) -> torch.Tensor:
-    """Per image: first, second and last value, mean, mean square."""
-    with torch.no_grad():
-        y = net(*golden_input()).flatten(1)
-    return torch.stack([y[:, 0], y[:, 1], y[:, -1], y.mean(1), y.square().mean(1)], 1)
 
 
 def test_golden_outputs_of_diffusers():

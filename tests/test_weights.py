@@ -23,13 +23,10 @@ import evaluate
 import sample
 import train
 from extras import weights
+from helpers import CONFIG, CPU, GOLDEN, golden_input, HERE, layout, outputs, state
 from support import checkpoint, data
-from support.machine import Machine
-from test_unet import CONFIG, GOLDEN, golden_input, layout, outputs, state
 from unet import build_network
 
-HERE = pathlib.Path(__file__).parents[1]
-CPU = Machine(torch.device("cpu"), torch.float32)
 BIN, SAFE = "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"
 SCHEDULER = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_start": 1e-4,
              "beta_end": 0.02, "beta_schedule": "linear", "variance_type": "fixed_large",
