@@ -5,15 +5,20 @@
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import gzip
 import hashlib
 import io
 import math
+import mmap
+import os
 import struct
 import tarfile
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Callable
 
@@ -37,8 +42,10 @@ FILES = {  # name → folder of the address; name and SHA-256 of the training an
          "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073")]),
 }
 NAMES = (*FILES, "shapes")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
+VAL = ("val", "valid", "validation")
+SPLITS = {"train": ("train",), "test": ("test", *VAL), "val": VAL}  # folders: the first there is
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "AVIF", "HEIF")
+COPIES = ("__MACOSX", "@eaDir")  # folders that systems make, left out like hidden ones
 
 def to_model(images: Tensor) -> Tensor:
     """{0 … 255} → [−1, 1], linearly: uint8 in, float32 out.   [DDPM §3.3]"""
@@ -48,18 +55,34 @@ def to_uint8(x: Tensor) -> Tensor:
     """[−1, 1] → {0 … 255}, the inverse of `to_model`: clamped, scaled and rounded."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
+def shape(name: str, image_size: int | None = None) -> tuple[int, int, int]:
+    """C, H, W of the images that `load` gives, before anything is downloaded or decoded."""
+    if name in FILES:
+        return 3 if name == "cifar10" else 1, 32, 32
+    if name.endswith(".pt"):
+        return tuple(read_tensor(Path(name)).shape[1:])
+    if name != "shapes" and not Path(name).is_dir():
+        raise ValueError(f"no data set is called {name!r}: choose {', '.join(NAMES)}, a .pt file "
+                         "or a folder of pictures")
+    side = image_size or (16 if name == "shapes" else 256)
+    return 3, side, side
+
 def load(name: str, data_dir: str | Path = "data", split: str = "train",
-         image_size: int | None = None) -> tuple[Tensor, str]:
+         image_size: int | None = None, skip_bad: bool = False) -> tuple[Tensor, str]:
     """The images of `name`: one of NAMES, a .pt file with a uint8 tensor, or a folder of pictures.
 
     In memory or mapped from disk, uint8 N×C×H×W, C = 1 or 3; and what they are, in words.
-    split: "train" or "test". A .pt file has no such parts, and a folder only if it has subfolders
-    with these names. image_size: side of the images of a folder (256 unless given) and of shapes
-    (16). ValueError if the data are not what they should be, OSError if they cannot be had.
+    split: one of SPLITS. A .pt file has no such parts, and a folder only if it has subfolders, in
+    any case, train/ and beside it test/ or val/ (a class may be called train, too). image_size:
+    side of the images of a folder (256 unless given) and of shapes (16). skip_bad: go on without
+    the pictures of a folder that cannot be read. ValueError if the data are not what they should
+    be, OSError if they cannot be had.
     """
-    about = f"{split} split"
+    about, side = f"{split} split", shape(name, image_size)[1]
+    if name in NAMES and split == "val":
+        raise ValueError(f"{name} has no val split: choose train or test")
     if name == "shapes":
-        return shapes(8192 if split == "train" else 1024, image_size or 16, split), about
+        return shapes(8192 if split == "train" else 1024, side, split), about
     if name in FILES:
         address, files = FILES[name]
         file, sha256 = files[split == "test"]
@@ -74,12 +97,12 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
         return F.pad(read_idx(path), (2, 2, 2, 2)), f"{about}, padded from 28×28 to 32×32"
     if name.endswith(".pt"):
         return read_tensor(Path(name)), "which has no splits"
-    if not Path(name).is_dir():
-        raise ValueError(f"no data set is called {name!r}: choose {', '.join(NAMES)}, a .pt file "
-                         "or a folder of pictures")
-    parts = any(Path(name, part).is_dir() for part in ("train", "test"))
-    folder, about = (Path(name, split), about) if parts else (Path(name), "all pictures")
-    return (read_folder(folder, Path(data_dir), image_size or 256),
+    folder, about = Path(name), "all pictures"
+    parts = {part.name.lower(): part for part in folder.iterdir() if part.is_dir()}
+    if "train" in parts and parts.keys() & SPLITS["test"]:
+        folder = next((parts[part] for part in SPLITS[split] if part in parts), folder / split)
+        about = f"{folder.name} split"
+    return (read_folder(folder, Path(data_dir), side, skip_bad),
             f"{about}, the middle square of each in RGB")
 
 def fetch(address: str, path: Path, sha256: str | None = None) -> Path:
@@ -94,10 +117,14 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> Path:
                           f"means and put it at {path}") from error
     return path
 
+@functools.lru_cache(maxsize=1)  # it may be minutes for a folder, and is asked twice
 def fingerprint(images: Tensor) -> str:
-    """A hash of the shape and of at most 1,000 images, evenly spaced."""
-    some = images[::math.ceil(len(images) / 1000)]
-    return hashlib.sha256(f"{tuple(images.shape)}".encode() + raw_bytes(some)).hexdigest()
+    """A hash of all pixels and of the shape."""
+    found = hashlib.blake2b(digest_size=32)
+    for part in images.split(-(-2 ** 22 // images[0].numel())):  # never a copy of all
+        found.update(raw_bytes(part))
+    found.update(f"{tuple(images.shape)}".encode())
+    return found.hexdigest()
 
 def raw_bytes(x: Tensor) -> bytes:
     """The bytes of a tensor as they lie in memory, without the help of NumPy."""
@@ -131,6 +158,9 @@ def read_tensor(path: Path) -> Tensor:
     """A tensor saved by `torch.save`: uint8 N×C×H×W, C = 1 or 3. ValueError for anything else."""
     with reading(path, "images, a uint8 tensor N×C×H×W with C = 1 or 3"):
         x = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(x, Tensor):
+            keys = f" of {', '.join(map(str, x))}" if isinstance(x, dict) else ""
+            raise ValueError(f"it holds a {type(x).__name__}{keys}")
         if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] not in (1, 3) or not x.numel():
             raise ValueError(f"it holds {x.dtype} {tuple(x.shape)}")
         if 0 in x.stride():
@@ -138,52 +168,125 @@ def read_tensor(path: Path) -> Tensor:
         raw_bytes(x[:1])  # an error if no pixels are stored, as in a sparse tensor
     return x
 
-def read_folder(source: Path, cache: Path, size: int) -> Tensor:
+def listing(source: Path) -> tuple[list[Path], Counter]:
+    """The pictures of a folder and of the folders in it, in order; and what is left out, by kind.
+
+    Links are followed, and no folder is read twice. OSError for one that cannot be read.
+    """
+    def fail(error: OSError):
+        raise error
+    endings = {end for end, kind in pillow()[0].registered_extensions().items() if kind in FORMATS}
+    files, out, seen = [], Counter(), set()
+    for folder, folders, names in os.walk(source, onerror=fail, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:
+            folders[:], names = [], []
+            out["linked twice"] += 1
+        seen.add(place)
+        hidden = {name for name in (*folders, *names) if name[0] == "." or name in COPIES}
+        folders[:] = sorted({*folders} - hidden)
+        out["hidden"] += len(hidden)
+        for file in (Path(folder, name) for name in {*names} - hidden):
+            if (end := file.suffix.lower()) in endings and file.is_file():
+                files.append(file)
+            else:  # a link to nothing, or a pipe, has an ending, too
+                out["no file" if end in endings else end or "without an ending"] += 1
+    return sorted(files), +out
+
+def read_folder(source: Path, cache: Path, size: int, skip_bad: bool = False) -> Tensor:
     """A folder of pictures, the middle square of each resized: uint8 (N, 3, size, size).
 
     They are decoded once with Pillow into a file in `cache`, which is mapped and not read, so that
     a set larger than memory works. Its name is a hash of what the folder holds: after a change of
-    the folder everything is decoded again.
+    the folder everything is decoded again. It ends with the fingerprint of the images.
     """
-    files = sorted(f for f in source.rglob("*") if f.suffix.lower() in PICTURES and f.is_file())
+    files, out = listing(source)
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in out.most_common(20)) or "nothing"
+    text = f"{source}: {len(files):,} pictures; left out: {kinds}"
     if not files:
-        raise ValueError(f"{source} holds no pictures ({' '.join(sorted(PICTURES))})")
-    listing = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-    key = hashlib.sha256(f"{size} {listing}".encode()).hexdigest()[:16]
-    path = cache / f"{source.resolve().name}-{size}-{key}.u8"
+        raise ValueError(text)
+    known = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+    key = hashlib.sha256(f"{size} {skip_bad} {known}".encode()).hexdigest()[:16]
+    path = cache / f"{source.resolve().name[:40]}-{size}-{key}.u8"
     if not path.exists():
-        with written(path) as out:
+        say(text)
+        notes, found = Counter(), hashlib.blake2b(digest_size=32)
+        with written(path) as target:
             for i, file in enumerate(files, 1):
-                out.write(raw_bytes(decode(file, size)))
+                try:
+                    raw = raw_bytes(decode(file, size, notes))
+                    found.update(raw)
+                    target.write(raw)
+                except ValueError as error:
+                    say(one_line(bad := error))
+                    notes["cannot be read"] += 1
                 if i % 500 == 0 or i == len(files):
                     say(f"decoding {source}: {i} of {len(files)}")
-    with reading(path, "pictures decoded before: delete it"):
-        x = torch.from_file(str(path), size=len(files) * 3 * size * size, dtype=torch.uint8)
-    return x.view(-1, 3, size, size)
+            n = len(files) - notes["cannot be read"]
+            if n < len(files) and not (n and skip_bad):
+                raise ValueError(f"{len(files) - n} of {len(files)} pictures cannot be read "
+                                 f"(--skip-bad goes on without them): {bad}")
+            found.update(f"{(n, 3, size, size)}".encode())
+            target.write(found.hexdigest().encode())
+        for what, n in notes.items():
+            say(f"{n:,} of them {what}")
+    with reading(path, "pictures decoded before: delete it"), open(path, "rb") as file:
+        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        x = torch.frombuffer(raw, dtype=torch.uint8)[:-64].view(-1, 3, size, size)
+        if fingerprint(x).encode() != raw[-64:]:
+            raise ValueError("it is damaged")
+    return x
 
 def pillow():
     """Pillow's two modules, which refuse a picture of more than 89 million pixels."""
-    from PIL import Image, ImageOps
+    import PIL
+    from PIL import Image, ImageOps, PngImagePlugin
+    if tuple(map(int, PIL.__version__.split(".")[:2])) < (10, 1):
+        raise ValueError(f"Pillow {PIL.__version__} is too old: pip install 'pillow>=10.1'")
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+        pillow_heif.register_heif_opener()
+    PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # a long text is no reason to refuse its picture
+    warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     return Image, ImageOps
 
-def decode(file: Path, size: int) -> Tensor:
+def decode(file: Path, size: int, notes: Counter) -> Tensor:
     """A picture as it is meant to be seen, its middle square resized: uint8 (3, size, size).
 
-    It is turned as its EXIF data say, 16-bit grey is scaled to 8 bits, and what is transparent
-    becomes white.
+    It is turned as its EXIF data say, grey of up to 16 bits is scaled to 8, what is transparent
+    becomes white, and the colours of a profile become those of sRGB. notes: counts what is odd.
     """
     Image, ImageOps = pillow()
-    with reading(file, "a picture"), Image.open(file, formats=FORMATS) as picture:
-        ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG"):
-            picture = picture.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
+    formats = [kind for kind in FORMATS if kind in Image.OPEN]
+    with reading(file, "a picture"), Image.open(file, formats=formats) as opened:
+        opened.load()
+        picture, tags = opened, getattr(opened, "tag_v2", {})  # of TIFF
+        with contextlib.suppress(Exception):  # what is wrong with metadata
+            ImageOps.exif_transpose(picture, in_place=True)
+        if picture.mode[:4] == "I;16" or picture.mode == "I" and opened.format in ("PNG", "PPM"):
+            scale = 255 / (2 ** tags.get(258, [16])[0] - 1)  # BitsPerSample
+            picture = picture.convert("I").point(lambda level: level * scale + 0.5).convert("L")
+            if tags.get(262) == 0:  # PhotometricInterpretation: white is zero
+                picture = ImageOps.invert(picture)
         if picture.mode in ("I", "F"):
             raise ValueError("grey of 32 bits has no known range")
+        mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")
         if picture.has_transparency_data:
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
-        return pixels(ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+        picture = ImageOps.fit(picture.convert(mode), (size, size), Image.Resampling.LANCZOS)
+        if profile := opened.info.get("icc_profile"):
+            try:
+                from PIL import ImageCms
+                ends = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+                picture = ImageCms.profileToProfile(picture, *ends, outputMode="RGB")
+            except Exception:
+                notes["have a colour profile that cannot be used"] += 1
+        with contextlib.suppress(Exception):  # of the second frame
+            if opened.format != "MPO" and opened.is_animated:
+                notes["have several frames: the first is taken"] += 1
+        return pixels(picture.convert("RGB"))
 
 def pixels(picture) -> Tensor:
     """A picture of Pillow, grey (L) or RGB: uint8 (1 or 3, H, W)."""
@@ -200,6 +303,12 @@ def png(image: Tensor) -> bytes:
     for chunk in (b"IHDR" + header, b"IDAT" + body, b"IEND"):
         content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return content
+
+def is_png(path: Path, shape: tuple[int, int, int]) -> bool:
+    """Whether `png` wrote the file for an image of this shape, to its end."""
+    content = path.read_bytes() if path.is_file() else b""
+    whole = png(torch.zeros(shape, dtype=torch.uint8))
+    return content[:33] == whole[:33] and content[-12:] == whole[-12:]
 
 def tiled(images: Tensor, columns: int | None = None) -> Tensor:
     """uint8 (N, C, H, W) → one picture (C, …) in rows of `columns`, as square as possible unless

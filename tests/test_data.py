@@ -12,6 +12,9 @@ import struct
 import sys
 import tarfile
 import tracemalloc
+import zlib
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -317,7 +320,10 @@ def test_tensor_file(tmp_path):
         torch.save(images, path)
         assert torch.equal(data.load(str(path))[0], images)
         assert torch.equal(data.load(str(path), split="test")[0], images)
-    for bad in (images.float(), images.bool(), images[0], images[:, :2], images[:0], {"a": images},
+    torch.save({"a": images, "b": 1}, path)
+    with pytest.raises(ValueError, match="it holds a dict of a, b"):
+        data.load(str(path))
+    for bad in (images.float(), images.bool(), images[0], images[:, :2], images[:0],
                 [images], "text", images[:, [0, 1, 2, 0]], images[None], images[..., :0]):
         torch.save(bad, path)
         with pytest.raises(ValueError, match=re.escape(str(path))):
@@ -407,6 +413,14 @@ def pil(x: torch.Tensor, mode: str = "RGB"):
     return pillow().frombytes(mode, (x.shape[2], x.shape[1]), pixels)
 
 
+def decode(path, size: int, *notes: str) -> torch.Tensor:
+    """The picture, of which this and nothing else is noted."""
+    seen = Counter()
+    x = data.decode(path, size, seen)
+    assert len(seen) == len(notes) and all(note in text for note, text in zip(notes, seen))
+    return x
+
+
 def test_pictures_of_a_folder_are_as_one_sees_them(tmp_path):
     """The pixels of a PNG by `data.png` and by Pillow; the middle of a wide and of a high one; what
     EXIF turns; 16-bit grey; white behind what is transparent.
@@ -494,26 +508,106 @@ def test_pictures_are_reduced_with_lanczos_kernel(tmp_path, size):
     weights = torch.sinc(x) * torch.sinc(x / 3) * (x.abs() < 3)
     weights /= weights.sum(1, keepdim=True)
     want = (weights @ image.double() @ weights.T).clamp(0, 255)
-    assert (data.decode(tmp_path / "a.png", size) - want).abs().max() < 2
+    assert (decode(tmp_path / "a.png", size) - want).abs().max() < 2
 
 
 def test_grey_of_16_bits_is_divided_by_257(tmp_path, monkeypatch):
     """All 65,536 levels are rounded to the nearest of 256, also if Pillow calls the mode I, as older
-    versions do: that is what stood in their table. The levels of other pictures of that mode, and of
-    decimal numbers, have no known range, and are refused."""
+    versions do: that is what stood in their table; and a PGM's. The levels of other pictures of that
+    mode, and of decimal numbers, have no known range, and are refused."""
     Image = pillow()
     levels = torch.arange(2 ** 16).view(256, 256)
     image = Image.frombytes("I;16", (256, 256), struct.pack("<65536H", *range(2 ** 16)))
     image.save(tmp_path / "a.png")
     want = ((levels + 128) // 257).expand(3, -1, -1)
-    assert torch.equal(data.decode(tmp_path / "a.png", 256).int(), want.int())
+    (tmp_path / "a.pgm").write_bytes(b"P5 256 256 65535\n" + struct.pack(">65536H", *range(2 ** 16)))
+    assert torch.equal(decode(tmp_path / "a.pgm", 256).int(), want.int())
+    assert torch.equal(decode(tmp_path / "a.png", 256).int(), want.int())
     for mode in "IF":
         image.convert("I").convert(mode).save(tmp_path / "a.tif")
         with pytest.raises(ValueError, match="a.tif"):
-            data.decode(tmp_path / "a.tif", 256)
+            decode(tmp_path / "a.tif", 256)
     monkeypatch.setitem(pytest.importorskip("PIL.PngImagePlugin")._MODES, (16, 0), ("I", "I;16B"))
     assert Image.open(tmp_path / "a.png").mode == "I"
-    assert torch.equal(data.decode(tmp_path / "a.png", 256).int(), want.int())
+    assert torch.equal(decode(tmp_path / "a.png", 256).int(), want.int())
+
+
+def tiff(level: int, bits: int, white: int) -> bytes:
+    """Eight pixels of grey in TIFF, uncompressed; white: 1, or 0 if that is the level of white."""
+    row = struct.pack("<8H", *[level] * 8) if bits == 16 else int(f"{level:0{bits}b}" * 8, 2).to_bytes(bits, "big")
+    entries = {256: 8, 257: 1, 258: bits, 259: 1, 262: white, 273: 8, 278: 1, 279: len(row)}
+    return struct.pack("<2sHI", b"II", 42, 8 + len(row)) + row + struct.pack("<H", len(entries)) + b"".join(
+        struct.pack("<HHII", key, 3, 1, value) for key, value in entries.items()) + bytes(4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 12, 16])
+def test_depth_and_polarity_of_grey_are_those_of_the_file(tmp_path, bits):
+    """Black, white and what is between in TIFF. (12 bits with white as 0 are unknown to Pillow.)
+
+    Kills: 12 bits that are read as black, white that is zero read as a negative."""
+    pillow()
+    top = 2 ** bits - 1
+    for level in {0, top // 3, top // 2, top}:
+        (tmp_path / "a.tif").write_bytes(tiff(level, bits, 1))
+        assert (decode(tmp_path / "a.tif", 1) - 255 * level / top).abs().max() <= 0.5
+        (tmp_path / "a.tif").write_bytes(tiff(level, bits, 0))
+        with pytest.raises(ValueError, match="a.tif") if bits == 12 else contextlib.nullcontext():
+            assert (decode(tmp_path / "a.tif", 1) - 255 * (1 - level / top)).abs().max() <= 0.5
+
+
+def test_colours_are_those_of_the_profile(tmp_path):
+    """Two profiles made here by exchanging and by keeping the primaries: what one calls red is the
+    other's blue. A profile that is none, or one of another kind of picture, is noted, and the colours
+    stay."""
+    pillow()
+    cms = pytest.importorskip("PIL.ImageCms")
+    image, names = pil(picture(3, 1, 1)), {}
+    srgb = cms.ImageCmsProfile(cms.createProfile("sRGB")).tobytes()
+    count, = struct.unpack(">I", srgb[128:132])
+    for i in range(count):
+        place = 132 + 12 * i
+        names[srgb[place:place + 4]] = place
+    swapped = bytearray(srgb)
+    swapped[names[b"rXYZ"]:names[b"rXYZ"] + 4], swapped[names[b"bXYZ"]:names[b"bXYZ"] + 4] = b"bXYZ", b"rXYZ"
+    lab = cms.ImageCmsProfile(cms.createProfile("LAB", 5000)).tobytes()
+    for profile, change, *notes in ((srgb, [0, 1, 2]), (bytes(swapped), [2, 1, 0]),
+                                    (b"none", [0, 1, 2], "profile"), (lab, [0, 1, 2], "profile")):
+        image.save(tmp_path / "a.png", icc_profile=profile)
+        assert (decode(tmp_path / "a.png", 1, *notes).int() - picture(3, 1, 1)[change]).abs().max() <= 1
+    image.convert("L").save(tmp_path / "a.png", icc_profile=srgb)
+    decode(tmp_path / "a.png", 1, "profile")
+
+
+def test_of_several_frames_the_first_is_taken_and_noted(tmp_path):
+    """But not of a photograph with a small one behind it."""
+    Image = pillow()
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "white", "blue")]
+    for kind in ("GIF", "TIFF", "PNG", "WEBP", "MPO"):
+        frames[0].save(tmp_path / "a", kind, save_all=True, append_images=frames[1:])
+        x = decode(tmp_path / "a", 1, *["frames"] * (kind != "MPO"))
+        assert (x.flatten().int() - torch.tensor([255, 0, 0])).abs().max() < 4
+
+
+def test_a_picture_is_not_refused_for_its_metadata(tmp_path):
+    """EXIF data that are none, a text of ten million letters, one that is not closed."""
+    pillow()
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    image = data.png(picture(3, 4, 4))
+    for more in (chunk(b"eXIf", b"nonsense"), chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10 ** 7))),
+                 chunk(b"zTXt", b"a\0\0nonsense"), chunk(b"iTXt", b"a")):
+        (tmp_path / "a.png").write_bytes(image[:33] + more + image[33:])
+        assert torch.equal(decode(tmp_path / "a.png", 4), picture(3, 4, 4))
+
+
+def test_pillow_below_10_1_is_not_the_fault_of_the_pictures(tmp_path, monkeypatch):
+    pillow()
+    fill(tmp_path / "p", a_png=1)
+    for version in ("9.5.0", "10.0.1"):
+        monkeypatch.setattr("PIL.__version__", version)
+        with pytest.raises(ValueError, match=f"^Pillow {version} .*pillow>=10.1"):
+            data.load(str(tmp_path / "p"), tmp_path / "data")
+    monkeypatch.setattr("PIL.__version__", "10.1.0.dev0")
+    data.load(str(tmp_path / "p"), tmp_path / "data", image_size=1)
 
 
 def test_what_is_half_transparent_is_half_white(tmp_path):
@@ -523,11 +617,11 @@ def test_what_is_half_transparent_is_half_white(tmp_path):
         for alpha in (0, 1, 127, 200, 255):
             colour = (0,) * (len(mode) - 1) + (alpha,)
             Image.new(mode, (4, 4), colour).save(tmp_path / "a.png")
-            assert (data.decode(tmp_path / "a.png", 4) == 255 - alpha).all()
+            assert (decode(tmp_path / "a.png", 4) == 255 - alpha).all()
     palette = Image.frombytes("P", (2, 2), bytes([0, 1, 1, 0]))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.save(tmp_path / "a.png", transparency=1)
-    assert data.decode(tmp_path / "a.png", 2).flatten(1).tolist() == [
+    assert decode(tmp_path / "a.png", 2).flatten(1).tolist() == [
         [10, 255, 255, 10], [20, 255, 255, 20], [30, 255, 255, 30]]
 
 
@@ -544,7 +638,7 @@ def decoded(tmp_path, monkeypatch, capsys):
     """In a folder of one's own: how many pictures were decoded since this was asked last, as it is said."""
     pillow()
     monkeypatch.chdir(tmp_path)
-    return lambda: sum(int(line.split()[-1]) for line in capsys.readouterr().err.splitlines())
+    return lambda: sum(map(int, re.findall(r"decoding .* of (\d+)", capsys.readouterr().err)))
 
 
 def fill(folder, **pictures: int) -> None:
@@ -572,24 +666,129 @@ def test_a_folder_is_all_its_pictures_in_order(decoded):
         assert data.load(suffix, "cache", image_size=1)[0].flatten().tolist() == [7] * 3
 
 
-def test_a_folder_has_splits_if_its_folders_are_called_so(decoded):
-    """The folder of the split is taken, and nothing else; without such a folder all pictures."""
-    fill("p/train", a_png=1)
-    fill("p/other", b_png=2)
-    for name, split, found in (("p", "train", [1]), ("p", "test", None), ("q", "test", [3]),
-                               ("q", "train", None), ("p/other", "train", [2]),
-                               ("p/other", "test", [2])):
-        if name == "q" and found:
-            fill("q/test", a_png=3)
-        if found:
-            images, about = data.load(name, "cache", split, 1)
-            assert images[:, 0, 0, 0].tolist() == found
-            assert (split in about) == (name != "p/other") and "middle square" in about and "RGB" in about
-        else:
-            with pytest.raises(ValueError, match=re.escape(os.path.join(name, split))):
-                data.load(name, "cache", split, 1)
-    fill("p/test", a_png=4)
-    assert data.load("p", "cache", "test", 1)[0].flatten().tolist() == [4] * 3
+def test_a_folder_has_splits_if_train_and_another_lie_in_it(decoded):
+    """In any case of letters. Then the folder of the split is taken, and nothing else: val/, valid/ or
+    validation/ for the test images, too, if there is no test/. A class called train, or test, alone is
+    no split."""
+    for parts, found in ((["train", "x"], "1+2 1+2 1+2"), (["test", "x"], "1+2 1+2 1+2"),
+                         (["train", "test"], "1 2 no"), (["Train", "VAL"], "1 2 2"), (["TRAIN", "valid"], "1 2 2"),
+                         (["train", "validation", "test", "x"], "1 3 2"), (["train", "testing"], "1+2 1+2 1+2")):
+        folder = "p" + "".join(parts)
+        for i, part in enumerate(parts):
+            fill(f"{folder}/{part}", a_png=i + 1)
+        for split, want in zip(("train", "test", "val"), found.split()):
+            if want == "no":
+                with pytest.raises(OSError, match=re.escape(os.path.join(folder, split))):
+                    data.load(folder, "cache", split, 1)
+                continue
+            images, about = data.load(folder, "cache", split, 1)
+            assert "+".join(map(str, sorted(images[:, 0, 0, 0].tolist()))) == want
+            assert ("split" in about) == ("+" not in want) and "middle square" in about and "RGB" in about
+            assert "+" in want or parts[int(want) - 1] in about
+    for name in data.NAMES:
+        with pytest.raises(ValueError, match=f"{name} has no val split"):
+            data.load(name, "cache", "val")
+
+
+def test_linked_folders_are_read_and_none_twice(decoded):
+    """Loops end; a picture that is linked twice is there twice; a link to nothing is no picture."""
+    fill("p/b", a_png=1)
+    fill("elsewhere/deep", a_png=2)
+    os.symlink("../elsewhere", "p/c")
+    for link, place in (("p/loop", "."), ("p/b/up", ".."), ("elsewhere/deep/b", "../../p/b"), ("q", "p")):
+        os.symlink(place, link)
+    os.symlink("nothing", "p/x.png")
+    os.symlink("b/a.png", "p/z.png")
+    for name in "pq":
+        images = data.load(name, "cache", image_size=1)[0]
+        assert images[:, 0, 0, 0].tolist() == [1, 2, 1]
+
+
+def test_one_line_says_how_many_pictures_there_are_and_what_is_left_out(decoded, capsys):
+    """By kind, the most frequent first; of hidden folders the content does not count."""
+    fill("p", a_png=1, b_JPG=2, c_mov=3, d_MOV=4, e_mov=5, f_eps=6, _DS=7, __a_png=8)
+    fill("p/b", name=7)
+    for folder in ("__MACOSX", "@eaDir", ".thumbnails", "b/.git"):
+        fill(f"p/{folder}", a_png=9, b_png=9)
+    data.load("p", "cache", image_size=1)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("p: 2 pictures; left out: 6 hidden, 3 .mov, 1 ") and len(said) == 2
+    assert {*said[0].split("3 .mov, ")[1].split(", ")} == {"1 .eps", "1 without an ending"}
+    fill("q", a_mov=1)
+    with pytest.raises(ValueError, match=r"^q: 0 pictures; left out: 1 \.mov$"):
+        data.load("q", "cache")
+
+
+def test_an_unreadable_folder_is_an_error(decoded):
+    """As anyone but root."""
+    fill("p/b", a_png=1)
+    os.chmod("p/b", 0)
+    pid = os.fork()
+    if not pid:
+        status = 1
+        with contextlib.suppress(Exception):
+            if os.getuid() == 0:
+                os.chmod(".", 0o777)
+                os.setuid(65534)
+            try:
+                data.listing(Path("p"))
+            except OSError as error:
+                status = 0 if "p/b" in str(error) else 2
+        os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    os.chmod("p/b", 0o700)
+
+
+def test_endings_are_those_that_pillow_reads(decoded):
+    """Also .jfif and .jpe. A film, or what Pillow reads with another program, is no picture."""
+    fill("p", a_jfif=1, b_jpe=2, c_pnm=3, d_eps=4, e_mpg=5, f_pdf=6, g_apng=7)
+    assert data.load("p", "cache", image_size=1)[0][:, 0, 0, 0].tolist() == [1, 2, 3, 7]
+
+
+def test_all_pictures_that_cannot_be_read_are_named_at_once(decoded, capsys):
+    """And nothing is kept. With skip_bad the others are the images, and it is said how many are not."""
+    fill("p", a_png=1, c_png=2, e_png=3)
+    for name, content in (("b", b""), ("d", b"text"), ("f", data.png(picture(3, 40, 40))[:3000])):
+        with open(f"p/{name}.png", "wb") as file:
+            file.write(content)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^3 of 6 pictures .*--skip-bad.*p/f\.png cannot be read"):
+            data.load("p", "cache", image_size=1)
+        assert not os.listdir("cache")
+        said = capsys.readouterr().err
+        assert all(f"p/{name}.png cannot be read" in said for name in "bdf") and "p/a.png" not in said
+    for n in (6, 0):
+        assert data.load("p", "cache", image_size=1, skip_bad=True)[0][:, 0, 0, 0].tolist() == [1, 2, 3]
+        said = capsys.readouterr().err
+        assert len(re.findall("decoding", said)) == bool(n) == ("3 of them cannot be read" in said)
+    with pytest.raises(ValueError, match="^3 of 6"):
+        data.load("p", "cache", image_size=1)
+    os.makedirs("q")
+    with open("q/a.png", "wb"), pytest.raises(ValueError, match="^1 of 1"):
+        data.load("q", "cache", skip_bad=True)
+
+
+@pytest.mark.parametrize("name", ["a b", "é😀", "photos.2024", "x" * 255, os.fsdecode(b"\xff\xfe")])
+def test_a_folder_may_have_any_name(decoded, name):
+    try:
+        fill(name, a_png=1)
+    except OSError:
+        pytest.skip("the file system does not take the name")
+    assert data.load(name, "cache" + name[-3:], image_size=1)[0].flatten().tolist() == [1] * 3
+    assert data.load(name, "cache" + name[-3:], image_size=1)[0].flatten().tolist() == [1] * 3
+
+
+def test_the_shape_is_known_before_anything_is_decoded(decoded):
+    """It is that of the images; of a folder whose pictures cannot be read, too."""
+    fill("p", a_png=1)
+    torch.save(picture(4, 1, 8, 6), "x.pt")
+    for name, size in (("p", None), ("p", 3), ("shapes", None), ("shapes", 5), ("x.pt", None), ("x.pt", 3)):
+        assert data.shape(name, size) == data.load(name, "cache", image_size=size)[0].shape[1:]
+    open("p/a.png", "wb").close()
+    assert data.shape("p", 9) == (3, 9, 9)
+    assert (data.shape("cifar10"), data.shape("mnist", 7)) == ((3, 32, 32), (1, 32, 32))
+    with pytest.raises(ValueError, match="nothing"):
+        data.shape("nothing")
 
 
 def test_a_folder_is_decoded_anew_if_and_only_if_something_changed(decoded):
@@ -621,14 +820,21 @@ def test_a_folder_is_decoded_anew_if_and_only_if_something_changed(decoded):
     assert sorted(os.listdir("cache")) == before
 
 
-def test_a_file_of_decoded_pictures_that_is_cut_is_refused(decoded):
-    """By its name, because to delete it is the cure."""
+def test_a_file_of_decoded_pictures_that_is_damaged_is_refused(decoded):
+    """Cut, or another in any byte; by its name, because to delete it is the cure."""
     fill("p", a_png=1, b_png=2)
     data.load("p", "cache", image_size=2)
     path, = os.listdir("cache")
-    os.truncate(f"cache/{path}", 11)
-    with pytest.raises(ValueError, match=re.escape(path)):
-        data.load("p", "cache", image_size=2)
+    with open(f"cache/{path}", "rb") as file:
+        sound = file.read()
+    for bad in (sound[:11], sound[:-1], b"", sound[12:], sound + b"0", sound[:12] + sound,
+                *(sound[:i] + bytes([sound[i] ^ 1]) + sound[i + 1:] for i in range(len(sound)))):
+        with open(f"cache/{path}", "wb") as file:
+            file.write(bad)
+        with pytest.raises(ValueError, match=re.escape(path) + ".*delete it"):
+            data.load("p", "cache", image_size=2)
+    os.remove(f"cache/{path}")
+    assert data.load("p", "cache", image_size=2)[0][:, 0, 0, 0].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("n, said", [(1, [[1, 1]]), (502, [[500, 502], [502, 502]])])
@@ -636,11 +842,13 @@ def test_decoding_says_every_500_and_the_last(decoded, capsys, n, said):
     fill("p", **{f"i{i}_png": 0 for i in range(n)})
     data.load("p", "cache", image_size=1)
     lines = capsys.readouterr().err.splitlines()
-    assert [[int(x) for x in re.findall(r"\d+", line)] for line in lines] == said
+    assert lines[0] == f"p: {n} pictures; left out: nothing"
+    assert [[int(x) for x in re.findall(r"\d+", line)] for line in lines[1:]] == said
 
 
 def test_no_such_data(tmp_path):
     """An unknown name, an empty folder, and a file that is neither a .pt nor a folder."""
+    pillow()
     (tmp_path / "a.png").write_bytes(data.png(picture(3, 4, 4)))
     (tmp_path / "empty").mkdir()
     for name in ("cifar11", str(tmp_path / "empty"), str(tmp_path / "a.png")):
@@ -836,20 +1044,20 @@ def test_the_bytes_of_a_tensor_are_those_of_its_numbers_in_order():
     assert data.raw_bytes(x[:0]) == b""
 
 
-@pytest.mark.parametrize("n, step", [(1, 1), (3, 1), (1000, 1), (1001, 2), (2000, 2), (2001, 3)])
-def test_fingerprint_is_a_hash_of_the_shape_and_of_at_most_1000_images(n, step):
-    """Every image counts up to 1,000 of them, then every second one, and so on; however they lie.
+@pytest.mark.parametrize("n, side", [(1, 1), (3, 2), (1001, 3), (5, 2000)])
+def test_fingerprint_is_a_hash_of_the_shape_and_of_all_pixels(n, side):
+    """However they lie, and in whatever parts they are read.
 
     Kills: a data set taken for another one of the same size, or of the same bytes."""
-    images = picture(n, 1, 3, 2).flip(3).transpose(2, 3)
-    some = [images[i].flatten().tolist() for i in range(0, n, step)]
-    assert len(some) <= 1000
-    body = b"".join(bytes(pixels) for pixels in some)
-    want = hashlib.sha256(f"({n}, 1, 2, 3)".encode() + body).hexdigest()
-    assert data.fingerprint(images) == want == data.fingerprint(images.contiguous())
-    other = images.clone()
-    other[step * ((n - 1) // step), 0, -1, -1] ^= 1
-    assert data.fingerprint(other) != want != data.fingerprint(images.reshape(n, 1, 3, 2))
+    images = picture(n, 1, side + 1, side).transpose(2, 3)
+    want = data.fingerprint(images)
+    assert data.fingerprint(images.contiguous()) == want == data.fingerprint(images.clone())
+    for place in (0, n // 2, n - 1):
+        other = images.clone()
+        other[place, 0, -1, -1] ^= 1
+        assert data.fingerprint(other) != want
+    assert len({want, *(data.fingerprint(images.reshape(shape)) for shape in (
+        (n, 1, side + 1, side), (1, n, side, side + 1)))}) == 2 + (n > 1)
 
 
 @pytest.mark.parametrize("text, line", [
