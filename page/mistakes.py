@@ -36,8 +36,9 @@ from support import data
 
 # name: (file, test, [(right, wrong), …], names of CONTROLS); PAPER.md tells what was seen. None: no
 # command shows the mistake, for example because only tests call the function.
-D, C, E, R = "test_ddpm.", "test_commands.", "test_evaluate.", "test_compress."
+D, E, R = "test_ddpm.", "test_evaluate.", "test_compress."
 U, T, G = "test_unet.", "test_train.", "test_simulated_cuda."
+S, C, N = "test_sample.", "test_checkpoint.", "test_resume."
 MISTAKES = {
     # --- the schedule and the forward process
     "ᾱ_0 ≠ 1": ("ddpm.py", D + "test_sec2_alpha_bar_is_the_running_product", [
@@ -81,12 +82,12 @@ MISTAKES = {
         "ddpm.py", D + "test_table2_learned_variance_is_the_second_half", [
             ("out, log_sigma2 = out", "log_sigma2, out = out")], "learned"),
     # --- Algorithms 1 and 2
-    "the top t never drawn": ("train.py", C + "test_alg1_draws", [
+    "the top t never drawn": ("train.py", T + "test_alg1_draws", [
         ("torch.randint(1, T + 1,", "torch.randint(1, T,")], "training"),
-    "t = 0 drawn": ("train.py", C + "test_alg1_draws", [
+    "t = 0 drawn": ("train.py", T + "test_alg1_draws", [
         ("torch.randint(1, T + 1,", "torch.randint(0, T + 1,")], "training"),
     "the same draws in every step": (
-        "train.py", C + "test_alg1_draws_are_a_function_of_seed_and_step", [
+        "train.py", T + "test_alg1_draws_are_a_function_of_seed_and_step", [
             ('seed_of(run.settings["seed"], "step", k)', 'seed_of(run.settings["seed"], "step")')],
         "training"),
     "the loss summed, not averaged": ("ddpm.py", D + "test_eq14_loss_simple", [
@@ -204,23 +205,23 @@ MISTAKES = {
     "a download without verification": (
         "support/data.py", "test_data.test_download_is_whole_or_not_there", [
             ("str(path), sha256)", "str(path))")], None),
-    "flips drawn but not applied": ("train.py", C + "test_flips_and_clipping_happen", [
+    "flips drawn but not applied": ("train.py", T + "test_flips_and_clipping_happen", [
         ('x0.flip(3), x0) if settings["flip"] else x0', "x0, x0)")], "flips"),
-    "the gradient not clipped": ("train.py", C + "test_flips_and_clipping_happen", [
+    "the gradient not clipped": ("train.py", T + "test_flips_and_clipping_happen", [
         ('parameters(), run.settings["grad_clip"])', "parameters(), 1e9)")], "training"),
     "averages taken before the step": (
-        "train.py", C + "test_ema_follows_the_weights_after_each_step", [
+        "train.py", T + "test_ema_follows_the_weights_after_each_step", [
             ("    norm = descend(run, k)\n", ""),
             ("    average(run, k)\n", "    average(run, k)\n    norm = descend(run, k)\n")],
         "training"),
     "decay and 1 − decay exchanged": (
-        "train.py", C + "test_ema_follows_the_weights_after_each_step", [
+        "train.py", T + "test_ema_follows_the_weights_after_each_step", [
             ("avg_fn(ema_decay(run.settings, k))", "avg_fn(1 - ema_decay(run.settings, k))")], "training"),
-    "resuming without Adam's state": ("train.py", T + "test_a_run_goes_on_to_the_bit", [
+    "resuming without Adam's state": ("train.py", N + "test_a_run_goes_on_to_the_bit", [
         ("for name in PARTS:", 'for name in ("net", "ema", "scaler"):')], "resumed"),
-    "resuming without the averages": ("train.py", T + "test_a_run_goes_on_to_the_bit", [
+    "resuming without the averages": ("train.py", N + "test_a_run_goes_on_to_the_bit", [
         ("for name in PARTS:", 'for name in ("net", "adam", "scaler"):')], "resumed"),
-    "resuming at the first batch": ("train.py", T + "test_a_run_goes_on_to_the_bit", [
+    "resuming at the first batch": ("train.py", N + "test_a_run_goes_on_to_the_bit", [
         ('return state["step"]', "return 0")], "resumed"),
     "a checkpoint after a NaN": (
         "train.py", T + "test_a_number_that_is_not_finite_is_noticed_before_it_is_written", [
@@ -239,16 +240,16 @@ MISTAKES = {
     "covariances in float32": (
         "evaluate.py", E + "test_frechet_distance_of_commuting_covariances", [
             ("for x in (a.double(), b.double()):", "for x in (a.float(), b.float()):")], "fid"),
-    "samples of the last weights": ("support/checkpoint.py", "test_sample.test_samples", [
+    "samples of the last weights": ("support/checkpoint.py", S + "test_samples", [
         ('state["ema" if ema else "net"]', 'state["net" if ema else "ema"]')], "sampling"),
-    "grids of the last weights": ("train.py", "test_sample.test_grids_during_training", [
+    "grids of the last weights": ("train.py", S + "test_grids_during_training", [
         ("Trained(run.ema,", "Trained(run.net,")], "grid"),
     "Figure 7 with the same noise": (
-        "sample.py", "test_sample.test_fig7_samples_that_share_x_t", [
+        "sample.py", S + "test_fig7_samples_that_share_x_t", [
         ('[("shared", t, i) for i', '[("shared", t, 0) for i')], "figure-7"),
-    "Figure 6 without x_0": ("sample.py", "test_sample.test_fig6_x0_hat_over_time", [
+    "Figure 6 without x_0": ("sample.py", S + "test_fig6_x0_hat_over_time", [
         (".tolist()} | {0}", ".tolist()}")], "figure-6"),
-    "Figure 7 without x_t": ("sample.py", "test_sample.test_fig7_samples_that_share_x_t", [
+    "Figure 7 without x_t": ("sample.py", S + "test_fig7_samples_that_share_x_t", [
         ("torch.cat([x[t], state.x_t])", "state.x_t")], "figure-7"),
     "averages without their ramp in a short run": (
         "train.py", T + "test_learning_rates_and_decays", [

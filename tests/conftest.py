@@ -16,7 +16,9 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("helpers")
-from support import data
+import helpers
+from support import checkpoint, data
+from unet import build_network
 
 torch.backends.cudnn.allow_tf32 = False  # float32 is compared with the decimals of float32
 torch.set_num_threads(1)  # the networks are tiny, and sums in the same order are the same bits
@@ -158,6 +160,19 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """The folder of the test is a new one, with small images in it."""
     monkeypatch.chdir(tmp_path)
     torch.save(data.shapes(64, 8), "images.pt")
+
+
+@pytest.fixture
+def run(in_a_folder_of_its_own):
+    """A run whose networks are random, in that folder."""
+    return helpers.random_run()
+
+
+@pytest.fixture(scope="session")
+def small():
+    """A network that no training has touched."""
+    settings = helpers.SMALL_NET
+    return checkpoint.Trained(build_network(settings).eval(), checkpoint.build_schedule(settings), settings, "a source")
 
 
 @pytest.fixture

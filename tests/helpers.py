@@ -82,6 +82,14 @@ def run_of(dtype=torch.float32, images=None, folder=".", **changes) -> train.Run
                        CPU._replace(dtype=dtype), Path(folder))
 
 
+FIXED = {  # of each setting that stays what it is when a run goes on: another value
+         "image_size": 16, "flip": False, "batch_size": 6, "micro_batch": 3,
+         "lr": 0.5, "warmup": 9, "decay": 0.5, "grad_clip": 3.0, "ema": 0.5, "ema_ramp": False, "dropout": 0.25,
+         "channels": 96, "multipliers": [2], "blocks": 7, "attention": [16], "timesteps": 300,
+         "schedule": "quadratic", "beta_start": 0.01, "beta_end": 0.5, "predict": "x0",
+         "variance": "fixed_large", "objective": "vlb", "seed": 8}
+
+
 def as_flags(settings: dict) -> list[str]:
     flags = []
     for name, value in settings.items():

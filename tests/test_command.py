@@ -1,38 +1,34 @@
-"""What all scripts share, at its limits: flags, statuses, signals, the machine, noise, checkpoints,
-progress, files read and written, folders with one user."""
+"""What all commands share: flags, statuses, signals, progress, files read and written, folders with one user; and odd
+inputs from outside, which are one line, status 1 or 2, soon, and nothing is left behind.
+
+The flags and their limits come from the tables of the code.
+"""
 import argparse
 import contextlib
-import hashlib
+import inspect
 import io
-import itertools
-import json
-import math
 import os
 import re
+import shutil
 import signal
-import socket
-import statistics
-import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
+from torch import nn
 
-import ddpm
-import simulated_cuda
-import unet
-from helpers import assert_equal, SETTINGS
-from simulated_cuda import simulated
-from support import checkpoint, command, machine
-from support.command import UsageError
-from support.machine import Machine, Noise, seed_of
+import evaluate
+import sample
+import train
+from extras import compress, weights
+from helpers import SMALL, TINY, hooked, said, trains
+from support import command, data
+from support.command import FLAGS, UsageError
 
-CPU, ROOT = torch.device("cpu"), Path(unet.__file__).parent
-SIMULATED = pytest.mark.skipif(bool(simulated_cuda.MISSING), reason=str(simulated_cuda.MISSING))
+ONE_STEP = [*TINY, *map(str, SMALL), "--steps", "1"]
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -61,7 +57,7 @@ def test_every_shared_flag_has_a_default_and_a_meaning():
     assert all(len(action.help) > 20 for action in parser._actions)
 
 
-def refused(judge, *texts) -> list[str]:
+def refused_texts(judge, *texts) -> list[str]:
     """What is said about each of these texts, which it names. The judge may accept none."""
     said = []
     for text in texts:
@@ -80,12 +76,12 @@ def test_numbers_at_their_limits():
             (real, float, ["21", "57", "21.0", "3e1"], ["20.99", "57.01", "nan", "inf", "-inf", "1e999", "", "x"])):
         for text in good:
             assert judge(text) == float(text) and type(judge(text)) is kind
-        for line in refused(judge, *bad):
+        for line in refused_texts(judge, *bad):
             assert "21" in line and "57" in line and line.isascii() and line.isprintable()
-    assert refused(whole, "99") != refused(real, "99")
+    assert refused_texts(whole, "99") != refused_texts(real, "99")
     for judge, low, high in ((command.positive_int, 1, 10 ** 9), (command.seed, 0, 2 ** 63 - 1)):
         assert judge(str(low)) == low and judge(str(high)) == high
-        refused(judge, str(low - 1), str(high + 1))
+        refused_texts(judge, str(low - 1), str(high + 1))
 
 
 # ------------------------------------------------------------------------ exit statuses and signals
@@ -100,28 +96,41 @@ def ends(with_error) -> int:
     return main([])
 
 
+class Odd(Exception):
+    """What nobody has foreseen."""
+
+
+MORE = ["DDPM_TRACEBACK=1"]
+
+
 @pytest.mark.parametrize("error, status, said", [
     (None, 0, []), (3, 3, []), (SystemExit(4), 4, []), (SystemExit(None), 0, []),
     (UsageError("flag 5"), 2, ["flag 5"]), (ValueError("value 5\nmore"), 1, ["value 5 more"]),
-    (OSError("file 5"), 1, ["file 5"]), (KeyError("key 5"), 1, ["KeyError", "key 5"]),
+    (OSError("file 5"), 1, ["file 5"]), (KeyError("key 5"), 1, [*MORE, "unforeseen KeyError", "key 5"]),
     (ModuleNotFoundError("No module named 'PIL'", name="PIL"), 1, ["pip install pillow"]),
     (ModuleNotFoundError("No module named 'diffusers'", name="diffusers"), 1, ["pip install diffusers"]),
     (ImportError("cannot import name 'Nett' from 'mynet'", name="mynet"), 1, ["ImportError", "Nett"]),
     (RuntimeError("CUDA out of memory. 5"), 1, ["fewer images"]),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, ["fewer images"]),
-    (KeyboardInterrupt(), 128 + signal.SIGINT, [])])
+    (KeyboardInterrupt(), 128 + signal.SIGINT, []),
+    *((Odd(text), 1, [*MORE, "unforeseen Odd"]) for text in ("first\nsecond", "x" * 5000, "\x1b[2J\x07", "")),
+    *((error, 1, [*MORE, f"unforeseen {type(error).__name__}"]) for error in (
+        AssertionError(), ZeroDivisionError("by 0"), RecursionError("deep")))])
 def test_the_status_tells_how_a_command_ended(error, status, said, capsys, monkeypatch):
-    """One line that begins with the name of the script. DDPM_TRACEBACK lets errors through."""
+    """One short line that begins with the name of the script; of what was not foreseen its kind, its text, and
+    how to see more. DDPM_TRACEBACK lets errors through."""
     monkeypatch.delenv("DDPM_TRACEBACK", raising=False)
     assert ends(error) == status
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == isinstance(error, (Exception, KeyboardInterrupt))
     assert all(line.startswith("test_command.py: ") for line in lines)
-    assert all(text in lines[0] for text in said)
+    assert all(text in lines[0] for text in said) and all(c.isprintable() for line in lines for c in line)
+    assert all(len(line) <= 400 for line in lines)
     monkeypatch.setenv("DDPM_TRACEBACK", "1")
     if isinstance(error, Exception):
-        with pytest.raises(type(error)):
+        with pytest.raises(type(error)) as seen:
             ends(error)
+        assert seen.value is error
     else:
         assert ends(error) == status
 
@@ -156,507 +165,6 @@ def test_what_is_printed_moves_no_cursor(capsys):
     command.say("a\x1b[31mb\x07\rc\nd é", start="\r")
     assert capsys.readouterr().err == "\ra?[31mb??c\nd é\n"
     assert command.plain("x\u202ey\0") == "x?y?"
-
-
-# -------------------------------------------------------------------------------------- the machine
-
-def test_the_precision_of_a_cpu():
-    """bfloat16 where the CPU computes with it, else float32; otherwise what was asked for."""
-    here = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack it
-    best = torch.bfloat16 if here.get("avx512_bf16") or here.get("amx_bf16") else torch.float32
-    for precision, dtype in ((None, best), ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        for compiles in (None, True, False):
-            assert machine.start_machine("cpu", precision, compiles) == (CPU, dtype, 0, 1, compiles)
-    if not torch.cuda.is_available():  # with one, test_simulated_cuda.py says the same of None
-        assert machine.start_machine().device.type == ("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-@SIMULATED
-def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch):
-    """That of its LOCAL_RANK, or of its rank, unless one was named; here there is one, so the others
-    are refused by name. Processes that have met do not meet again, and one alone takes the first."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        for rank, local, device, found in (
-                (3, 0, None, "cuda:0"), (3, 0, "cuda", "cuda:0"), (3, 1, None, 1), (3, 1, "cuda", 1),
-                (3, None, "cuda", 3), (0, None, "cuda", "cuda:0"), (3, 1, "cuda:0", "cuda:0"), (3, 1, "cpu", "cpu")):
-            monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "5")
-            monkeypatch.delenv("LOCAL_RANK", raising=False)
-            if local is not None:
-                monkeypatch.setenv("LOCAL_RANK", str(local))
-            with simulated():
-                if isinstance(found, int):
-                    with pytest.raises(UsageError, match=f"--device cuda:{found}"):
-                        machine.start_machine(device, "fp32")
-                else:
-                    assert machine.start_machine(device, "fp32") == (torch.device(found), torch.float32, rank, 5, None)
-    finally:
-        dist.destroy_process_group()
-    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
-    with simulated():
-        assert machine.start_machine("cuda", "fp32").device == torch.device("cuda:0")
-
-
-def test_machines_that_are_not_there():
-    """Unknown devices, and TF32 without an NVIDIA GPU: the flag is named."""
-    for device, precision, flag in (("tpu", None, "--device tpu"), ("cpu", "tf32", "--precision tf32"),
-                                    ("", None, "--device"), ("cpu:x", None, "--device cpu:x")):
-        with pytest.raises(UsageError, match=flag):
-            machine.start_machine(device, precision)
-
-
-PROCESSES = """if True:
-    import contextlib, io, json, os, signal, sys, time
-    from datetime import timedelta
-    from pathlib import Path
-    import torch, torch._dynamo
-    import torch.distributed as dist
-    from torch import nn
-    from support import machine
-
-    rank = next((i for i in (1, 2) if not os.fork()), 0)    # three processes, and one import of torch
-    os.environ["RANK"] = str(rank)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, handler := lambda *_: None)
-    here = machine.start_machine("cpu", "fp32")
-    found = {"machine": [str(here.device), str(here.dtype), *here[2:], here.is_main],
-             "again": here == machine.start_machine("cpu", "fp32"), "backend": dist.get_backend(),
-             "handler": signal.getsignal(signal.SIGTERM) is handler, "share": list(range(7))[here.share]}
-
-    rows = torch.arange(14, dtype=torch.uint8).view(7, 2)
-    whole = here.gather(rows[here.share], 7)
-    found["whole"] = [str(whole.dtype), whole.tolist()]
-
-    def agrees(*what):
-        with contextlib.suppress(ValueError):
-            here.agree(*what)
-            return True
-        return False
-    found["agree"] = [agrees(1, {"a": "b"}), agrees(rank == 0), agrees({"a": rank // 2}), agrees(2)]
-
-    class Net(nn.Linear):
-        def forward(self, x, t):
-            return super().forward(x) * t[:, None]
-
-    def plain(net, compiles, *failing, **default):
-        # whether the network itself is used, and how many lines say so; the compiler fails on these ranks
-        machine.BACKEND = "none" if rank in failing else "eager"
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            used = here._replace(compiles=compiles).compiled(net, 4, 2, **default)
-        return [used is net, said.getvalue().count("without torch.compile: ")]
-    net = Net(2, 2)
-    shared = nn.parallel.DistributedDataParallel(net)
-    found["plain"] = [plain(net, True), plain(shared, True), plain(net, True, 1), plain(shared, True, 1),
-                      plain(shared, True, 0, 1, 2), plain(net, None), plain(net, None, default=True),
-                      plain(net, False, default=True)]
-
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.1), dist.group.WORLD)
-    with here.main_first():
-        if here.is_main:
-            time.sleep(0.5)
-            Path("file").touch()
-        found["file"] = Path("file").exists()
-    groups = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
-    found["hours"] = [group.options._timeout.total_seconds() / 3600 for group in groups[1:]]
-    try:        # the control: the processes of this group do not wait so long for each other
-        time.sleep(0 if rank else 0.5)
-        dist.barrier()
-    except RuntimeError:
-        found["late"] = True
-    Path(f"{rank}.json").write_text(json.dumps(found))
-    if not rank:
-        os.wait(), os.wait()
-    os._exit(0)     # without a farewell to the group whose time is over
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_three_processes(tmp_path):
-    """They meet on gloo, once, and keep their handlers of signals. Every piece of work is one process's,
-    and all get every row in its place. With the same words they agree, with others each one raises.
-
-    Where the compiler fails on one of them, all go on with the plain network, and a line of that one
-    says so; none waits for a gradient of another meanwhile. Where it fails nowhere, and is asked for by
-    a flag or by default, none has the plain one.
-
-    The main process runs the block first, however long: the others have a day, and not the time of the group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
-    process = subprocess.run([sys.executable, "-c", PROCESSES], cwd=tmp_path, env=environment, timeout=120,
-                             stderr=subprocess.PIPE, text=True)
-    assert process.returncode == 0 and len(list(tmp_path.glob("*.json"))) == 3, process.stderr
-    for rank in range(3):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["machine"] == ["cpu", "torch.float32", rank, 3, None, rank == 0]
-        assert found["again"] and found["handler"] and found["backend"] == "gloo"
-        assert found["share"] == [[0, 3, 6], [1, 4], [2, 5]][rank]
-        assert found["whole"] == ["torch.uint8", [[2 * i, 2 * i + 1] for i in range(7)]]
-        assert found["agree"] == [True, False, False, True]
-        failed = [True, int(rank == 1)]
-        assert found["plain"] == [[False, 0], [False, 0], failed, failed, [True, 1], [True, 0], [False, 0], [True, 0]]
-        assert found["file"] and found["hours"] == [24] and found["late"]
-
-
-def test_one_process_alone_waits_for_nobody():
-    """Its rows are all rows, it agrees with itself, and its block is run at once, without any group."""
-    alone, rows = Machine(CPU, torch.float32), torch.arange(14).view(7, 2)
-    assert not dist.is_initialized() and alone.is_main and list(range(7)[alone.share]) == [*range(7)]
-    assert torch.equal(alone.gather(rows, 7), rows)
-    alone.agree(1)
-    with alone.main_first():
-        assert not dist.is_initialized()
-
-
-def test_a_network_is_computed_in_the_precision_of_the_machine():
-    """And its result is float32 in every precision, with the x and t that were given."""
-    layer, x, t = torch.nn.Linear(2, 2), torch.ones(1, 2), torch.ones(1)
-
-    def net(*given):
-        assert given[0] is x and given[1] is t
-        seen.append(layer(x).dtype)
-        return layer(x)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        seen = []
-        assert Machine(CPU, dtype).network(net)(x, t).dtype == torch.float32 and seen == [dtype]
-
-
-# --------------------------------------------------------------------------- random numbers, counted
-
-WORD, GOLDEN = 2 ** 64 - 1, 0x9E3779B97F4A7C15
-
-
-def splitmix(x: int) -> int:
-    """The finaliser of splitmix64 on Python's integers."""
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & WORD
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & WORD
-    return x ^ x >> 31
-
-
-def unmixed(x: int) -> int:
-    """The x whose finaliser this is."""
-    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
-        x ^= x >> shift ^ x >> 2 * shift
-        x = x * pow(factor, -1, 2 ** 64) & WORD
-    return x
-
-
-def signed(x: int) -> int:
-    """These 64 bits as torch's int64."""
-    return (x & WORD) - ((x & 2 ** 63) << 1)
-
-
-def by_hand(seed: int, i, t: int, element: int) -> tuple[int, int]:
-    """The word of a stream, and that of its element, which becomes the number."""
-    image = int.from_bytes(hashlib.sha256(repr((seed, "image", i)).encode()).digest()[:8], "big") // 2
-    stream = splitmix(image + (2 * t + 1) * GOLDEN & WORD)
-    return stream, splitmix(stream ^ splitmix(element + 1))
-
-
-def test_a_seed_is_63_bits_of_a_hash():
-    digest = hashlib.sha256(b"(0, 'step', 17)").hexdigest()
-    assert seed_of(0, "step", 17) == int(digest[:16], 16) // 2
-
-
-@given(st.lists(st.integers(0, WORD), min_size=1, max_size=9))
-def test_mixed_is_the_finaliser_of_splitmix64(words):
-    """For all words, negative ones too, to the last bit, and it is a bijection.
-
-    Kills: a shift that copies the sign, a product that is not modulo 2^64, a wrong constant."""
-    got = machine.mixed(torch.tensor([signed(x) for x in words]))
-    assert got.tolist() == [signed(splitmix(x)) for x in words]
-    assert [unmixed(splitmix(x)) for x in words] == words
-
-
-def test_mixed_has_the_published_outputs():
-    """The first numbers of splitmix64 with the seed 1234567, as its author's C code prints them."""
-    states = torch.tensor([signed(1234567 + k * GOLDEN) for k in range(1, 6)])
-    assert [x & WORD for x in machine.mixed(states).tolist()] == [
-        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431,
-        16408922859458223821]
-
-
-def test_noise_by_hand():
-    """z = Φ⁻¹((⌊bits/2¹²⌋ + ½)/2⁵²), where bits are counted from (seed, i, t, element), for numbers
-    and names, for negative words and others; x_T is noise(0)."""
-    seen, normal = set(), statistics.NormalDist()
-    for seed, t, indices in ((0, 0, [0, 1]), (3, 17, [8, "b"]), (2 ** 63 - 1, 1000, [("row", 2), 10 ** 9]),
-                             (7, 10 ** 5, [-1, ("shared", 750, 3)])):
-        z = Noise(seed, indices, (2, 2, 3))(t)
-        assert z.dtype == torch.float32 and z.shape == (2, 2, 2, 3)
-        for row, i in zip(z.flatten(1), indices, strict=True):
-            for element, got in enumerate(row.tolist()):
-                stream, bits = by_hand(seed, i, t, element)
-                seen.add((stream >> 63, bits >> 63))
-                want = normal.inv_cdf(((bits >> 12) + 0.5) / 2 ** 52)
-                assert got == pytest.approx(want, rel=1e-6, abs=1e-9)
-    assert seen == set(itertools.product((0, 1), repeat=2))
-    noise = Noise(3, [1, 2], (5,))
-    assert torch.equal(noise(), noise(0)) and not torch.equal(noise(), noise(1))
-
-
-def test_noise_is_the_same_in_any_batch_order_and_process():
-    """Rows of an image do not depend on the others; t may be a tensor with one time an image, and
-    calls do not depend on earlier calls.
-
-    Kills: generators with a state, a place in the batch that counts, one t for all images."""
-    indices, shape = [5, 2, 9, "x"], (3, 2, 2)
-    noise = Noise(3, indices, shape)
-    noise(99)
-    rows = {(i, t): noise(t)[k].clone() for t in (4, 0, 17) for k, i in enumerate(indices)}
-    for order in itertools.permutations(indices, 3):
-        for t in (17, 0, 4):
-            for row, i in zip(Noise(3, order, shape, CPU)(t), order, strict=True):
-                assert torch.equal(row, rows[i, t])
-    for times in ([4, 17, 0, 4], [0, 0, 17, 0]):
-        got = noise(torch.tensor(times))
-        for row, i, t in zip(got, indices, times, strict=True):
-            assert torch.equal(row, rows[i, t])
-    for rank in range(3):
-        share = Machine(CPU, torch.float32, rank, 3).share
-        for row, i in zip(Noise(3, indices[share], shape)(4), indices[share], strict=True):
-            assert torch.equal(row, rows[i, 4])
-    assert len(torch.stack(list(rows.values())).unique()) == 12 * 12
-    assert Noise(3, [], shape)(4).shape == (0, *shape)
-
-
-def test_noise_of_mps_is_computed_where_float64_is():
-    """On MPS, which has none, the numbers are those of the CPU, and moved."""
-    noise = Noise(3, [1, 2], (4,), "mps")
-    assert noise.images.device == noise.elements.device == CPU
-    if not torch.backends.mps.is_available():
-        with pytest.raises(Exception):  # nothing can be moved there
-            noise(7)
-    else:
-        assert noise(7).device.type == "mps" and torch.equal(noise(7).cpu(), Noise(3, [1, 2], (4,))(7))
-
-
-@SIMULATED
-def test_a_time_of_another_device_is_no_reason_for_other_numbers():
-    """And they lie where the noise was asked for, not where the time lies."""
-    times = torch.tensor([7, 0])
-    want = Noise(3, [1, 2], (4,))(times)
-    with simulated():
-        for device in ("cpu", "cuda"):
-            for place in ("cpu", "cuda"):
-                z = Noise(3, [1, 2], (4,), device)(times.to(place))
-                assert z.device.type == device and torch.equal(z.cpu(), want)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_noise_of_a_gpu_is_that_of_a_cpu():
-    """The counted words are the same to the bit, and Φ⁻¹ to its last digits."""
-    for t in (0, 500, torch.tensor([1, 2, 1000])):
-        here, there = (Noise(3, [0, 1, "b"], (3, 32, 32), device) for device in ("cpu", "cuda"))
-        assert torch.equal(machine.mixed(here.images), machine.mixed(there.images).cpu())
-        torch.testing.assert_close(there(t).cpu(), here(t), rtol=1e-6, atol=1e-7)
-
-
-def test_noise_is_standard_normal():
-    """Moments, tails, the distance of Kolmogorov and Smirnov, and the correlation of neighbours in
-    element, image and time, of 10⁶ numbers, within five standard errors."""
-    noise = Noise(0, range(100), (1000,))
-    z = torch.stack([noise(t) for t in range(10)]).double()         # time, image, element
-    n = z.numel() ** 0.5
-    assert abs(z.mean()) < 5 / n and abs(z.square().mean() - 1) < 5 * 2 ** 0.5 / n
-    assert abs((z ** 3).mean()) < 5 * 15 ** 0.5 / n and abs((z ** 4).mean() - 3) < 5 * 96 ** 0.5 / n
-    for axis in range(3):
-        a, b = z.narrow(axis, 1, z.shape[axis] - 1), z.narrow(axis, 0, z.shape[axis] - 1)
-        assert abs((a * b).mean()) < 5 / a.numel() ** 0.5
-        assert abs((a.square() * b.square()).mean() - 1) < 5 * 8 ** 0.5 / a.numel() ** 0.5
-    for limit, p in ((1, 0.3173), (2, 0.0455), (3, 0.0027)):
-        assert abs((z.abs() > limit).double().mean() - p) < 5 * (p / 1e6) ** 0.5 + 5e-5
-    assert 4.3 < z.abs().max() < 6.5
-    # The distance exceeds 2.46/√n with a probability of 2 exp(−2 · 2.46²) ≈ 10⁻⁵.
-    u = torch.erfc(-z.flatten().sort().values / 2 ** 0.5) / 2
-    rank = torch.arange(z.numel(), dtype=torch.float64) / z.numel()
-    assert torch.maximum(u - rank, rank + 1 / z.numel() - u).max() < 2.46 / n
-    # Each bit of the words is 1 in half of them, and so is its difference to each other bit.
-    streams = torch.tensor([signed(by_hand(0, i, 0, 0)[0]) for i in range(20)])
-    words = machine.mixed(streams[:, None] ^ machine.mixed(torch.arange(1, 1001)))
-    bits = (words.flatten() >> torch.arange(64)[:, None] & 1).double() * 2 - 1
-    assert ((bits @ bits.T / 20_000 - torch.eye(64)).abs() < 6 / 20_000 ** 0.5).all()
-    assert (bits.mean(1).abs() < 5 / 20_000 ** 0.5).all()
-
-
-def test_no_two_streams_share_numbers():
-    """10⁶ numbers z, of many seeds, images and times, have as few equal pairs as any that are independent:
-    float32 has room for 6,760 of them, and two streams alike would be 1,000 more.
-
-    Kills: seed + i, i + t, a seed of 32 bits (with which images 11105 and 44975 of seed 8 agree)."""
-    times = torch.tensor([t for t in range(25) for _ in range(10)])
-    many = torch.cat([Noise(seed, list(range(10)) * 25, (1000,))(times) for seed in range(4)])
-    independent = torch.special.ndtri(torch.rand(10 ** 6, dtype=torch.float64)).float()
-    assert abs(len(many.unique()) - len(independent.unique())) < 5 * (2 * 6760) ** 0.5
-    assert seed_of(8, "image", 11105) % 2 ** 32 == seed_of(8, "image", 44975) % 2 ** 32
-    assert len(Noise(8, [11105, 44975], (1000,))().unique()) == 2000
-
-
-def test_no_stream_is_a_shifted_copy_of_another():
-    """Also where two streams begin at words that differ by 1, or by the constant by which splitmix64
-    counts: the numbers of one are none of the other's, at any place. (Three by chance, in float32.)
-
-    Kills: elements that are added to the stream, stream + element · c, with the next stream's
-    numbers among those of this one."""
-    noise, (start, _) = Noise(3, [0, 1], (3000,)), by_hand(3, 0, 0, 0)
-    for step in (1, 2, 3, 64, GOLDEN, 2 * GOLDEN, 5 * GOLDEN):
-        images = [unmixed(word & WORD) - GOLDEN for word in (start, start + step)]
-        noise.images = torch.tensor([signed(x) for x in images])
-        a, b = noise()
-        first = ((by_hand(3, 0, 0, 0)[1] >> 12) + 0.5) / 2 ** 52
-        assert a[0].item() == pytest.approx(statistics.NormalDist().inv_cdf(first), rel=1e-6)   # the control
-        assert min(len(a.unique()), len(b.unique())) > 2997 and torch.isin(a, b).sum() <= 3
-
-
-def test_u_is_never_0_or_1():
-    """The words 0 and 2⁶⁴ − 1 give the outermost numbers, which are finite and opposite.
-
-    Kills: 53 bits, of which the largest is rounded to u = 1."""
-    noise, element = Noise(0, [0, 1], (1,)), splitmix(1)
-    images = [unmixed(unmixed(word) ^ element) - GOLDEN for word in (0, WORD)]
-    noise.images = torch.tensor([signed(x) for x in images])
-    least = statistics.NormalDist().inv_cdf(2.0 ** -53)
-    assert noise().flatten().tolist() == pytest.approx([least, -least], rel=1e-6)
-    assert math.isfinite(least) and least < -8
-
-
-# -------------------------------------------------------------------------------------- checkpoints
-
-def sealed(path: Path, content: bytes) -> None:
-    path.write_bytes(content + hashlib.sha256(content).digest())
-
-
-def pickled(**payload) -> bytes:
-    torch.save(payload, buffer := io.BytesIO())
-    return buffer.getvalue()
-
-
-GOOD = {"format": "ddpm checkpoint 2", "step": 0, "settings": SETTINGS}
-
-
-def test_a_checkpoint_is_what_torch_saves_and_its_sha256(tmp_path):
-    path = tmp_path / "new" / "checkpoint.pt"
-    for step in (0, 10 ** 9):
-        payload = {**GOOD, "step": step, "w": torch.arange(3)}
-        checkpoint.save_checkpoint(path, {key: payload[key] for key in ("step", "settings", "w")})
-        raw = path.read_bytes()
-        assert hashlib.sha256(raw[:-32]).digest() == raw[-32:]
-        assert_equal(torch.load(io.BytesIO(raw[:-32]), weights_only=True), payload)
-        assert_equal(checkpoint.load_checkpoint(path), payload)
-    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
-
-
-@SIMULATED
-def test_a_checkpoint_is_read_on_the_cpu(tmp_path):
-    """Whatever device it was saved on, and whether that is here."""
-    path, w = tmp_path / "checkpoint.pt", torch.arange(3)
-    with simulated():
-        checkpoint.save_checkpoint(path, {**GOOD, "w": w.to("cuda")})
-        assert torch.load(io.BytesIO(path.read_bytes()[:-32]))["w"].device.type == "cuda"  # the control
-        assert_equal(checkpoint.load_checkpoint(path), {**GOOD, "w": w})
-    assert_equal(checkpoint.load_checkpoint(path), {**GOOD, "w": w})
-
-
-class Deed:
-    """What a pickle can do when it is read: here it makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("done",)
-
-
-def test_no_code_in_a_checkpoint_is_run(tmp_path, monkeypatch):
-    """One from a stranger, with the right SHA-256, is refused by its name, and does nothing; also with the
-    variable that makes torch.load trust every file, unless it is told not to."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    sealed(Path("bad.pt"), content := pickled(**GOOD, more=Deed()))
-    with pytest.raises(ValueError, match="bad.pt"):
-        checkpoint.load_checkpoint(Path("bad.pt"))
-    assert not Path("done").exists()
-    torch.load(io.BytesIO(content), weights_only=False)  # the control
-    assert Path("done").exists()
-
-
-@pytest.mark.parametrize("change", [
-    {"format": "ddpm checkpoint 1"}, {"format": None}, {"format": 2}, {"more": Path("x")}])
-def test_a_sound_file_that_is_no_checkpoint_is_refused_by_its_name(tmp_path, change):
-    """Another format, or an object that is not plain data. A format that is read is named."""
-    path = tmp_path / "some.pt"
-    sealed(path, pickled(**GOOD))
-    assert checkpoint.load_checkpoint(path)["step"] == 0
-    for content in (pickled(**{**GOOD, **change}), pickled(step=0), b"", b"no pickle"):
-        sealed(path, content)
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            checkpoint.load_checkpoint(path)
-    sealed(path, pickled(**{**GOOD, "format": "ddpm checkpoint 1"}))
-    with pytest.raises(ValueError, match="ddpm checkpoint 1.*ddpm checkpoint 2"):
-        checkpoint.load_checkpoint(path)
-
-
-def test_a_file_without_its_sha256_is_no_checkpoint(tmp_path):
-    """Nothing, too little, the content alone, or one bit of the first or last byte changed."""
-    path = tmp_path / "checkpoint.pt"
-    for place in (0, -33, -32, -1):
-        sealed(path, pickled(**GOOD))
-        raw = bytearray(path.read_bytes())
-        raw[place] ^= 1
-        path.write_bytes(raw)
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            checkpoint.load_checkpoint(path)
-    path.unlink()
-    for content in (None, b"", bytes(31), bytes(32), bytes(99), pickled(**GOOD)):
-        path.write_bytes(content) if content is not None else None
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            checkpoint.load_checkpoint(path)
-
-
-def test_the_network_of_settings():
-    """Every setting of the network reaches it, and shows; a learned variance doubles the output channels."""
-    plain = {"in_channels": 1, "channels": 32, "multipliers": [1, 2], "blocks": 1, "attention": [7, 5],
-             "image_size": 11, "dropout": 0.2}
-    shown = []
-    for change, variance, outputs in (
-            ({}, "fixed_small", 1), ({}, "learned", 2), ({"in_channels": 3}, "fixed_large", 3),
-            ({"in_channels": 3}, "learned", 6), ({"channels": 64}, "fixed_small", 1),
-            ({"multipliers": [2, 1]}, "fixed_small", 1), ({"blocks": 2}, "fixed_small", 1),
-            ({"attention": [11]}, "fixed_small", 1), ({"image_size": 16}, "fixed_small", 1),
-            ({"dropout": 0.3}, "fixed_small", 1)):
-        shown.append(str(unet.build_network({**plain, **change, "variance": variance})))
-        assert shown[-1] == str(unet.UNet(out_channels=outputs, **plain | change))
-    assert len(set(shown)) == len(shown) == 10
-
-
-def test_the_schedule_of_settings():
-    """All four of them: √β in equal steps between the ends, which are multiplied by 1000/T."""
-    settings = {"timesteps": 500, "schedule": "quadratic", "beta_start": 0.001, "beta_end": 0.02}
-    want = [(0.002 ** 0.5 + (0.04 ** 0.5 - 0.002 ** 0.5) * i / 499) ** 2 for i in range(500)]
-    assert checkpoint.build_schedule(settings).betas.tolist() == pytest.approx([0, *want])
-
-
-def test_the_hash_of_a_network_changes_with_all_that_its_numbers_depend_on():
-    """Each weight and its name, the network's settings, the schedule and what is predicted; not with
-    how it was trained, or where it lies."""
-    net = torch.nn.Linear(2, 2)
-    trained = checkpoint.Trained(net, ddpm.make_schedule(), SETTINGS, "here")
-    hashes = [checkpoint.weights_hash(trained)]
-    same = trained._replace(settings={**SETTINGS, "lr": 7, "steps": 3, "dataset": "x", "clip": True}, source="there")
-    assert checkpoint.weights_hash(same) == hashes[0] and len(hashes[0]) == 32
-    for name in trained.model_settings:
-        hashes.append(checkpoint.weights_hash(trained._replace(settings={**SETTINGS, name: "other"})))
-    hashes.append(checkpoint.weights_hash(trained._replace(settings={**SETTINGS, "clip": False})))
-    with torch.no_grad():
-        for i in range(6):
-            [*net.weight.view(-1), *net.bias.view(-1)][i].add_(1)
-            hashes.append(checkpoint.weights_hash(trained))
-    other = torch.nn.Module()
-    other.weights, other.bias = net.weight, net.bias
-    hashes.append(checkpoint.weights_hash(trained._replace(net=other)))
-    assert len(set(hashes)) == len(hashes) == 12 + 9
-    assert set(trained.model_settings) == {
-        "in_channels", "image_size", "channels", "multipliers", "blocks", "attention", "timesteps", "schedule",
-        "beta_start", "beta_end", "predict", "variance"}
 
 
 # ----------------------------------------------------------------------------------------- progress
@@ -848,3 +356,205 @@ def test_a_folder_has_one_user_at_a_time(tmp_path):
     (folder / ".lock").mkdir()
     with pytest.raises((OSError, ValueError)), command.locked(folder):
         pytest.fail("a folder was locked")
+
+
+@pytest.mark.usefixtures("in_a_folder_of_its_own")
+def test_a_place_that_cannot_be_written_is_an_error_before_the_work(capsys):
+    """The network is not called once: neither for samples nor for figures, nor for files.
+
+    Kills: hours of work that end with "no such folder"."""
+    trains(*SMALL, "--steps", 1)
+    Path("file").write_text("")
+    Path("folder.png").mkdir()
+
+    calls = []
+    for main, flags in ((sample.main, "--n 2 --out file/x.png"), (sample.main, "--n 2 --out file/x.pt"),
+                        (sample.main, "--n 2 --out file/folder"), (sample.main, "--n 2 --out folder.png"),
+                        (sample.main, "--progressive --out file/x.png"), (sample.main, "--shared --out folder.png"),
+                        (compress.main, "encode images.png file/x.ddpm")):
+        with hooked(nn.Module, lambda *_: calls.append(1)):
+            assert main(flags.split()) == 1 and not calls, flags
+        assert "file" in (line := said(capsys)) or "folder.png" in line
+        assert "unforeseen" not in line
+
+
+# --------------------------------------------------------------------------------------- odd inputs
+
+many = settings(max_examples=120)
+
+
+@pytest.fixture(scope="module")
+def trained_place(tmp_path_factory):
+    """A folder with small images and a trained network."""
+    folder, patch = tmp_path_factory.mktemp("odd"), pytest.MonkeyPatch
+    with patch.context() as there:
+        there.chdir(folder)
+        torch.save(data.shapes(16, 8), "images.pt")
+        Path("grey.png").write_bytes(data.png(data.shapes(1, 8)[0, :1]))
+        assert train.main([*ONE_STEP, "--out", "run"]) == 0
+    return folder
+
+
+@pytest.fixture
+def place(trained_place, monkeypatch):
+    """The test is in that folder. What a command left behind fails its own test, and no other."""
+    monkeypatch.chdir(trained_place)
+    yield
+    for name in ("new", "data", "bad", "pictures"):
+        shutil.rmtree(name, ignore_errors=True)
+
+
+def files() -> dict[str, float]:
+    """Every file and its size; a run's folder may keep its lock, and there may be empty folders for
+    downloads."""
+    return {str(path): path.stat().st_size for path in Path().rglob("*")
+            if (path.name != ".lock" or len(list(path.parent.iterdir())) == 1)
+            and not (path.is_dir() and path.parts[0] == "data")}
+
+
+def refused(main, argv, may_succeed: bool = False) -> str:
+    """Runs a command that has to fail, and checks the rule; returns its line."""
+    before, said = files(), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        status = main([str(word) for word in argv])
+    err = said.getvalue()
+    if may_succeed and status == 0:
+        return ""
+    line = err.rstrip("\n").split("\n")[-1]
+    assert status in (1, 2), (argv, status)
+    assert line.split(":")[0].endswith(".py") and len(line) <= 400, line
+    assert all(c.isprintable() for c in line) and "Traceback" not in err, err
+    assert files() == before, argv
+    return line
+
+
+def wrong_texts(kind) -> st.SearchStrategy:
+    """Texts that this kind of setting must not be."""
+    if isinstance(kind, list):
+        kind, = kind
+    if isinstance(kind, tuple):
+        return st.text(max_size=9).filter(lambda text: text not in kind)
+    limits = inspect.getclosurevars(kind).nonlocals
+    low, high, number = limits["low"], limits["high"], limits["kind"]
+    beyond = [low - 1, high * 2 + 1, -high - 1, 10 ** 400]
+    words = ["", "x", "nan", "inf", "-inf", "1e999", "0x10", "1_", "None", "9" * 5000, "1 2", "٣x"]
+    if number is int:
+        words += ["1.5", "1e3", "True"]
+    return st.sampled_from([str(n) if abs(n) < 10 ** 300 else "1" + "0" * 400 for n in beyond] + words)
+
+
+KINDS = {"--" + name.replace("_", "-"): kind for name, (_, kind, _) in train.SETTINGS.items()
+         if kind not in (command.nonblank, bool)}
+
+
+@pytest.mark.usefixtures("place")
+@many
+@given(st.sampled_from(sorted(KINDS)).flatmap(lambda flag: st.tuples(st.just(flag), wrong_texts(KINDS[flag]))))
+def test_train_flags(case):
+    """A flag of the wrong type or out of range is refused by its name."""
+    flag, text = case
+    assert flag in refused(train.main, [*ONE_STEP, "--out", "new", f"{flag}={text}"])
+
+
+@pytest.mark.parametrize("flag", ["--dataset", "--schedule", "--init"])
+@pytest.mark.parametrize("text", ["", " ", "\0", "a\0b", "x" * 5000, "\x1b[31m\n", "../gone", "/dev/zero", "x.pt"])
+def test_train_words(place, flag, text):
+    """A name of what is not there, or cannot be."""
+    refused(train.main, [*ONE_STEP, "--out", "new", f"{flag}={text}"])
+
+
+OTHER_FLAGS = [(sample, flag) for flag in (
+    "--n", "--steps", "--seed", "--batch-size", "--time", "--variance", "--sampler", "--eta", "--device",
+    "--precision", "--checkpoint", "--dataset", "--data-dir")] + [(evaluate, flag) for flag in (
+        "--n", "--terms", "--seed", "--batch-size", "--split", "--device", "--checkpoint", "--dataset")] + [
+            (compress, flag) for flag in ("--n", "--b", "--bytes", "--checkpoint")]
+
+
+@pytest.mark.usefixtures("place")
+@settings(max_examples=60)
+@given(st.sampled_from(OTHER_FLAGS), st.sampled_from([
+    "", " ", "\0", "x", "-1", "nan", "1e9", "9" * 400, "9" * 5000, "1.5", "٣x", "\x1b[31m", "hpu",
+    "cuda:99", "a\nb", "None", "--n"]))
+def test_other_flags(case, text):
+    """The flags of the other scripts, with a network that is there."""
+    script, flag = case
+    more = ["--interpolate"] if flag in ("--time", "--dataset") and script is sample else []
+    more += ["encode", "grey.png", "x.png"] if script is compress else ["--out", "x.png", "--device", "cpu"]
+    line = refused(script.main, ["--checkpoint", "run", *more, f"{flag}={text}"], may_succeed=flag == "--data-dir")
+    assert line or Path("x.png").unlink() is None
+
+
+def test_every_flag_of_every_command_is_refused_without_its_value(place):
+    """A flag at the end of the line, the shared ones in all commands that have them."""
+    for script, more in ((train, []), (sample, []), (evaluate, []), (compress, ["decode", "a", "b"])):
+        known = [flag for flag, options in FLAGS.items() if "action" not in options]
+        for flag in known:
+            line = refused(script.main, [*more, flag])
+            assert flag in line
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("main, flags", [
+    (sample.main, "--checkpoint pipe.pt --n 1 --out t.png"), (train.main, "--dataset pipe.pt --device cpu --out new"),
+    (evaluate.main, "--fid --samples pipe.pt --dataset images.pt --device cpu"),
+    (train.main, "--dataset images.pt --init pipe.pt --device cpu --out new"),
+    (compress.main, "decode pipe.pt t.png --checkpoint run"), (compress.main, "encode pipe.pt t.ddpm --checkpoint run")])
+def test_a_pipe_is_not_waited_for(place, main, flags):
+    """A pipe to which nobody writes has the name of a file: it is refused at once, by name."""
+    if "encode" in flags:
+        pytest.importorskip("PIL", reason="Pillow is not installed")
+    os.mkfifo("pipe.pt")
+    lines, ended = [], threading.Event()
+
+    def rescue():  # if it is read after all, the reader is let go, and the test fails
+        if not ended.wait(60):
+            with open("pipe.pt", "wb"):
+                lines.append("it was read")
+    thread = threading.Thread(target=rescue)
+    thread.start()
+    try:
+        lines.append(refused(main, flags.split()))
+    finally:
+        ended.set()
+        thread.join()
+        os.unlink("pipe.pt")
+    assert len(lines) == 1 and "pipe.pt" in lines[0] and "unforeseen" not in lines[0]
+
+
+def test_an_error_of_the_work_is_not_one_of_writing(place, server, monkeypatch):
+    """Data that cannot be had while a picture's file is open: the address is named, and not the
+    picture."""
+    address = f"{server.address}/mnist/"
+    monkeypatch.setattr(data, "FILES", {**data.FILES, "mnist": (address, data.FILES["mnist"][1])})
+    line = refused(sample.main, "--checkpoint run --interpolate --dataset mnist --device cpu --out x.png".split())
+    assert address in line and "404" in line and "x.png" not in line and len(server.asked) == 1
+
+
+def test_a_missing_package_is_one_line_that_installs_it(place, monkeypatch):
+    """Each option that needs one names it; the others work without."""
+    Path("pictures").mkdir()
+    Path("pictures/grey.png").write_bytes(Path("grey.png").read_bytes())
+    for name, main, argv in (("PIL", compress.main, "encode grey.png x.ddpm --checkpoint run"),
+                             ("PIL", train.main, "--dataset pictures --device cpu --out new"),
+                             ("diffusers", weights.main, "run new")):
+        with monkeypatch.context() as patch:
+            for module in [key for key in sys.modules if key.split(".")[0] == name] + [name]:
+                patch.setitem(sys.modules, module, None)
+            line = refused(main, argv.split())
+        assert f"pip install {'pillow' if name == 'PIL' else name}" in line
+    with monkeypatch.context() as patch:
+        for name in ("PIL", "diffusers", "matplotlib"):
+            patch.setitem(sys.modules, name, None)
+        assert sample.main("--checkpoint run --n 1 --steps 2 --device cpu --out x.png".split()) == 0
+        assert evaluate.main("--checkpoint run --n 1 --terms 1 --device cpu".split()) == 0
+    Path("x.png").unlink()
+
+
+def test_a_terminal_that_is_not_utf8(place):
+    """Results and help are printed whatever the encoding of the terminal is."""
+    for argv in (["--help"], "--checkpoint run --n 2 --terms 2 --device cpu".split()):
+        raw = io.BytesIO()
+        with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding="ascii")) as terminal:
+            assert evaluate.main(argv) == 0
+        terminal.flush()
+        assert b"bits/dim" in raw.getvalue() and b"?" in raw.getvalue()

@@ -3,7 +3,6 @@
 The network of these tests has random weights, and others as its averages, so that the pictures of
 the one are far from those of the other, and clipping acts at every step.
 """
-import copy
 import gzip
 import itertools
 import json
@@ -18,36 +17,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import ddpm
 import sample
-import simulated_cuda
 import train
-from helpers import (alpha_bars, assert_equal, cells, CPU, flags_of, processes, random_run, read_png,
-                     SIDE, SMALL_NET, T)
-from simulated_cuda import simulated
-from support import checkpoint, data, machine
-from support.checkpoint import Trained, load, save_checkpoint
+from helpers import (CPU, SIDE, SMALL, SMALL_NET, T, alpha_bars, cells, flags_of, processes, random_run, read_png,
+                     said, trains)
+from support import checkpoint, command, data, machine
+from support.checkpoint import Trained, save_checkpoint
 from support.command import UsageError
 from support.machine import Noise, seed_of
-from unet import UNet, build_network
+from unet import UNet
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 FLAGS = "--checkpoint runs/images --device cpu --precision fp32 --seed 3".split()
-
-
-@pytest.fixture
-def run():
-    return random_run()
 
 
 def chain(net, x, z, start=None, clip=True, variance="fixed_large", times=None, eta=None,
           T=T) -> list:
     """Algorithm 2 by Eqs. 7 and 15: (t, x_t, x̂_0 of x_t) for t = start … 1, and (0, x_0, x_0).
 
-    With η, DDIM's step in its place: x̂_0 at t − 1 with noise, of which σ² is new. times: 0, τ_1 …;
+    With η, DDIM's step instead: x̂_0 at t − 1 with noise, of which σ² is new. times: 0, τ_1 …;
     z(t): the noise that leads from t to t − 1."""
     bar, states = alpha_bars(T), []
     times = times or list(range(T + 1))
@@ -246,7 +237,7 @@ def test_grids_during_training(run):
                      levels(chain(run["ema"], z(), z, **options)[-1][1]))
 
 
-# ------------------------------------------------------------------------------------- the figures
+# -------------------------------------------------------------------------------------- the figures
 
 @pytest.mark.parametrize("flags, options, shown", [
     ([], {}, [20, 18, 16, 14, 12, 10, 9, 7, 5, 3, 1, 0]),   # T − 1.9 i, rounded, and 0
@@ -256,7 +247,7 @@ def test_grids_during_training(run):
 def test_fig6_x0_hat_over_time(run, flags, options, shown):
     """A row is x̂_0 at eleven times from T to 1, and at last x_0, of one and the same chain.
 
-    Kills: x_t in place of x̂_0, the last column missing, columns in another order."""
+    Kills: x_t instead of x̂_0, the last column missing, columns in another order."""
     assert sample.main([*FLAGS, "--n", "2", "--progressive", "--out", "f.png", *flags]) == 0
     z = noise(0, 1)
     states = {t: x0 for t, _, x0 in chain(run["ema"], z(), z, **options)}
@@ -342,97 +333,7 @@ def test_the_images_that_are_mixed(run, capsys):
     assert torch.equal(found, torch.nn.functional.pad(digits, (2, 2, 2, 2))[pair].int())
 
 
-# ------------------------------------------------------------------------------- a trained network
-
-@pytest.fixture(scope="module")
-def small():
-    """A network that no training has touched."""
-    return Trained(build_network(SMALL_NET).eval(), checkpoint.build_schedule(SMALL_NET), SMALL_NET, "a source")
-
-
-def assert_has(net, state) -> None:
-    assert_equal(dict(net.state_dict()), dict(state))
-
-
-def test_what_is_loaded_of_a_checkpoint(small):
-    """The averages unless told otherwise, for evaluation; from a file of --keep too, which has no
-    others. channels_last makes convolutions fast."""
-    state = small.net.state_dict()
-    ema = {key: value + 1 for key, value in state.items()}
-    file, folder, kept = Path("runs/x/checkpoint.pt"), Path("runs/x"), Path("runs/x/ema-0000012.pt")
-    whole = {"step": 12, "settings": SMALL_NET, "net": state, "ema": ema}
-    save_checkpoint(file, whole)
-    save_checkpoint(kept, {key: whole[key] for key in ("step", "settings", "ema")})
-    for words, path, weights, which in (
-            (("runs/x",), file, ema, "averaged"), ((), file, ema, "averaged"),
-            ((None, False), file, state, "last"), ((folder, True, CPU), file, ema, "averaged"),
-            ((str(kept), True, CPU), kept, ema, "averaged")):
-        trained = load(*words)
-        assert trained.source.startswith(str(path)) and "12" in trained.source and which in trained.source
-        assert_has(trained.net, weights)
-        assert trained.settings == SMALL_NET and trained.shape == (3, SIDE, SIDE)
-        model = trained.model
-        assert (model.predict, model.variance, model.clip) == ("eps", "fixed_large", True)
-        assert not any(module.training for module in trained.net.modules())
-        assert trained.net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(trained.s.alpha_bars, small.s.alpha_bars)
-    with pytest.raises(ValueError, match="ema-0000012.pt"):
-        load(kept, ema=False, machine=CPU)
-
-
-@pytest.mark.skipif(bool(simulated_cuda.MISSING), reason=str(simulated_cuda.MISSING))
-def test_a_network_is_loaded_to_the_best_machine(run):
-    """That of this moment, unless one is named."""
-    def place(**machine):
-        return {p.device.type for p in load("runs/images", **machine).net.parameters()}
-    with simulated():
-        assert place() == {"cuda"} and place(machine=CPU) == {"cpu"}
-    assert torch.cuda.is_available() or place() == {"cpu"}
-
-
-@pytest.mark.parametrize("change", [{"ema": {}}, {"ema": None}, {"settings": {}},
-                                    {"ema": {"more": torch.ones(1)}}, {"ema": {"conv_in.bias": torch.ones(31)}},
-                                    {"settings": {**SMALL_NET, "channels": 64}}])
-def test_weights_must_fit_their_settings(small, change):
-    """Missing, other or more weights, or settings of another network: the file is named."""
-    state = {"step": 12, "settings": SMALL_NET, "ema": small.net.state_dict()}
-    if isinstance(change.get("ema"), dict) and change["ema"]:
-        change = {"ema": {**state["ema"], **change["ema"]}}
-    save_checkpoint(Path("x.pt"), {**state, **change})
-    with pytest.raises(ValueError, match="x.pt"):
-        load("x.pt", machine=CPU)
-
-
-def test_the_newest_run_is_the_one_that_saved_last():
-    """Not the last one by name, and no other file of a run counts."""
-    with pytest.raises(ValueError, match="elsewhere"):
-        checkpoint.newest_checkpoint(Path("elsewhere"))
-    for when, file in ((1, "c/checkpoint.pt"), (3, "a/checkpoint.pt"), (2, "b/checkpoint.pt"),
-                       (9, "d/other.pt"), (5, "b/checkpoint.pt")):
-        Path("runs", file).parent.mkdir(parents=True, exist_ok=True)
-        Path("runs", file).touch()
-        os.utime(Path("runs", file), (when, when))
-        want = {1: "c", 2: "a", 3: "a", 9: "a", 5: "b"}[when]
-        assert checkpoint.newest_checkpoint() == Path("runs", want, "checkpoint.pt")
-
-
-def test_weights_are_cast_once_in_a_copy(small):
-    """Those of convolutions and matrix products; the normalisation stays float32."""
-    seen, net = [], copy.deepcopy(small.net).train()
-    hook = torch.nn.Module.register_forward_hook
-    machine = CPU._replace(dtype=torch.bfloat16)
-    net.apply(lambda module: hook(module, lambda module, x, y: seen.append(module)))
-    model = checkpoint.inference_model(ddpm.Model(small.s, net), machine)
-    x = model.net(torch.zeros(1, *small.shape), torch.ones(1))
-    assert x.dtype == torch.float32 and seen and not any(module.training for module in seen)
-    for module in seen:
-        for weight in module.parameters(recurse=False):
-            cast = isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))
-            assert weight.dtype == (torch.bfloat16 if cast else torch.float32)
-    assert all(weight.dtype == torch.float32 for weight in net.parameters()) and net.training
-
-
-# ------------------------------------------------------------------------------------ many images
+# -------------------------------------------------------------------------------------- many images
 
 class Watched(torch.nn.Module):
     """ε_θ = 0. It keeps what it is given, over all copies of it."""
@@ -573,6 +474,18 @@ def test_a_tensor_of_samples_is_whole_or_not_there(run):
     assert Path("x.pt").read_bytes() == b"before" and sorted(os.listdir()) == here
 
 
+def test_two_commands_do_not_write_one_folder(capsys):
+    """While one draws, the other is refused in one line."""
+    trains(*SMALL, "--steps", 1)
+    flags = "--n 2 --steps 2 --out drawn --device cpu --precision fp32".split()
+    assert sample.main(flags) == 0
+    kept = {path.name: path.read_bytes() for path in Path("drawn").iterdir()}
+    with command.locked(Path("drawn")):
+        assert sample.main([*flags[:1], "4", *flags[2:]]) == 1
+    assert "drawn" in said(capsys)
+    assert {path.name: path.read_bytes() for path in Path("drawn").iterdir()} == kept
+
+
 # ------------------------------------------------------------------------------- pictures and flags
 
 @given(st.integers(1, 12), st.sampled_from([1, 3]), st.integers(1, 4), st.sampled_from([1, 3, 30, 161, 300]),
@@ -609,15 +522,33 @@ def test_flags_and_their_defaults():
         assert (args.no_ema, args.no_clip) == (False, False)
     for out in ("a.pt", "a", "a.png"):
         assert sample.parse(["--out", out]).out == Path(out)
-    for flags in ("--out a.jpg", "--out a.pt --shared", "--out a --shared", "--time 3",
-                  "--dataset a", "--shared --time 3", "--progressive --dataset a", "--eta 1.1",
-                  "--eta -0.1", "--n 0", "--sampler euler", "--variance learned",
-                  "--shared --progressive"):
-        with pytest.raises(UsageError):
-            sample.parse(flags.split())
 
 
-# ------------------------------------------------------------------- every choice, every picture
+@pytest.mark.parametrize("flags, status, parts", [
+    ("--out x.jpg", 2, ".png"), ("--out x.pt --shared", 2, ".png"), ("--out a --shared", 2, ".png"), ("--n 0", 2, "--n"),
+    ("--steps 21", 2, "21 20"), ("--checkpoint none.pt", 1, "none.pt"), ("--interpolate --time 21", 2, "21 20"),
+    ("--interpolate --dataset grey.pt --time 5", 1, "grey.pt (1,"), ("--shared --progressive", 2, "--shared --progressive"),
+    ("--time 5", 2, "--interpolate"), ("--shared --time 3", 2, "--interpolate"), ("--dataset grey.pt", 2, "--interpolate"),
+    ("--progressive --dataset a", 2, "--interpolate"), ("--sampler ddpm --eta 0.5", 2, "--eta ddim"),
+    ("--sampler ddim --variance fixed_small", 2, "--variance"), ("--eta 1.1", 2, "--eta"), ("--eta -0.1", 2, "--eta"),
+    ("--sampler euler", 2, "--sampler euler"), ("--variance learned", 2, "--variance learned"),
+    ("--out images.pt/x.png", 1, "images.pt/x.png")])
+def test_mistakes_are_one_line(run, capsys, flags, status, parts):
+    """Wrong endings, impossible steps, a dataset of another shape, what does not go together: each line
+    names what is wrong, and nothing is written."""
+    torch.save(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), "grey.pt")
+    before = sorted(Path().rglob("*"))
+    assert sample.main(flags.split()) == status
+    line = said(capsys)
+    assert all(part in line for part in parts.split()) and "unforeseen" not in line, line
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_without_a_run_there_is_nothing_to_sample(capsys):
+    assert sample.main([]) == 1 and "runs" in said(capsys)
+
+
+# ---------------------------------------------------------------------- every choice, every picture
 
 CHOICES = {"--seed": "--seed 4", "--steps": "--steps 5", "--sampler": "--sampler ddim",
            "--eta": "--eta 0.5", "--variance": "--variance fixed_small", "--no-clip": "--no-clip",

@@ -1,6 +1,7 @@
-"""The parts of train.py one by one: each number, seed and decision, recomputed by hand."""
+"""train.py: its settings, each number, seed and decision of a step, the loop and its log, recomputed by hand."""
 import contextlib
 import copy
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -17,14 +18,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
+from torch import nn
 
 import ddpm
+import evaluate
+import sample
 import train
-from helpers import alpha_bars, assert_equal, CPU, log, processes, random_run, run_of, as_flags
-from support import data, machine
-from support.checkpoint import load, load_checkpoint, save_checkpoint
-from support.command import UsageError, locked, stop
-from support.machine import seed_of
+from helpers import (CPU, FIXED, SMALL, TINY, alpha_bars, as_flags, assert_equal, checkpoint, log, losses, processes,
+                     random_run, read_png, run_of, said, trains)
+from support import checkpoint as checkpoints, data, machine
+from support.checkpoint import load_checkpoint
+from support.command import UsageError, stop
+from support.machine import Machine, seed_of
 from unet import build_network
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -34,8 +40,8 @@ PAPER = {  # §4 and Appendix B; of the released code alone: flips as a choice, 
     "attention": [16], "timesteps": 1000, "schedule": "linear", "beta_start": 1e-4,
     "beta_end": 0.02, "predict": "eps", "variance": "fixed_large", "objective": "simple",
     # and what it does not say: how a run is watched
-    "dataset": "cifar10", "image_size": None, "seed": 0, "micro_batch": None, "ema_ramp": True, "log_every": 100, "save_every": 5000,
-    "sample_every": 25_000, "samples": 64, "sample_steps": 50, "keep": None}
+    "dataset": "cifar10", "image_size": None, "seed": 0, "micro_batch": None, "ema_ramp": True, "log_every": 100,
+    "save_every": 5000, "sample_every": 25_000, "samples": 64, "sample_steps": 50, "keep": None}
 HUGE = {**PAPER, "steps": 500_000, "batch_size": 64, "lr": 2e-5, "dropout": 0.0,
          "multipliers": [1, 1, 2, 2, 4, 4], "variance": "fixed_small", "samples": 16}
 SHAPES = {**PAPER, "dataset": "shapes", "steps": 1500, "batch_size": 32, "lr": 3e-3,
@@ -158,39 +164,6 @@ def test_flags_go_before_the_checkpoint_the_checkpoint_before_init_and_init_befo
     assert (stored["steps"], stored["lr"], stored["channels"]) == (5, 0.5, 96)
 
 
-FREE = {"dataset": "other.pt", "steps": 5, "log_every": 71, "save_every": 72, "sample_every": 73,
-        "samples": 1, "sample_steps": 2, "keep": 76}
-FIXED = {"image_size": 16, "flip": False, "batch_size": 6, "micro_batch": 3,
-         "lr": 0.5, "warmup": 9, "decay": 0.5, "grad_clip": 3.0, "ema": 0.5, "ema_ramp": False, "dropout": 0.25,
-         "channels": 96, "multipliers": [2], "blocks": 7, "attention": [16], "timesteps": 300,
-         "schedule": "quadratic", "beta_start": 0.01, "beta_end": 0.5, "predict": "x0",
-         "variance": "fixed_large", "objective": "vlb", "seed": 8}
-
-
-def test_what_may_change_when_a_run_is_resumed(capsys):
-    """How long it trains, how it is watched, and where the data lie, which are known by their content;
-    each other setting is named in the refusal, with both values. What is not said is the run's."""
-    path = Path("runs/r/checkpoint.pt")
-    run = run_of(folder="runs/r", images=torch.load("images.pt"), dataset="images.pt", steps=4, micro_batch=1,
-                 attention=[8], blocks=1, variance="fixed_small")
-    stored = run.settings
-    train.save(run, 4)
-    assert {*FREE, *FIXED} == set(train.SETTINGS) == stored.keys() - {"in_channels"}
-    for name, value in FIXED.items():
-        assert train.main(["--out", "runs/r", *as_flags({name: value})]) == 2
-        err = capsys.readouterr().err
-        for part in ("--" + name.replace("_", "-"), str(stored[name]), str(value)):
-            assert part in err and err.count("\n") == 1
-    shutil.copy("images.pt", "other.pt")
-    same, cpu = {name: stored[name] for name in FIXED}, ["--device", "cpu", "--precision", "fp32"]
-    for flags in ({}, {**FREE, **same}):
-        assert train.main(["--out", "runs/r", *cpu, *as_flags(flags)]) == 0
-        state, want = load_checkpoint(path), {**stored, **flags}
-        assert state["step"] == want["steps"]
-        assert json.loads(Path("runs/r/settings.json").read_text()) == want
-    assert state["settings"] == want
-
-
 def test_where_the_images_of_a_run_are_looked_for():
     """Those of the training, in the folder of the data, with the side of the run that goes on; CIFAR-10
     if none are named. The folder of the run has the name of the data, unless it is said."""
@@ -215,27 +188,6 @@ def test_where_the_images_of_a_run_are_looked_for():
         shutil.rmtree("data", ignore_errors=True)
         if folder != "cifar10":
             assert state["data"] == data.fingerprint(torch.load("b.pt") if folder == "b" else data.shapes(8192, 8))
-
-
-def test_a_run_is_locked_before_it_is_read(capsys):
-    """While another process has the folder, one line says so, and what that one saves last is what the
-    next command goes on from. A state that is not that of the run's network is one line, too."""
-    path, flags = Path("runs/r/checkpoint.pt"), ["--out", "runs/r", "--device", "cpu", "--precision", "fp32", *as_flags(
-        {"dataset": "images.pt", "channels": 32, "multipliers": [1], "attention": [8], "samples": 0, "steps": 5})]
-    run = run_of(folder="runs/r", images=torch.load("images.pt"), dataset="images.pt", attention=[8], steps=5)
-    path.write_bytes(b"half a checkpoint")
-    with locked(path.parent):
-        assert train.main(flags) == 1
-        assert "another process uses runs/r" in (err := capsys.readouterr().err) and err.count("\n") == 1
-        train.save(run, 4)
-    assert train.main(flags[:6]) == 0 and [line["step"] for line in log("runs/r")] == [5]
-    state = load_checkpoint(path)
-    del state["net"]["conv_in.bias"]
-    save_checkpoint(path, {key: value for key, value in state.items() if key != "format"})
-    kept = path.read_bytes()
-    capsys.readouterr()
-    assert train.main([*flags[:6], "--steps", "6"]) == 1 and path.read_bytes() == kept
-    assert str(path) in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 def test_flags_that_contradict_the_network_of_init_are_refused(capsys):
@@ -270,7 +222,100 @@ def test_settings_that_fit_are_taken(given, side):
     assert {name: settings[name] for name in given} == given
 
 
+@pytest.mark.parametrize("flags, status, parts", [
+    ("--lr 0", 2, "--lr 0"), ("--predict v", 2, "--predict v eps"), ("--channels 40", 1, "40 32"),
+    ("--beta-end 0.001", 2, "--beta-end"), ("--dataset nowhere", 1, "nowhere cifar10 shapes"),
+    ("--device tpu", 2, "--device tpu"), ("--step 3", 2, "--step --help"),
+    ("--variance learned", 2, "--variance --objective"), ("--attention 16", 2, "--attention 16"),
+    ("--schedule cubic", 2, "--schedule cubic linear"), ("--init nothing.pt", 1, "nothing.pt"),
+    ("--precision tf32", 2, "--precision tf32"), ("--out images.pt", 1, "images.pt")])
+def test_train_mistakes_are_one_line(flags, status, parts, capsys):
+    """Out of range, senseless together, unknown: one line that names the flag, the value and what
+    can be chosen; status 2 for what the flags alone show to be wrong. No folder is left."""
+    assert train.main([*TINY, "--steps", "1", *flags.split()]) == status
+    err = capsys.readouterr().err.strip()
+    assert all(part in err for part in parts.split()), err
+    assert len(err.splitlines()) == 1 and "Traceback" not in err and "unforeseen" not in err
+    assert not Path("runs/images").exists()
+
+
 # -------------------------------------------------------------------------------------- Algorithm 1
+
+class Seen(nn.Module):
+    """A network of one weight, which remembers what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.given = nn.Parameter(torch.ones(1)), []
+
+    def forward(self, x, t):
+        self.given.append((x, t))
+        return self.weight * x
+
+
+def draws(step: int = 0, images=None, rank: int = 0, world: int = 1, **settings) -> tuple:
+    """x_0, t and ε of `training_step`, T = 5, from what its network is given: by Eq. 4 the x_t of black
+    images show ε, and then those of the images show x_0."""
+    if images is None:
+        images = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)  # not its own mirror image
+    settings = {"seed": 0, "batch_size": 4096, "flip": True, "grad_clip": 1.0, "lr": 1e-3, "steps": 9, "warmup": 0,
+                "decay": 0.0, "ema": 0.9, "ema_ramp": False, "micro_batch": None, "objective": "simple",
+                "predict": "eps", **settings}
+    s = ddpm.schedule_from_betas([0.3] * 5)
+
+    def given(images) -> tuple[torch.Tensor, torch.Tensor]:
+        net = Seen()
+        train.training_step(train.Run(settings, images, net, net, ddpm.Model(s, net), Seen(),
+                                      torch.optim.Adam(net.parameters()), torch.amp.GradScaler("cpu", enabled=False),
+                                      Machine(torch.device("cpu"), torch.float32, rank, world), Path()), step)
+        return net.given[0]
+    (black, t), (x_t, again) = given(0 * images), given(images)
+    assert torch.equal(t, again)
+    root, deviation = (x[t].sqrt().float()[:, None, None, None] for x in (s.alpha_bars, 1 - s.alpha_bars))
+    eps = (black + root) / deviation
+    return (x_t - deviation * eps) / root, t, eps
+
+
+def test_alg1_draws():
+    """t is uniform on 1 … T, both ends drawn; ε standard; half of the images are mirrored.
+
+    Kills: the top t never drawn, t = 0 drawn, noise of another scale."""
+    x0, t, eps = draws()
+    counts = torch.bincount(t, minlength=6)
+    assert counts[0] == 0 and len(counts) == 6
+    assert ((counts[1:] - 819.2).abs() < 5 * 26).all()
+    assert abs((x0[:, 0, 0, 0] > 0).double().mean() - 0.5) < 5 * 0.5 / 64
+    assert set(map(tuple, x0.flatten(1).round(decimals=3).tolist())) == {(-1.0, 1.0), (1.0, -1.0)}
+    assert abs(eps.mean()) < 5 / 8192 ** 0.5 and abs(eps.std() - 1) < 0.04
+
+
+def test_alg1_draws_are_a_function_of_seed_and_step():
+    """The same (seed, step) draws the same; another seed or step draws something else; of three
+    processes each has every third image.
+
+    Kills: the same draws in every step, seed + step, draws that depend on the part of the batch."""
+    first = draws(0, batch_size=9)
+    for a, b in zip(first, draws(0, batch_size=9), strict=True):
+        assert torch.equal(a, b)
+    for rank in range(3):
+        for a, b in zip(first, draws(0, rank=rank, world=3, batch_size=9), strict=True):
+            assert torch.equal(a[[rank, rank + 3, rank + 6]], b)
+    others = [round(draws(step, seed=seed, batch_size=8)[2][0, 0, 0, 0].item(), 4)
+              for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2))]
+    assert len(set(others)) == 5
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 9))
+def test_epochs_are_permutations(n, batch, seed):
+    """The batches, end to end, are one permutation of the images after another, each its own."""
+    steps = 3 * n // batch + 1
+    order = torch.cat([train.batch_indices(seed, n, k, batch) for k in range(steps)])
+    epochs = order[:3 * n].view(-1, n) if len(order) >= 3 * n else order[:len(order) // n * n].view(-1, n)
+    for epoch in epochs:
+        assert epoch.sort().values.tolist() == list(range(n))
+    if n > 20 and len(epochs) > 1:
+        assert not torch.equal(epochs[0], epochs[1])
+
 
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "learned"])
 @pytest.mark.parametrize("predict", ["eps", "x0", "mean"])
@@ -318,6 +363,92 @@ def test_learning_rates_and_decays():
     assert both == pytest.approx([0, .25, .35, .25])
     constant = {**settings, "warmup": 0, "ema_ramp": False}
     assert train.learning_rate(constant, 0) == 0.5 and train.ema_decay(constant, 0) == 0.25
+
+
+def stepped(steps: int):
+    """A run after each of its steps, and its weights before that step."""
+    run = train.begin(train.parse([*TINY, *map(str, SMALL)]), data.shapes(64, 8), {}, CPU, Path("x"))
+    for k in range(steps):
+        before = copy.deepcopy(run.net.state_dict())
+        train.training_step(run, k)
+        yield run, before
+
+
+def test_ema_follows_the_weights_after_each_step():
+    """average_k = d · average_{k−1} + (1 − d) · θ_k; d = 0.9999, or (1 + k)/(10 + k) if smaller.
+
+    Kills: EMA before the optimiser's step, an average that still holds the initial noise."""
+    ramp, constant = {"ema": 0.9999, "ema_ramp": True}, {"ema": 0.9999, "ema_ramp": False}
+    assert train.ema_decay(ramp, 0) == 0.1 and train.ema_decay(ramp, 10 ** 6) == 0.9999
+    assert train.ema_decay(constant, 0) == 0.9999
+    want = None
+    for step, (run, before) in enumerate(stepped(4), 1):
+        want, d, net = want or before, step / (9 + step), run.net.state_dict()
+        want = {k: d * want[k] + (1 - d) * v for k, v in net.items()}
+        for key, value in run.ema.state_dict().items():
+            torch.testing.assert_close(value, want[key], rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(run.ema.state_dict()[k], net[k]) for k in want)
+
+
+def test_warmup_is_linear_from_zero():
+    """lr · min(k / warmup, 1) at step k = 0, 1, …, as in the authors' code: so far the weights go along
+    Adam's m̂/(√v̂ + ε), and so the log says."""
+    rates, name = [], "conv_out.weight"  # the others have no gradient yet
+    for step, (run, before) in enumerate(stepped(5), 1):
+        weight = run.net.conv_out.weight
+        m, v = (run.adam.state[weight][key].double() for key in ("exp_avg", "exp_avg_sq"))
+        way = m / (1 - 0.9 ** step) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8)
+        gone = before[name].double() - weight.detach().double()
+        rates.append(((gone * way).sum() / way.square().sum()).item())
+    assert rates == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3], rel=1e-3, abs=1e-9)
+    trains(*SMALL, "--steps", 5, "--log-every", 1)
+    assert [entry["lr"] for entry in losses()] == pytest.approx(rates, rel=1e-3, abs=1e-9)
+
+
+def test_flips_and_clipping_happen():
+    """The images that the network is given are those of the step, some of them mirrored; the norm is
+    clipped: after one step Adam's averages are 0.1 g.
+
+    Kills: flips drawn and not applied, or upside down; a gradient that is measured and not
+    clipped."""
+    images, flipped = torch.load("images.pt"), 0
+    images[:, :, :, 0] = 255                                   # now no image is its mirror image
+    for k in range(4):
+        rows = images[train.batch_indices(0, 64, k, 4)]
+        for image, source in zip(data.to_uint8(draws(k, images, batch_size=4)[0]), rows, strict=True):
+            flip = not torch.equal(image, source)
+            assert not flip or torch.equal(image, source.flip(2))
+            flipped += flip
+    assert 0 < flipped < 16
+    trains(*SMALL, "--steps", 1, "--grad-clip", 0.01)
+    averages = [state["exp_avg"] for state in checkpoint()["adam"]["state"].values()]
+    norm = 10 * torch.cat([x.flatten() for x in averages]).norm().item()
+    assert norm == pytest.approx(0.01, rel=1e-3) and losses()[0]["grad_norm"] > 0.02
+
+
+def test_adam_is_the_papers():
+    """β₁ = 0.9, β₂ = 0.999, no weight decay, no AMSGrad; all parameters, and no others."""
+    run = train.begin(train.parse(TINY), data.shapes(4, 8), {}, CPU, Path("x"))
+    group, = run.adam.param_groups
+    assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8
+    assert group["weight_decay"] == 0 and not group["amsgrad"] and not group["maximize"]
+    assert {id(p) for p in group["params"]} == {id(p) for p in run.net.parameters()}
+
+
+def test_the_objective_L_is_not_clipped():
+    """A term of L is the weighted error of ε (Eq. 12), also where x̂_0 lies far outside [−1, 1].
+
+    Kills: x̂_0 clipped inside the training objective, which takes away its gradient."""
+    given = train.parse([*TINY, *map(str, SMALL), "--objective", "vlb", "--variance", "fixed_small"])
+    run = train.begin(given, data.shapes(4, 8), {}, CPU, Path("x"))
+    s, g = ddpm.make_schedule(50), torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 3, 3, 4, 4, generator=g, dtype=torch.float64).clamp(-1, 1)
+    t, wrong = torch.tensor([7, 30, 50]), 5 + eps
+    loss = train.OBJECTIVES["vlb"](replace(run.model, s=s, net=lambda x, t: wrong), x0, t, eps)
+    bar, before = s.alpha_bars[t], s.alpha_bars[t - 1]
+    beta, alpha = 1 - bar / before, bar / before
+    weight = beta ** 2 / (2 * beta * (1 - before) / (1 - bar) * alpha * (1 - bar))
+    torch.testing.assert_close(loss, weight * 25 / math.log(2))
 
 
 class Line(torch.nn.Module):
@@ -554,6 +685,115 @@ def test_what_a_run_says_at_its_start(capsys, steps, done, flag):
         "film.part", ".part.txt", "settings.json", "log.jsonl", "images.pt"}
 
 
+# ---------------------------------------------------------------------------------- what is trained
+
+def test_training_learns():
+    """The loss falls from 1, what predicting 0 costs, to half of it within sixty steps."""
+    trains(*SMALL, "--steps", 60, "--log-every", 5, "--batch-size", 16, "--lr", 3e-3)
+    assert losses()[0]["loss"] > 0.9 and losses()[-1]["loss"] < 0.5
+
+
+def test_objective_vlb_logs_the_bound(capsys):
+    """--objective vlb: the log shows T × mean + L_T; learned variance trains and samples."""
+    trains(*SMALL, "--steps", 2, "--objective", "vlb", "--variance", "learned")
+    entry, bar = losses()[0], 5.8674e-11   # ᾱ_20 of β from 0.005 to 0.999 in equal steps
+    x0 = torch.load("images.pt").double() / 127.5 - 1
+    L_T = (bar * x0 ** 2 - bar - math.log(1 - bar)).mean() / 2 / math.log(2)
+    assert entry["bound"] == pytest.approx(20 * entry["loss"] + L_T.item(), rel=1e-9)
+    assert checkpoint()["net"]["conv_out.weight"].shape[0] == 6
+    assert sample.main(["--n", "1"]) == 0 and evaluate.main(["--n", "2"]) == 0
+    capsys.readouterr()
+    assert sample.main(["--n", "1", "--steps", "5"]) == 2 and "--steps" in said(capsys)
+    assert sample.main(["--n", "1", "--variance", "fixed_small"]) == 2
+
+
+@pytest.mark.parametrize("predict, variance, objective", [
+    ("mean", "learned", "vlb"), ("mean", "fixed_large", "vlb"), ("mean", "fixed_small", "simple"),
+    ("eps", "fixed_small", "vlb"), ("x0", "fixed_large", "simple")])
+def test_table2_rows_train_sample_and_evaluate(predict, variance, objective, capsys):
+    """Every combination of Table 2 (and x_0 prediction) goes through all three commands: a learned
+    variance has twice the channels, the loss of the bound is in bits/dim, and so is the result."""
+    trains(*SMALL, "--steps", 2, "--predict", predict, "--variance", variance, "--objective", objective)
+    assert checkpoint()["net"]["conv_out.bias"].numel() == (6 if variance == "learned" else 3)
+    entry, = losses()
+    assert ("bound" in entry) == (objective == "vlb") and entry["loss"] > 0
+    assert sample.main(["--n", "1"]) == 0
+    assert read_png("samples.png").shape[1:] == (480, 480)
+    capsys.readouterr()
+    assert evaluate.main("--n 2 --terms 3".split()) == 0
+    bits = float(re.search(r"bits/dim ≤ ([\d.]+)", capsys.readouterr().out)[1])
+    assert 1 < bits < 1000 and (objective == "simple" or bits == pytest.approx(entry["bound"], rel=3))
+
+
+def test_compile_falls_back(monkeypatch):
+    """Where torch.compile fails, training goes on without it, with the same numbers; where it works,
+    too. The compiler is told that shapes do not change: none of them is a symbol, though the two
+    parts of this batch have two shapes."""
+    import torch._dynamo
+    given = []
+
+    def fails(graph, inputs):
+        given.append([])
+        raise RuntimeError("no C++ compiler\nand more lines")
+
+    def works(graph, inputs):
+        given.append(inputs)
+        return graph.forward
+    flags = (*SMALL, "--warmup", 0, "--steps", 1, "--batch-size", 5, "--micro-batch", 3, "--dropout", 0)
+    trains(*flags, "--out", "plain")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(suppress_errors=False):
+        for backend, n in ((fails, 1), (works, 2)):
+            given.clear()
+            monkeypatch.setattr(machine, "BACKEND", backend)
+            trains(*flags, "--compile", "--out", backend.__name__)
+            assert len(given) == n and all(isinstance(x, torch.Tensor) for inputs in given for x in inputs)
+            assert_equal(checkpoint(backend.__name__), checkpoint("plain"))
+    torch._dynamo.reset()
+
+
+HALF = [*TINY[:-1], "fp16", *map(str, SMALL)]
+
+
+def test_fp16_trains_as_float32_does():
+    """The same training as in float32, to the precision of the numbers; the scaler's state is in
+    the checkpoint. (float16 has no fast kernels on a CPU, so the runs are short.)"""
+    assert train.main([*HALF, "--steps", "4", "--out", "whole"]) == 0
+    trains(*SMALL, "--steps", 4, "--out", "full")
+    for half, full in zip(losses("whole"), losses("full"), strict=True):
+        assert half["loss"] == pytest.approx(full["loss"], rel=2e-2) and half != full
+    assert checkpoint("whole")["scaler"]["scale"] == 2.0 ** 16 and not checkpoint("full")["scaler"]
+
+
+def altered(folder: str, **parts) -> dict:
+    """The checkpoint of this run with other values of its parts, as it is then on the disk."""
+    state = {key: value for key, value in checkpoint(folder).items() if key != "format"}
+    for part, values in parts.items():
+        state[part] = {**state[part], **values}
+    checkpoints.save_checkpoint(Path(folder, "checkpoint.pt"), state)
+    return checkpoint(folder)
+
+
+def test_fp16_skips_what_is_not_finite(capsys):
+    """A scale that overflows is lowered until it fits; a loss that is never finite ends the run, and
+    names the first such step since the last line of the log. The weights stay as they were."""
+    small = ["--batch-size", "1", "--save-every", "5", "--out", "nan"]
+    assert train.main([*HALF, *small, "--steps", "1"]) == 0
+    altered("nan", scaler={"scale": 2.0 ** 40, "backoff_factor": 2.0 ** -10})
+    assert train.main([*HALF, *small, "--steps", "5", "--log-every", "9"]) == 0
+    _, entry = losses("nan")
+    assert entry["step"] == 5 and math.isfinite(entry["loss"]) and entry["grad_norm"] > 0
+    assert 2.0 ** 4 <= checkpoint("nan")["scaler"]["scale"] < 2.0 ** 40
+    # A weight that float16 does not have. 2^−3 halved 11 times is below 10⁻⁴, which the 16th step reaches;
+    # it is noticed when the 20th would be saved, and the last line of the log was that of the 15th.
+    state = altered("nan", scaler={"scale": 2.0 ** -3, "backoff_factor": 0.5}, net={
+        "conv_in.bias": torch.full((32,), 1e30)})
+    assert train.main([*HALF, *small, "--steps", "60", "--log-every", "50"]) == 1
+    assert "step 16:" in said(capsys) and checkpoint("nan")["step"] == 15
+    assert_equal(dict(checkpoint("nan")["net"]), dict(state["net"]))
+    assert checkpoint("nan")["scaler"]["scale"] == 2.0 ** -13 > 1e-4
+
+
 # ----------------------------------------------------------------------------------------- the loop
 
 class Watched(Line):
@@ -657,8 +897,9 @@ PLOTS = bool(importlib.util.find_spec("matplotlib"))
     (12, 12, (5, 4, 3, 6), "keep plot grid")])
 def test_which_steps_log_save_keep_and_draw(first, steps, every, want):
     """Every N-th one, counted from the first of the run; before what belongs to a step is made, it
-    is saved, and the last one is; before it is saved, it has its line in the log. What belongs to the step that is resumed is made first. Each step
-    has the dropout of (seed, step). A signal waits for a step and its files, and not for a grid."""
+    is saved, and the last one is; before it is saved, it has its line in the log. What belongs to the step
+    that is resumed is made first. Each step has the dropout of (seed, step). A signal waits for a step and
+    its files, and not for a grid."""
     run = watched(first, steps=steps, **dict(zip(("log_every", "save_every", "keep", "sample_every"), every)))
     Path("log.jsonl").write_text('{"step": 1, "loss": 1, "loss_thirds": [1, 1, 1]}\n' * 2)  # so that there is a curve
     last, made = happens(run, first)
@@ -708,8 +949,9 @@ def test_a_number_that_is_not_finite_is_noticed_before_it_is_written():
         folder = Path(f"{bad} {some}")
         run = watched(folder=folder, steps=7, **dict(zip(names, some)))
         run.net.before = lambda k: setattr(run.net, "change", wrong((bad + i) % 4)) if k + 1 >= bad else None
-        with pytest.raises(ValueError, match=f"step {bad}:"):
+        with pytest.raises(ValueError, match=f"step {bad}:") as error:
             train.train(run, 0)
+        assert str(folder) in str(error.value)
         steps = [line["step"] for line in log(folder)] if (folder / "log.jsonl").exists() else []
         steps += [int(path.stem[-7:]) for path in folder.glob("*-0*")]
         if (folder / "checkpoint.pt").exists():
@@ -747,7 +989,7 @@ def test_the_speed_is_that_of_the_steps_since_the_last_line():
     assert 2 < slow <= 2 / 0.3 and 2 / 0.15 < fast <= 2 / 0.02
 
 
-# ------------------------------------------------------------------------ records, and what is saved
+# -------------------------------------------------------------------- records, the log and pictures
 
 def records_of(*steps) -> list[tuple]:
     """(losses, times, norm) of each step as tensors."""
@@ -772,6 +1014,36 @@ def test_a_line_of_the_log_by_hand():
         assert entry.keys() == want.keys()
         for key, value in want.items():
             assert entry[key] == (pytest.approx(value) if key != "loss_thirds" or None not in value else value)
+
+
+def test_every_number_of_the_log_by_hand():
+    """Loss, its thirds of t, norm and its largest, learning rate: from what the same steps return to
+    another run, which takes them one by one. A line every N steps, and for the last one."""
+    flags = [*TINY, *map(str, SMALL), *"--steps 7 --log-every 3 --grad-clip 0.5".split()]
+    assert train.main(flags) == 0
+    run, steps = train.begin(train.parse(flags), data.load("images.pt")[0], {}, CPU, Path("other")), []
+    run.network.train()
+    for k in range(6):
+        torch.manual_seed(seed_of(0, "dropout", k, 0))
+        steps.append(train.training_step(run, k))
+    assert [entry["step"] for entry in log("runs/images")] == [3, 6, 7]
+    first = 0
+    for entry, last in zip(log("runs/images")[:2], (3, 6), strict=True):
+        assert entry["step"] == last
+        some = steps[first:last]
+        rows = [(t, loss) for losses, ts, _ in some for t, loss in zip(ts.tolist(), losses.tolist())]
+        assert len(rows) == 12
+        assert entry["loss"] == pytest.approx(sum(loss for _, loss in rows) / len(rows), rel=1e-5)
+        # T = 20: the thirds are 1 … 7, 8 … 14 and 15 … 20, since (t − 1) · 3 // 20 changes there.
+        for value, (low, high) in zip(entry["loss_thirds"], ((1, 7), (8, 14), (15, 20)), strict=True):
+            these = [loss for t, loss in rows if low <= t <= high]
+            assert value == (pytest.approx(sum(these) / len(these), rel=1e-5) if these else None)
+        norms = [norm.item() for *_, norm in some]
+        assert max(norms) > 0.5                                      # before it was clipped
+        assert entry["grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-5)
+        assert entry["grad_norm_max"] == pytest.approx(max(norms), rel=1e-5)
+        assert entry["lr"] == pytest.approx(1e-3 * min((last - 1) / 3, 1))
+        first = last
 
 
 def test_a_row_of_steps_that_fp16_skips_can_be_logged():
@@ -824,52 +1096,6 @@ def test_fp16_leaves_the_weights_where_a_step_is_not_finite():
     with pytest.raises(ValueError, match="step 2:"):
         train.train(run, 1)
     assert [run.net.a.item(), run.net.b.item()] == before and run.scaler.get_scale() == 2.0 ** (16 - 30)
-
-
-@pytest.mark.parametrize("dtype, first", [
-    (torch.float32, 1), (torch.float32, 3), (torch.float32, 4), (torch.float16, 3)])
-def test_a_run_goes_on_to_the_bit(dtype, first):
-    """A run that is stopped and continued by another process, whose weights are others until then,
-    is the run that was not: weights, averages, Adam, scale. Dropout, micro-batches and flips on.
-    The log has a line more, where it was stopped.
-
-    Kills: a state that is not in the checkpoint, steps that no line counts or two do."""
-    flags = dict(log_every=4, dropout=0.3, micro_batch=2, batch_size=3, save_every=100, lr=0.1)
-    train.train(run_of(dtype, folder="whole", steps=6, **flags), 0)
-    train.train(run_of(dtype, folder="two", steps=first, **flags), 0)
-    state = load_checkpoint(Path("two/checkpoint.pt"))
-    two = run_of(dtype, folder="two", steps=6, **flags)
-    with torch.no_grad():
-        for p in [*two.net.parameters(), *two.ema.parameters()]:
-            p += 1
-    assert train.restore(two, state) == first
-    train.train(two, first)
-    a, b = (load_checkpoint(Path(folder, "checkpoint.pt")) for folder in ("whole", "two"))
-    assert_equal(a, b)
-    lines, more = log("whole"), log("two")
-    assert [line["step"] for line in lines] == [4, 6]
-    assert [line["step"] for line in more] == sorted({first, 4, 6})
-    share = [(line["step"] - before) * line["loss"] for line, before in zip(more, [0, first, 4])]
-    if dtype == torch.float32 and first < 4:
-        assert sum(share[:2]) == pytest.approx(4 * lines[0]["loss"])
-
-
-def test_what_a_checkpoint_is_restored_to(capsys):
-    """Only to a run with the same images; another precision is told, and then the scale of fp16
-    begins anew."""
-    half, full = run_of(torch.float16), run_of()
-    half.scaler.load_state_dict({**half.scaler.state_dict(), "scale": 8.0})
-    for run, scale in ((half, 8.0), (full, 2.0 ** 16)):
-        train.save(run, 3)
-        again = run_of(torch.float16)
-        assert train.restore(again, load_checkpoint(Path("checkpoint.pt"))) == 3
-        assert again.scaler.get_scale() == scale
-        err = capsys.readouterr().err
-        assert "float32" in err and "float16" in err if run is full else err == ""
-    state = load_checkpoint(Path("checkpoint.pt"))
-    for images in (data.shapes(4, 8).flip(0), data.shapes(5, 8), data.shapes(4, 8).view(4, 3, 4, 16)):
-        with pytest.raises(ValueError, match="images"):
-            train.restore(full._replace(images=images), state)
 
 
 class Begun(Exception):
@@ -954,22 +1180,6 @@ def test_averages_have_the_buffers_of_their_network():
     run.net.counted += 3
     train.training_step(run, 0)
     assert run.ema.counted.tolist() == [3, 3] and not run.ema.training
-
-
-def test_kept_weights_are_the_averages_of_their_step():
-    """In the format of a checkpoint, with nothing but them; what is there is left as it is."""
-    run = run_of()
-    for average in run.ema.parameters():
-        average += 0.5
-    train.keep(run, 12)
-    assert load_checkpoint(Path("ema-0000012.pt")).keys() == {"format", "settings", "step", "ema"}
-    trained = load("ema-0000012.pt", machine=CPU)
-    assert_equal(dict(trained.net.state_dict()), dict(run.ema.state_dict()))
-    assert trained.settings == run.settings and "12" in trained.source
-    before = Path("ema-0000012.pt").stat()
-    run.ema.conv_in.bias.zero_()
-    train.keep(run, 12)
-    assert Path("ema-0000012.pt").stat() == before
 
 
 @pytest.mark.parametrize("T, variance, flag, calls", [

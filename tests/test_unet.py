@@ -1,13 +1,25 @@
 """The network of the released code: its size, its wiring, and the mistakes that its shape hides."""
+import importlib.metadata
+import importlib.util
+import inspect
+import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import ddpm
 import unet
 from extras import weights
-from helpers import CONFIG, GOLDEN, layout, outputs, state
+from helpers import (CONFIG, GOLDEN, HERE, TINY, assert_equal, assert_same_log, checkpoint, layout, losses, outputs,
+                     read_png, state)
 from support.checkpoint import inference_model
 from support.machine import Machine
 
@@ -381,3 +393,137 @@ def test_the_layers_of_both_layouts_are_in_one_to_one_correspondence(member):
     for here, there in names.items():
         shape = list(ours[here].shape)
         assert (shape[:2] if ".attentions." in there and len(shape) == 4 else shape) == theirs[there]
+
+
+# ------------------------------------------------------------ a network and a schedule of one's own
+
+class Tokens(nn.Module):
+    """A network without any convolution: patches of 2×2 pixels are tokens of a small mixer."""
+
+    def __init__(self, settings: dict):
+        super().__init__()
+        self.side = settings["image_size"] // 2
+        tokens, width = self.side ** 2, 4 * settings["in_channels"]
+        self.time = nn.Embedding(settings["timesteps"] + 1, width)
+        self.norm, self.last = nn.LayerNorm(width), nn.Linear(width, width)
+        self.across, self.along = nn.Linear(tokens, tokens), nn.Linear(width, width)
+
+    def forward(self, x, t):
+        h = nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)      # (B, tokens, 4C)
+        h = h + self.time(t)[:, None]
+        h = h + self.across(self.norm(h).transpose(1, 2)).transpose(1, 2)
+        h = self.last(torch.relu(self.along(self.norm(h))))
+        return nn.functional.pixel_shuffle(h.transpose(1, 2).unflatten(2, 2 * [self.side]), 2)
+
+
+ALL_COMMANDS = """
+import importlib, json, sys, torch, train
+from extras import compress
+from support import checkpoint, machine
+status = lambda line: importlib.import_module(line[0]).main(line[1:])
+cpu = machine.Machine(torch.device("cpu"), torch.float32)
+trained = [status(line) for line in LINES] and checkpoint.load(machine=cpu)
+image = torch.load("images.pt")[0]
+assert torch.equal(compress.decode(trained, compress.encode(trained, image, 4))[0], image)
+run = train.begin(train.parse(LINES[0][1:]), image[None], {}, cpu, "x")
+print(json.dumps([run.model.s.alpha_bars.tolist(), trained.s.alpha_bars.tolist(), [status(line) for line in LINES[-1:]]]))
+torch.save(trained.net.state_dict(), "loaded.pt")
+"""
+
+
+@pytest.mark.usefixtures("in_a_folder_of_its_own")
+def test_a_network_and_a_schedule_of_ones_own(tmp_path):
+    """In a clone in which `build_network` is another kind of network, and `make_schedule` has a branch
+    more, all commands work: training, resuming to the bit, samples, evaluation, compression, in
+    either precision and with the ᾱ_t of that schedule; diffusers has no network like it.
+
+    Kills: a command that knows the layers of the U-Net, its settings or their precision, or that
+    checks the name of a schedule."""
+    def cosine(t: int) -> float:  # ᾱ_t of Nichol and Dhariwal, T = 20
+        angle = lambda u: math.cos((u / 20 + 0.008) / 1.008 * math.pi / 2) ** 2
+        return angle(t) / angle(0)
+    clone = tmp_path / "clone"
+    for folder in ("support", "extras"):
+        shutil.copytree(HERE / folder, clone / folder)
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, clone)
+    with open(clone / "unet.py", "a") as file:
+        file.write(f"\n\n{inspect.getsource(Tokens)}\nbuild_network = Tokens\n")
+    betas, source = [min(1 - cosine(t) / cosine(t - 1), 0.999) for t in range(1, 21)], (HERE / "ddpm.py").read_text()
+    end = source.index('"""', source.index('"""', source.index("def make_schedule(")) + 3) + 3
+    branch = f"\n    if kind == 'cosine':\n        return schedule_from_betas({betas})"
+    (clone / "ddpm.py").write_text(source[:end] + branch + source[end:])
+    lines = []
+    for precision in ("bf16", "fp32"):
+        flags = [*TINY, "--schedule", "cosine", "--precision", precision]
+        lines += [["train", *flags, "--steps", "6", "--out", f"whole-{precision}"],
+                  ["train", *flags, "--steps", "3", "--out", f"runs/{precision}"],
+                  ["train", *flags, *"--steps 6 --samples 1 --sample-steps 3 --out".split(), f"runs/{precision}"],
+                  ["sample", *f"--n 2 --steps 4 --out {precision}.pt --device cpu --precision {precision}".split()],
+                  ["evaluate", "--n", "2", "--terms", "2"]]
+    lines += [["extras.weights", "runs/fp32", "folder"]]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"LINES = {lines}\n{ALL_COMMANDS}"],
+                          capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    *bars, statuses = json.loads(done.stdout.splitlines()[-1])
+    assert statuses == [1] and not Path("folder").exists() and "Traceback" not in done.stderr
+    for found in bars:
+        assert found[:20] == pytest.approx([cosine(t) for t in range(20)])
+    assert_equal(dict(torch.load("loaded.pt")), dict(checkpoint("runs/fp32")["ema"]))
+    for precision in ("bf16", "fp32"):
+        parts, whole = checkpoint(f"runs/{precision}"), checkpoint(f"whole-{precision}")
+        assert [name for name in parts["net"] if "weight" in name] == [
+            "time.weight", "norm.weight", "last.weight", "across.weight", "along.weight"]
+        for part in ("net", "ema", "adam"):
+            assert_equal(parts[part], whole[part])
+        assert_same_log(f"runs/{precision}", f"whole-{precision}")
+        log = losses(f"runs/{precision}")
+        assert log[-1]["loss"] < log[0]["loss"] and parts["settings"]["schedule"] == "cosine"
+        assert read_png(f"runs/{precision}/samples-0000006.png").shape[1:] == (480, 480)
+        x = torch.load(f"{precision}.pt")
+        assert x.shape == (2, 3, 8, 8) and not torch.equal(x[0], x[1])
+
+
+def test_the_network_of_settings():
+    """Every setting of the network reaches it, and shows; a learned variance doubles the output channels."""
+    plain = {"in_channels": 1, "channels": 32, "multipliers": [1, 2], "blocks": 1, "attention": [7, 5],
+             "image_size": 11, "dropout": 0.2}
+    shown = []
+    for change, variance, doubled in (
+            ({}, "fixed_small", 1), ({}, "learned", 2), ({"in_channels": 3}, "fixed_large", 3),
+            ({"in_channels": 3}, "learned", 6), ({"channels": 64}, "fixed_small", 1),
+            ({"multipliers": [2, 1]}, "fixed_small", 1), ({"blocks": 2}, "fixed_small", 1),
+            ({"attention": [11]}, "fixed_small", 1), ({"image_size": 16}, "fixed_small", 1),
+            ({"dropout": 0.3}, "fixed_small", 1)):
+        shown.append(str(unet.build_network({**plain, **change, "variance": variance})))
+        assert shown[-1] == str(unet.UNet(out_channels=doubled, **plain | change))
+    assert len(set(shown)) == len(shown) == 10
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("setuptools") or not importlib.util.find_spec("pip"),
+                    reason="setuptools or pip is not installed")
+def test_the_mathematics_and_the_network_can_be_installed(tmp_path):
+    """A wheel of this folder holds ddpm and unet and nothing else; they import outside the clone,
+    without the commands."""
+    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
+        pytest.skip("pyproject.toml needs setuptools 77 or newer")
+    clone = tmp_path / "clone"
+    shutil.copytree(HERE, clone, ignore=lambda folder, names: [
+        name for name in names if Path(folder) == HERE and name != "support"
+        and name not in ("pyproject.toml", "README.md", "LICENSE") and not name.endswith(".py")])
+    (tmp_path / "wheels").mkdir()
+    build = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+    built = subprocess.run([sys.executable, "-c", build, tmp_path / "wheels"], cwd=clone, capture_output=True,
+                           text=True, timeout=120)
+    assert built.returncode == 0, built.stdout + built.stderr
+    wheel, = (tmp_path / "wheels").glob("ddpm-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == {"ddpm.py", "unet.py"}
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "elsewhere").mkdir()
+    code = "import ddpm, unet; print(ddpm.__file__, unet.__file__, ddpm.make_schedule().T)"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path / "elsewhere", text=True,
+                         check=True, capture_output=True, timeout=120,
+                         env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
+    assert run.stdout.split() == [str(tmp_path / "site" / "ddpm.py"), str(tmp_path / "site" / "unet.py"), "1000"]
