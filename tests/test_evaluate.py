@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 import ddpm
 import evaluate
 import sample
-from helpers import alpha_bars, CPU, flags_of, free_port, hooked, Inception, random_run, T, when_called
+from helpers import alpha_bars, CPU, flags_of, free_port, hooked, Inception, random_run, said, T, when_called
 from support import data, machine
-from support.command import UsageError
 from support.machine import Noise
 from unet import UNet
 
@@ -215,7 +214,7 @@ def features(mean: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
 def test_frechet_distance_of_commuting_covariances(seed, k):
     """With common eigenvectors: ‖μ_a − μ_b‖² + Σ (√λ_a − √λ_b)², some λ zero: rank-deficient too.
 
-    Kills: the covariance divided by N, tr C in place of the root's, a root that needs full rank."""
+    Kills: the covariance divided by N, tr C instead of the root's, a root that needs full rank."""
     basis = torch.linalg.qr(randn(seed, 6, 6)).Q
     la, lb = randn(seed + 1, 6).abs(), randn(seed + 2, 6).abs()
     la[k:] = 0
@@ -274,7 +273,7 @@ def test_inception_score_of_uniform_and_of_one_hot():
 
 @pytest.fixture
 def network():
-    """The network in place of Inception, and 30 samples; no network was trained."""
+    """The network instead of Inception, and 30 samples; no network was trained."""
     torch.save(data.shapes(30, 8, "test"), "made.pt")
     torch.jit.script(Inception()).save("inception.pt")
 
@@ -402,12 +401,16 @@ def test_samples_drawn_here_are_those_of_sample_py(run, capsys, flags):
     assert "3/3" in err and about in err
 
 
-@pytest.mark.parametrize("flags", [
-    "--samples a.pt", "--inception a.pt", "--steps 3", "--fid --terms 3",
-    "--fid --samples a.pt --steps 3", "--fid --samples a.pt --n 3", "--split valid", "--n 0"])
-def test_flags_that_contradict_each_other(flags):
-    with pytest.raises(UsageError):
-        evaluate.parse(flags.split())
+@pytest.mark.parametrize("flags, parts", [
+    ("--samples a.pt", "--samples --fid"), ("--inception a.pt", "--inception --fid"), ("--steps 3", "--steps --fid"),
+    ("--fid --terms 3", "--terms --fid"), ("--fid --samples a.pt --steps 3", "--steps --samples"),
+    ("--fid --samples a.pt --n 3", "--n --samples"), ("--split valid", "--split valid"), ("--n 0", "--n 0"),
+    ("--terms 0", "--terms 0")])
+def test_flags_that_contradict_each_other(capsys, flags, parts):
+    """Or that are out of range: the line names them, and the status is 2."""
+    assert evaluate.main(flags.split()) == 2
+    line = said(capsys)
+    assert all(part in line for part in parts.split()) and "unforeseen" not in line, line
 
 
 def test_defaults_of_the_flags(capsys):
@@ -486,7 +489,7 @@ def bound_by_hand(net, x0, z, clip=True):
 def test_every_number_of_the_bound_by_hand(run, capsys, flags):
     """All that evaluate.py prints and writes about Eq. 5 and §4.3, from the equations alone.
 
-    Kills: the last weights in place of the averages, x̂_0 (not) clipped, a mean of the RMSEs."""
+    Kills: the last weights instead of the averages, x̂_0 (not) clipped, a mean of the RMSEs."""
     images, seed = torch.load("images.pt")[:5], 2 if "--seed" in flags else 0
     x0 = images.double() / 127.5 - 1
     with torch.no_grad():
@@ -655,23 +658,24 @@ def test_every_number_is_of_the_folder_and_the_part_that_are_asked_for(network, 
     assert kind in ("bound", "fid") or numbers("--split", usual, "--data-dir", "data") == found[0]
 
 
-def test_mistakes_are_one_line(run, capsys):
-    """A cut Inception file, one that is none, samples that are no images, one sample, grey against
-    colour, more images than there are, a place that cannot be written, no data set that is named.
-    Those that need no network are noticed before any is called."""
+@pytest.mark.parametrize("flags, parts", [
+    ("--fid --inception cut.pt --samples made.pt", "cut.pt"), ("--fid --inception cut.pt --n 2", "cut.pt"),
+    ("--fid --inception made.pt --samples made.pt", "made.pt"), ("--fid --inception none.pt --samples made.pt", "none.pt"),
+    ("--fid --inception inception.pt --samples nan.pt", "nan.pt"), ("--fid --samples none.pt", "none.pt"),
+    ("--fid --inception inception.pt --samples one.pt", "1"),
+    ("--fid --inception inception.pt --samples grey.pt", "grey.pt"),
+    ("--dataset grey.pt", "grey.pt (1,"), ("--n 65", "65 64"), ("--out images.pt", "images.pt")])
+def test_mistakes_are_one_line(run, capsys, flags, parts):
+    """A cut Inception file, one that is none or not there, samples that are no images or not there, one
+    sample, grey against colour, more images than there are, a place that cannot be written. Those
+    that need no network are noticed before any is called, and nothing is written."""
     Path("cut.pt").write_bytes(Path("inception.pt").read_bytes()[:2000])
     torch.save(torch.rand(4, 3, 8, 8) * math.nan, "nan.pt")
     torch.save(data.shapes(1, 8), "one.pt")
     torch.save(data.shapes(3, 8)[:, :1], "grey.pt")
-    calls = []
-    for flags, match in (("--fid --inception cut.pt --samples made.pt", "cut.pt"),
-                         ("--fid --inception cut.pt --n 2", "cut.pt"),
-                         ("--fid --inception made.pt --samples made.pt", "made.pt"),
-                         ("--fid --inception inception.pt --samples nan.pt", "nan.pt"),
-                         ("--fid --inception inception.pt --samples one.pt", "1"),
-                         ("--fid --inception inception.pt --samples grey.pt", "grey.pt"),
-                         ("--dataset grey.pt", "grey.pt"), ("--n 65", "65"), ("--out images.pt", "images.pt")):
-        with hooked(UNet, lambda *_: calls.append(1)):
-            assert evaluate.main(["--device", "cpu", *flags.split()]) == 1 and not calls, flags
-        err = capsys.readouterr().err.strip().splitlines()[-1]
-        assert match in err and "unforeseen" not in err, flags
+    calls, before = [], sorted(Path().rglob("*"))
+    with hooked(UNet, lambda *_: calls.append(1)):
+        assert evaluate.main(["--device", "cpu", *flags.split()]) == 1 and not calls
+    line = said(capsys)
+    assert all(part in line for part in parts.split()) and "unforeseen" not in line, line
+    assert sorted(Path().rglob("*")) == before
