@@ -125,6 +125,9 @@ def make_schedule(T: int = 1000, kind: str = "linear",
     if s.alpha_bars[T] > 1e-3:
         raise ValueError(f"ᾱ_T = {s.alpha_bars[T]:.3g} exceeds 10⁻³, so x_T would still show the "
                          "image: the schedule needs a larger beta_end")
+    if s.alpha_bars[T].float() == 0:
+        raise ValueError("ᾱ_T is 0 in float32, and Eq. 15 divides by its root: the schedule needs "
+                         "a smaller beta_end")
     return s
 
 def _at(table: Tensor, t: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ def _at(table: Tensor, t: Tensor) -> Tensor:
     return table.index_select(0, t)
 
 def _column(c: Tensor, x: Tensor) -> Tensor:
-    """c (B,), one number per image, as (B, 1, …, 1), to multiply x (B, …). ValueError if B differs."""
+    """c (B,), a number per image, as (B, 1, …, 1), to multiply x (B, …). ValueError if not B."""
     if len(c) != len(x):
         raise ValueError(f"{len(c)} times for {len(x)} images: t needs one time per image")
     return c.to(x.device).reshape((-1,) + (1,) * (x.dim() - 1))

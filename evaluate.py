@@ -1,6 +1,6 @@
 """Table 1, Figure 5 and Table 4: bits/dim, rate and distortion, FID and Inception score.
 
-    python evaluate.py --terms 20                      bits/dim from 21 network calls an image
+    python evaluate.py --terms 20                      bits/dim from 21 network calls per image
     python evaluate.py --n 64                          all T terms; rate-distortion.csv, Table 4
     python evaluate.py --fid --n 50000                 FID and Inception score of 50,000 samples
     python evaluate.py --fid --samples samples.pt      the same for images made before
@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from support import data
-from support.checkpoint import Trained, inference_model, load
+from support.checkpoint import Trained, inference_model, load, weights_hash
 from support.command import (Parser, Progress, UsageError, command, nonblank, plain, positive_int,
                              reading, say, written)
 from support.machine import Machine, Noise, seed_of, start_machine
@@ -98,11 +98,13 @@ def likelihood(trained: Trained, images: Tensor, machine: Machine, args, table) 
         parts.append(bound.cpu())
         progress.update(min((i + len(index)) * machine.world, n))
     bits = ddpm.bits_per_dim(machine.gather(torch.cat(parts), n), images)
+    if not bits.isfinite().all():
+        raise ValueError("the bound is not finite: what the network returns is not")
     curve = None if args.terms else machine.gather(torch.cat(curves), n)
     if not machine.is_main:
         return
     K = len(strata(s.T, args.terms)) if args.terms else None
-    how = f"{K} strata, {K + 1} network calls an image" if K else f"all {s.T} terms"
+    how = f"{K} strata, {K + 1} network calls per image" if K else f"all {s.T} terms"
     print(f"bits/dim ≤ {spread(bits.sum(1))} (± standard error; {n} images; {how})")
     for name, column in zip(("L_T", "L_1 + … + L_{T−1}", "L_0"), bits.T):
         print(f"  {name:17} {spread(column)}")
@@ -187,6 +189,10 @@ def inception_outputs(net, images: Tensor, machine: Machine, batch: int, what: s
     for i in range(0, len(mine), batch):
         x = images[list(mine[i:i + batch])].to(machine.device).expand(-1, 3, -1, -1)
         rows.append([net(x, **{flag: True}).cpu().double() for flag in wanted])
+        if any(y.shape[:1] != x.shape[:1] or y.dim() != 2 or not y.isfinite().all()
+               for y in rows[-1]):
+            raise ValueError("the Inception network returns no finite rows of numbers, one per "
+                             "image: it is another network")
         progress.update(min((i + len(x)) * machine.world, len(images)))
     return [machine.gather(torch.cat(x), len(images)) for x in zip(*rows)]
 
@@ -209,13 +215,24 @@ def scores(net, made: Tensor, images: Tensor, about: str, machine: Machine, args
 
 # === The command ==================================================================================
 
+DATA = "data_dir dataset split skip_bad batch_size device "
+NETWORK = "checkpoint no_ema no_clip seed precision n "
+READS = {  # what is evaluated → the flags that matter to it
+    "without --terms": DATA + NETWORK + "out", "with --terms": DATA + NETWORK + "terms",
+    "with --fid": DATA + NETWORK + "fid steps compile inception out",
+    "with --samples and --dataset": DATA + "fid samples inception",
+    "with --samples": DATA + "fid samples inception checkpoint"}
+
 def parse(argv):
     """The flags of evaluate.py."""
     parser = Parser(__doc__, "--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip",
                     "--seed", "--batch-size", "--device", "--precision", "--compile")
     parser.add_argument("--dataset", type=nonblank, help="as in train.py (default: the run's)")
-    parser.add_argument("--split", choices=("train", "test"), help="which images of the data set "
-                        "(default: test; train for --fid)")
+    parser.add_argument("--split", choices=tuple(data.SPLITS), help="which images of the data "
+                        "set; val/, valid/ or validation/ of a folder are its val, and its test if "
+                        "there is no test/ (default: test; train for --fid)")
+    parser.add_argument("--skip-bad", action="store_true", help="go on without the pictures of a "
+                        "folder that cannot be read (default: as the run)")
     parser.add_argument("--n", type=positive_int, help="images (default: all of the split); with "
                         "--fid, samples (default: 50,000)")
     parser.add_argument("--terms", type=positive_int, help="estimate the bound from L_0 and one "
@@ -224,16 +241,14 @@ def parse(argv):
                         "rate-distortion.csv (default: the current one)")
     parser.add_argument("--fid", action="store_true", help="FID and Inception score")
     parser.add_argument("--samples", type=Path, help="with --fid: the images, from sample.py --out "
-                        "X.pt (default: draw them)")
+                        "X.pt or a folder (default: draw them)")
     parser.add_argument("--inception", help="with --fid: the TorchScript file (default: it is "
                         "downloaded)")
-    args = parser.parse_args(argv)
-    if not args.fid and (args.samples or args.inception or args.steps):
-        raise UsageError("--samples, --steps and --inception go with --fid")
-    if args.fid and args.terms:
-        raise UsageError("--terms estimates the bound: leave it out with --fid")
-    if args.samples and (args.steps or args.n):
-        raise UsageError("--samples are there already: leave out --n and --steps")
+    def mode(args) -> str:
+        if args.fid and args.samples:
+            return f"with --samples{' and --dataset' * bool(args.dataset)}"
+        return "with --fid" if args.fid else "with --terms" if args.terms else "without --terms"
+    args = parser.parse_mode(argv, mode, READS)
     if not args.fid:
         args.precision = args.precision or "fp32"
     args.split = args.split or ("train" if args.fid else "test")
@@ -244,18 +259,28 @@ def main(argv=None) -> int:
     """Evaluates a trained network: see the text at the head of this file."""
     args = parse(argv)
     machine = start_machine(args.device, args.precision, args.compile)
+    machine.agree("command line", vars(args))
     args.batch_size = args.batch_size or (256 if machine.device.type == "cuda" else 16)
-    trained, settings, made = None, {}, data.read_tensor(args.samples) if args.samples else None
+    trained, settings = None, {}
+    made = data.read_samples(args.samples, args.data_dir) if args.samples else None
     if made is None or not args.dataset:
         trained = load(args.checkpoint, not args.no_ema, machine)
         settings = trained.settings
     name = args.dataset or settings.get("dataset")
+    side = settings.get("image_size") if made is None else made.shape[2]
     if not name:
         raise UsageError("--dataset is missing, and the checkpoint names none")
     with machine.main_first():
-        images, about = data.load(name, args.data_dir, args.split, settings.get("image_size"))
+        images, about = data.load(name, args.data_dir, args.split, side,
+                                  args.skip_bad or settings.get("skip_bad", False))
+    machine.agree("weights, images or samples", lambda: (
+        trained and weights_hash(trained).hex(),
+        [data.fingerprint(x) for x in (images, made) if x is not None]))
+    if args.terms and args.terms > trained.s.T - 1:
+        raise UsageError(f"--terms {args.terms}: L_1 … L_(T−1) are {trained.s.T - 1} terms")
     shape = trained.shape if made is None else tuple(made.shape[1:])
-    if tuple(images.shape[1:]) != shape:
+    first = 0 if made is None else 1  # (to Inception grey images are RGB)
+    if tuple(images.shape[1 + first:]) != shape[first:]:
         raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, those of "
                          f"{args.samples or trained.source} {shape}")
     if machine.is_main:
@@ -267,9 +292,20 @@ def main(argv=None) -> int:
             how = dict(steps=args.steps, clip=False if args.no_clip else None)
             if machine.is_main:
                 say(sample.choose_sampler(trained, **how).about)
+            inception_outputs(net, images[:max(2, machine.world)], machine, 2, "tried",
+                              "return_features", "no_output_bias")  # before hours of work
             progress = Progress(n, "samples", quiet=not machine.is_main)
             made = sample.draw_samples(trained, n, args.seed, args.batch_size, machine, progress,
                                        **how)
+            try:
+                scores(net, made, images, f"{name}, {about}", machine, args)
+            except BaseException:
+                if machine.is_main:
+                    with written(args.out / "fid-samples.pt") as file:
+                        torch.save(made, file)
+                    say(f"the samples are kept: --samples {args.out / 'fid-samples.pt'}")
+                raise
+            return 0
         scores(net, made, images, f"{name}, {about}", machine, args)
         return 0
     if args.n and args.n > len(images):

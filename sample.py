@@ -3,9 +3,9 @@
     python sample.py --n 64                            averaged weights of the newest run
     python sample.py --n 50000 --out samples.pt        a uint8 tensor (n, C, H, W)
     python sample.py --n 50000 --out samples/          a folder with one PNG for each image
-    python sample.py --steps 50                        50 network calls an image in place of T
-    python sample.py --steps 50 --sampler ddim         DDIM's steps in place of Algorithm 2's
-    python sample.py --progressive                     x̂_0 over time, one row an image (Figure 6)
+    python sample.py --steps 50                        50 network calls per image instead of T
+    python sample.py --steps 50 --sampler ddim         DDIM's steps instead of Algorithm 2's
+    python sample.py --progressive                     x̂_0 over time, one row per image (Figure 6)
     python sample.py --shared                          samples that share x_t (Figure 7)
     python sample.py --interpolate                     between images of the data set (Figure 8)
     torchrun --nproc-per-node 8 -- sample.py --n 50000 --out samples.pt          on 8 GPUs
@@ -50,25 +50,26 @@ def choose_sampler(trained: Trained, steps: int | None = None, sampler: str | No
     """`ddpm.p_sample_loop` ("ddpm", Algorithm 2) or `ddpm.ddim_loop` ("ddim"), with its choices.
 
     steps: network calls for each image, T by default. sampler: by default Algorithm 2; with fewer
-    steps, no `variance` and a network trained with σ_t² = β_t, which would leave visible noise,
-    DDIM. variance, clip: by default as trained. UsageError for what does not go together.
+    steps and no `variance`, DDIM for a network trained with σ_t² = β_t, which would leave visible
+    noise, or with a learned one. variance, clip: by default as trained. UsageError for what does
+    not go together.
     """
     T, learned = trained.s.T, trained.settings["variance"] == "learned"
     if steps and steps > T:
         raise UsageError(f"--steps {steps} exceeds the network's T = {T}")
-    if learned and (variance or (steps or T) < T):
+    if learned and (variance or sampler == "ddpm" and (steps or T) < T):
         raise UsageError("a network with learned variance takes it in all its T steps: leave out "
-                         "--variance and --steps")
+                         "--variance, and with fewer --steps --sampler ddpm")
     s = ddpm.respace(trained.s, steps or T)
     if sampler is None:
-        noisy = s.T < T and not variance and trained.settings["variance"] == "fixed_large"
+        noisy = s.T < T and not variance and trained.settings["variance"] != "fixed_small"
         sampler = "ddim" if noisy or eta is not None else "ddpm"
     if (sampler == "ddpm" and eta is not None) or (sampler == "ddim" and variance):
         raise UsageError("--eta goes with --sampler ddim, --variance with --sampler ddpm")
     model = trained.model
     model = replace(model, s=s, variance=variance or model.variance,
                     clip=model.clip if clip is None else clip)
-    calls = f"{s.T} network calls an image" + ("" if model.clip else ", x̂_0 not clipped")
+    calls = f"{s.T} network calls per image" + ("" if model.clip else ", x̂_0 not clipped")
     if sampler == "ddim":
         eta = eta or 0.0
         return Sampler(model, functools.partial(ddpm.ddim_loop, eta=eta),
@@ -120,8 +121,11 @@ def progressive(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
 def shared(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
     """Figure 7: a row is x_t, and then samples that share it, for t = T, 3T/4, T/2 and T/4."""
     model, loop, _ = sampler
+    if getattr(loop, "keywords", {}).get("eta") == 0:
+        raise UsageError("--shared: DDIM with η = 0 draws one image from each x_t; give --eta or "
+                         "--sampler ddpm")
     s, noise = model.s, Noise(args.seed, [0], trained.shape, machine.device)
-    times = [max(1, round(s.T * part)) for part in (1, 0.75, 0.5, 0.25)]
+    times = [t for t in {round(s.T * part): 0 for part in (1, 0.75, 0.5, 0.25)} if t > 1]
     x = {t: x_t for t, x_t, _ in loop(model, noise(), noise) if t in times}
     progress, done, rows = Progress(sum(times), "steps", quiet=not machine.is_main), 0, []
     for t in times:
@@ -139,7 +143,8 @@ def interpolation(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
     if not name:
         raise UsageError("--interpolate needs --dataset: the checkpoint names none")
     with machine.main_first():
-        images, _ = data.load(name, args.data_dir, "test", trained.settings["image_size"])
+        images, _ = data.load(name, args.data_dir, "test", trained.settings["image_size"],
+                              trained.settings.get("skip_bad", False))
     if tuple(images.shape[1:]) != trained.shape:
         raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, the network's "
                          f"{trained.shape}")
@@ -150,9 +155,11 @@ def interpolation(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
         x0, other = data.to_model(images[pair]).to(machine.device)[:, None]
         lam = torch.linspace(0, 1, 9, device=machine.device)
         ends = [("end", row, 0), ("end", row, 1)]
-        eps, eps_other = Noise(args.seed, ends, trained.shape, machine.device)()[:, None]
-        noise = Noise(args.seed, [("row", row)], trained.shape, machine.device)
-        many = (len(lam), *trained.shape)
+        own = Noise(args.seed, [("row", row)], trained.shape, machine.device)
+        many = (len(lam), *trained.shape)  # the same noise for every λ
+        noise = lambda t, own=own, many=many: own(t).expand(many)
+        eps, eps_other = (
+            z.expand(many) for z in Noise(args.seed, ends, trained.shape, machine.device)())
         for state in ddpm.interpolate(model, x0.expand(many), other.expand(many), lam, start, eps,
                                       eps_other, noise, loop):
             progress.update(row * start + start - state.t)
@@ -160,6 +167,12 @@ def interpolation(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
     return data.tiled(torch.cat(rows), len(lam) + 2)
 
 # === The command ==================================================================================
+
+COMMON = "checkpoint no_ema steps no_clip seed device precision n sampler variance eta out "
+READS = {  # what is drawn → the flags that matter to it
+    "on samples": COMMON + "batch_size compile",
+    "on --progressive": COMMON + "figure", "on --shared": COMMON + "figure",
+    "on --interpolate": COMMON + "figure data_dir time dataset"}
 
 def parse(argv):
     """The flags of sample.py."""
@@ -184,12 +197,12 @@ def parse(argv):
     parser.add_argument("--time", type=positive_int, help="the t at which --interpolate encodes "
                         "the images (default: T/2)")
     parser.add_argument("--dataset", type=nonblank, help="of --interpolate (default: the run's)")
-    args = parser.parse_args(argv)
+    names = {None: "samples", progressive: "--progressive", shared: "--shared",
+             interpolation: "--interpolate"}
+    args = parser.parse_mode(argv, lambda args: f"on {names[args.figure]}", READS)
     if args.out.suffix not in ((".png",) if args.figure else (".png", ".pt", "")):
         raise UsageError(f"--out {args.out}: " + ("a figure is a .png file" if args.figure else
                          "it must end in .png or .pt, or be a folder without a point in its name"))
-    if args.figure is not interpolation and (args.time or args.dataset):
-        raise UsageError("--time and --dataset go with --interpolate")
     args.n = args.n or (8 if args.figure else 64)
     return args
 
@@ -198,7 +211,9 @@ def main(argv=None) -> int:
     """Samples images and writes them: see the text at the head of this file."""
     args = parse(argv)
     machine = start_machine(args.device, args.precision, args.compile)
+    machine.agree("command line", {**vars(args), "figure": str(args.figure)[:20]})
     trained = load(args.checkpoint, not args.no_ema, machine)
+    machine.agree("weights", lambda: weights_hash(trained).hex())
     if args.time and args.time > trained.s.T:
         raise UsageError(f"--time {args.time} exceeds the network's T = {trained.s.T}")
     how = dict(steps=args.steps, sampler=args.sampler, eta=args.eta, variance=args.variance,
@@ -229,12 +244,14 @@ def main(argv=None) -> int:
     return 0
 
 def draw_folder(trained: Trained, sampler: Sampler, how: dict, args, machine: Machine) -> None:
-    """A PNG for each image. What is there is kept, if samples.json tells the same of it."""
+    """A PNG for each image. Keeps what is there if samples.json records the same settings."""
+    machine.agree("samples that are there", lambda: sorted(args.out.glob("*.png")))
     note, about = args.out / "samples.json", {
         "weights": weights_hash(trained).hex(), "seed": args.seed, "sampler": sampler.about,
         "precision": str(machine.dtype)}
-    missing = [i for i in range(args.n) if not (args.out / f"{i:06d}.png").exists()]
-    if machine.is_main and len(missing) < args.n:
+    missing = [i for i in range(args.n)
+               if not data.is_png(args.out / f"{i:06d}.png", trained.shape)]
+    if machine.is_main and any(args.out.glob("[0-9]*.png")):
         with reading(note, "the note of these samples"):
             if json.loads(note.read_bytes()) != about:
                 raise ValueError("it tells of others: give another --out")

@@ -154,14 +154,16 @@ def test_sec4_schedules_by_name():
         same(s.betas[[1, T]], [min(0.1 / T, 0.999), min(20 / T, 0.999)])
         assert s.alpha_bars[T] < 1e-3
     for kind in ("linear", "quadratic", "constant"):
-        s = ddpm.make_schedule(kind=kind, beta_start=1.0, beta_end=2.0)
-        same(s.betas[1:], [0.999] * 1000, 1e-12)
+        s = ddpm.make_schedule(4, kind=kind, beta_start=1.0, beta_end=2.0)
+        same(s.betas[1:], [0.999] * 4, 1e-12)
         for bad in (dict(T=1), dict(T=0), dict(T=-1), dict(beta_end=0.0), dict(beta_start=-1e-4),
                     dict(beta_start=0.0), dict(beta_end=-0.02), dict(beta_end=float("nan"))):
             with pytest.raises(ValueError, match="T ≥ 2 and β > 0"):
                 ddpm.make_schedule(kind=kind, **bad)
         with pytest.raises(ValueError, match="larger beta_end"):
             ddpm.make_schedule(kind=kind, beta_end=0.002)
+        with pytest.raises(ValueError, match="0 in float32.*smaller beta_end"):
+            ddpm.make_schedule(kind=kind, beta_start=0.5, beta_end=0.999)
     with pytest.raises(ValueError, match="nonsense"):
         ddpm.make_schedule(kind="nonsense")
 
@@ -978,6 +980,56 @@ def test_eq05_is_computed_in_double_whatever_the_images_are(dtype, seed, varianc
             (ddpm.bits_per_dim(ddpm.prior_kl(s, x0), x0), ddpm.bits_per_dim(ddpm.prior_kl(s, x0), x0.double()))):
         assert found.dtype == F64
         same(found, want, rel=1e-12)
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+def edges():
+    """(name, call, what the error says): tensors that would broadcast, integers, times that wrap."""
+    x, t = randn(0, 3, 2), torch.tensor([1, 2, 3])
+    s = ddpm.make_schedule(10)
+    model, few = Model(s, lambda x, t: 0 * x), x[:1]
+    gaussian, whole = Gaussian(x, torch.ones(3, 1)), torch.ones(3, 2, dtype=torch.int64)
+    for name, two in (("q_step", ddpm.q_step), ("q_sample", ddpm.q_sample), ("predict_x0_from_eps", ddpm.predict_x0_from_eps),
+                      ("predict_eps_from_x0", ddpm.predict_eps_from_x0), ("predict_x0_from_mean", ddpm.predict_x0_from_mean)):
+        yield name, lambda two=two: two(s, x, t, few), "one shape"
+        yield name, lambda two=two: two(s, x, t, x[:, :1]), "one shape"
+        yield name, lambda two=two: two(s, whole, t, x), "floats"
+        yield name, lambda two=two: two(s, x, t[:1], x), "one time per image"
+        for bad in (t - 2, t + 8, t.float(), t / 2):
+            yield name, lambda two=two, bad=bad: two(s, x, bad, x), ""
+    yield "posterior", lambda: ddpm.q_posterior_mean_variance(s, few, x, t), "one shape"
+    yield "p_sample", lambda: ddpm.p_sample(gaussian, few), "one shape"
+    for out in (few, x[:, :1], x[:, 0], whole):
+        for name, call in (("p_mean_variance", lambda m: ddpm.p_mean_variance(m, x, t)),
+                           ("loss_simple", lambda m: ddpm.loss_simple(m, x, t, x))):
+            yield name, lambda call=call, out=out: call(Model(s, lambda x, t: out)), "one shape"
+    for start in (0, -5, 11, 10 ** 9):
+        for name, loop in (("p_sample_loop", ddpm.p_sample_loop), ("ddim_loop", ddpm.ddim_loop)):
+            yield name, lambda loop=loop, start=start: list(loop(model, x, lambda t: x, start)), "choose 1 … 10"
+        yield "interpolate", lambda start=start: list(ddpm.interpolate(
+            model, x, x, torch.zeros(3), start, x, x, lambda t: x)), "choose 1 … 10"
+    for name, loop in (("p_sample_loop", ddpm.p_sample_loop), ("ddim_loop", functools.partial(ddpm.ddim_loop, eta=1.0))):
+        yield name, lambda loop=loop: list(loop(model, x, lambda t: few)), "one shape"
+
+
+def test_what_would_broadcast_or_wrap_is_refused():
+    """Another shape, integers, times that are negative, beyond T or fractions, a start outside 1 … T.
+
+    Kills: t = −1 taken for T, noise of one image for all, one channel for three."""
+    for name, call, said in edges():
+        with pytest.raises((ValueError, IndexError, RuntimeError)) as refusal:
+            call()
+        assert said in str(refusal.value), name
+
+
+def test_nan_is_no_likelihood():
+    """The L_0, the KL and the bound of a NaN are NaN, not the perfect score of 0 nats."""
+    s, x = ddpm.make_schedule(10), torch.full((2, 3), float("nan"), dtype=F64)
+    t, p = torch.tensor([1, 5]), Gaussian(torch.zeros(2, 3, dtype=F64), torch.ones(2, 1, dtype=F64))
+    assert ddpm.vlb_term(s, x, x, t, p).isnan().all() and ddpm.prior_kl(s, x).isnan().all()
+    assert ddpm.discretized_gaussian_log_likelihood(x, *p).isnan().all()
+    assert ddpm.discretized_gaussian_log_likelihood(p.mean, x, p.sigma2).isnan().all()
 
 
 # ------------------------------------------------------------------- §4.3, §4.4: coding, mixing

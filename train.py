@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support import data
-from support.checkpoint import Trained, build_schedule, load, load_checkpoint, save_checkpoint
+from support.checkpoint import (Trained, build_schedule, load, load_checkpoint, save_checkpoint,
+                                weights_hash)
 from support.command import (Parser, Progress, UsageError, command, float_between, int_between,
                              locked, nonblank, positive_int, reading, say, seed, stop, written)
 from support.machine import Machine, seed_of, start_machine
@@ -45,7 +46,9 @@ from unet import build_network
 # name of one that shapes the network goes into `Trained.model_settings`, too.
 
 SETTINGS = {
-    "dataset": ("cifar10", nonblank, f"{', '.join(data.NAMES)}, a .pt file, a folder of pictures"),
+    "dataset": ("cifar10", nonblank, f"{', '.join(data.NAMES)}, a .pt file, a folder of pictures "
+                "(of its train/, if test/ or val/ is beside it)"),
+    "skip_bad": (False, bool, "go on without the pictures of a folder that cannot be read"),
     "image_size": (None, int_between(1, 4096), "side of a folder's pictures (256), of shapes (16)"),
     "flip": (True, bool, "mirror each image at random, with probability 1/2"),
     "steps": (800_000, positive_int, "training steps in all"),
@@ -61,7 +64,8 @@ SETTINGS = {
     "channels": (128, int_between(1, 4096), "width of the U-Net's first level, a multiple of 32"),
     "multipliers": ([1, 2, 2, 2], [int_between(1, 64)], "width of each level, times --channels"),
     "blocks": (2, int_between(1, 32), "residual blocks per level on the way down; up: one more"),
-    "attention": ([16], [int_between(1, 4096)], "resolutions in pixels with self-attention"),
+    "attention": ([16], [int_between(1, 4096)], "resolutions in pixels with self-attention; none "
+                  "with --attention alone"),
     "timesteps": (1000, int_between(2, 10 ** 5), "T, the number of time steps"),
     "schedule": ("linear", nonblank, "linear, quadratic or constant β_t, see ddpm.make_schedule"),
     "beta_start": (1e-4, float_between(1e-12, 0.999), "β_1; multiplied by 1000/T if T is not 1000"),
@@ -90,8 +94,9 @@ RECIPES = {  # what differs for other data sets, and for images of 256×256 pixe
     "256×256": dict(multipliers=[1, 1, 2, 2, 4, 4], dropout=0.0, steps=500_000, batch_size=64,
                     lr=2e-5, variance="fixed_small", samples=16),
 }
-MAY_CHANGE = {"dataset", "steps", "log_every", "save_every", "sample_every", "samples",
-              "sample_steps", "keep"}  # when a run is resumed
+MAY_CHANGE = {"dataset", "skip_bad", "steps", "micro_batch", "log_every", "save_every",
+              "sample_every", "samples", "sample_steps", "keep"}  # when a run is resumed;
+RESCUE = {"lr", "grad_clip", "warmup", "seed"}  # with --rescue these, too
 
 # === Algorithm 1 ==================================================================================
 
@@ -107,6 +112,8 @@ class Run(NamedTuple):
     scaler: torch.amp.GradScaler    # does nothing unless the precision is fp16
     machine: Machine
     folder: Path
+    fingerprint: str                # of the images
+    entries: list[dict]             # of log.jsonl
 
 def training_step(run: Run, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Lines 2 to 5 of the box, for step k = 0, 1, …; `train` repeats them.   [DDPM Alg. 1]
@@ -130,7 +137,7 @@ def training_step(run: Run, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return losses, t, norm
 
 def train(run: Run, step: int) -> int:
-    """Algorithm 1 from `step` to the last step, or to a signal → the steps that are done then."""
+    """Algorithm 1 from `step` to the last step or a signal. Returns the completed steps."""
     settings, machine, records, seconds = run.settings, run.machine, [], 0.0
     progress = Progress(settings["steps"], "steps", step, quiet=not machine.is_main)
     run.network.train()
@@ -145,7 +152,7 @@ def train(run: Run, step: int) -> int:
         if machine.is_main and due("keep"):
             keep(run, step)
         if machine.is_main and (last or due("save_every")):
-            plot_losses(run.folder)
+            plot_losses(run)
         if last or due("sample_every"):
             if stopped(machine):
                 return step
@@ -274,8 +281,9 @@ def check(run: Run, step: int, records: list[tuple]) -> float:
     bad = lambda record: not (record[0].mean() + record[2]).isfinite()
     if run.scaler.get_scale() < 1e-4 if run.scaler.is_enabled() else bad(records[-1]):
         first = step - len(records) + 1 + [bad(record) for record in records].index(True)
-        raise ValueError(f"step {first}: the loss or its gradient is not finite. The checkpoint in "
-                         f"{run.folder}, if any, is older; try a lower --lr with another --out")
+        raise ValueError(f"step {first}: the loss or its gradient is not finite. To go on from the "
+                         f"checkpoint in {run.folder}, if any, add --rescue and a lower --lr or "
+                         "--grad-clip")
     return torch.cat([loss for loss, *_ in records[-100:]]).nanmean().item()
 
 PARTS = ("net", "ema", "adam", "scaler")  # of the state, each with a state_dict
@@ -284,22 +292,27 @@ def save(run: Run, step: int) -> None:
     """Writes the checkpoint of this step."""
     state = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"settings": run.settings, "step": step, "dtype": str(run.machine.dtype),
-              "data": data.fingerprint(run.images)}
+              "data": run.fingerprint}
     if run.machine.is_main:
         save_checkpoint(run.folder / "checkpoint.pt", state)
+
+def is_done(path: Path) -> bool:
+    """Whether a file of this name was written; an empty one was not written here."""
+    return path.exists() and path.stat().st_size > 0
 
 def keep(run: Run, step: int) -> None:
     """Writes the averaged weights to a file of their own, unless they are there."""
     path = run.folder / f"ema-{step:07d}.pt"
-    if not path.exists():
+    if not is_done(path):
         save_checkpoint(path, {"settings": run.settings, "step": step,
                                "ema": run.ema.state_dict()})
 
 def restore(run: Run, state: dict) -> int:
-    """Continues from a checkpoint → its step. ValueError if the images are others."""
-    if state["data"] != data.fingerprint(run.images):
+    """Continues from a checkpoint. Returns its step. ValueError if the images are others."""
+    if state["data"] != run.fingerprint:
         raise ValueError(f"the images of {run.settings['dataset']} are not those with which the "
-                         f"run in {run.folder} began")
+                         f"run in {run.folder} began (or it is of an older version, which compared "
+                         "them in another way)")
     if state["dtype"] != str(run.machine.dtype) and run.machine.is_main:
         say(f"warning: this run was in {state['dtype']}, and goes on in {run.machine.dtype}")
     parameters, groups = list(run.net.parameters()), run.adam.state_dict()["param_groups"]
@@ -311,6 +324,14 @@ def restore(run: Run, state: dict) -> int:
         if state[name]:  # the scaler's is empty unless it is fp16's
             getattr(run, name).load_state_dict(state[name])
     return state["step"]
+
+def note(run: Run, entry: dict) -> None:
+    """Appends an entry to log.jsonl, on the disk before the checkpoint that counts on it."""
+    run.entries.append(entry)
+    with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 def log(run: Run, step: int, records: list[tuple], seconds: float) -> None:
     """Appends the means of the records, over the images of all processes, to log.jsonl."""
@@ -329,24 +350,21 @@ def log(run: Run, step: int, records: list[tuple], seconds: float) -> None:
         L_T = ddpm.bits_per_dim(ddpm.prior_kl(s, some.to(s.betas.device)), some).mean().item()
         entry["bound"] = s.T * mean + L_T
     if run.machine.is_main:
-        with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # before the checkpoint that counts on it
+        note(run, entry)
 
 def log_entries(folder: Path) -> list[dict]:
     """The entries of log.jsonl. Skips lines that are not valid, as a kill may leave one."""
     path, entries = folder / "log.jsonl", []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             entry = json.loads(line)
             if entry["step"] > 0:
                 entries.append(entry)
     return entries
 
-def plot_losses(folder: Path) -> None:
+def plot_losses(run: Run) -> None:
     """loss.png: the loss of log.jsonl over the steps, and that of each third of t; log axes."""
-    entries = log_entries(folder)
+    folder, entries = run.folder, [entry for entry in run.entries if "loss_thirds" in entry]
 
     def draw(axes) -> None:
         losses = zip(*(entry["loss_thirds"] + [entry["loss"]] for entry in entries))
@@ -361,12 +379,11 @@ def draw_grid(run: Run, step: int) -> None:
     """Samples with the averaged weights, unless they are there: the same noise in every grid."""
     settings, machine, n = run.settings, run.machine, run.settings["samples"]
     path = run.folder / f"samples-{step:07d}.png"
-    if n and not path.exists():
-        T, learned = run.model.s.T, settings["variance"] == "learned"  # which takes all T steps
+    if n and not is_done(path):
         images = sample.draw_samples(
             Trained(run.ema, run.model.s, settings, ""), n, settings["seed"], 32, machine,
             Progress(n, "samples", quiet=not machine.is_main),
-            steps=None if learned else min(settings["sample_steps"], T))
+            steps=min(settings["sample_steps"], run.model.s.T))
         if machine.is_main:
             with written(path) as file:
                 file.write(data.png(data.tiled(images)))
@@ -384,13 +401,15 @@ def parse(argv) -> dict:
     for name, (default, kind, meaning) in SETTINGS.items():
         options = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                    {"choices": kind} if isinstance(kind, tuple) else
-                   {"nargs": "+", "type": kind[0]} if isinstance(kind, list) else {"type": kind})
+                   {"nargs": "*", "type": kind[0]} if isinstance(kind, list) else {"type": kind})
         text = meaning if default is None else f"{meaning} (default: {default})"
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
                             **options)
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATASET)")
-    parser.add_argument("--init", type=nonblank, help="start from these weights (whatever "
-                        "sample.py --checkpoint accepts)")
+    parser.add_argument("--init", type=nonblank, default=argparse.SUPPRESS, help="start from these "
+                        "weights (whatever sample.py --checkpoint accepts)")
+    parser.add_argument("--rescue", action="store_true", help="go on from the checkpoint with "
+                        f"another {', '.join('--' + x.replace('_', '-') for x in sorted(RESCUE))}")
     parser.add_argument("--deterministic", action="store_true",
                         help="bit-identical results on CUDA too, at some loss of speed")
     return vars(parser.parse_args(argv))
@@ -407,11 +426,14 @@ def settle(base: dict, given: dict, images: Tensor) -> dict:
     if settings contradict each other or the images.
     """
     c, height, width = images.shape[1:]
-    settings = base | {key: value for key, value in given.items() if key in SETTINGS} | {
+    settings = base | {key: value for key, value in given.items() if key in (*SETTINGS, "init")} | {
         "in_channels": c, "image_size": height}
     levels = [height // 2 ** level for level in range(len(settings["multipliers"]))]
     if unknown := set(given.get("attention", [])) - set(levels):
         raise UsageError(f"--attention {min(unknown)}: no level of the U-Net has that resolution")
+    settings["attention"] = [side for side in settings["attention"] if side in levels]
+    if not levels:
+        raise UsageError("--multipliers needs one number per level")
     if settings["variance"] == "learned" and settings["objective"] == "simple":
         raise UsageError("--variance learned needs --objective vlb: L_simple does not depend on it")
     if height != width or given.get("image_size", height) != height:
@@ -419,9 +441,10 @@ def settle(base: dict, given: dict, images: Tensor) -> dict:
                          "squares, and of --image-size")
     return settings
 
-def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: Path) -> Run:
-    """The run that the flags ask for, before its first step. stored: the checkpoint's settings."""
-    init = load(given["init"], machine=machine) if given["init"] and not stored else None
+def decide(given: dict, images: Tensor, stored: dict, machine: Machine) -> tuple:
+    """Settings, schedule and --init of the run that `begin` gives. UsageError or ValueError for
+    flags that cannot be. Of the images only the shape matters."""
+    init = load(given["init"], machine=machine) if given.get("init") and not stored else None
     name = given.get("dataset", SETTINGS["dataset"][0])
     own = init.model_settings if init else {}
     settings = settle(defaults(name, images.shape[2]) | own | stored, given, images)
@@ -435,6 +458,16 @@ def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: P
         s = build_schedule(settings).to(machine.device)
     except ValueError as error:
         raise UsageError(f"--schedule, --timesteps, --beta-start, --beta-end: {error}") from error
+    if settings["image_size"] % 2 ** (n := len(settings["multipliers"]) - 1):
+        raise UsageError(f"--image-size {settings['image_size']} cannot be halved {n} times, as "
+                         f"{n + 1} --multipliers ask")
+    with torch.device("meta"):
+        build_network(settings)
+    return settings, s, init
+
+def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: Path) -> Run:
+    """The run that the flags ask for, before its first step. stored: the checkpoint's settings."""
+    settings, s, init = decide(given, images, stored, machine)
     torch.manual_seed(seed_of(settings["seed"], "init"))
     net = build_network(settings).to(machine.device, memory_format=torch.channels_last)
     if init:
@@ -444,6 +477,7 @@ def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: P
     part = min(part, settings["micro_batch"] or part)
     cuda = machine.device.type == "cuda"
     network = machine.compiled(network, part, *images.shape[1:], default=cuda)
+    fingerprint = data.fingerprint(images)
     if cuda and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         images = images.to(machine.device)
     adam = torch.optim.Adam(net.parameters(), fused=machine.device.type != "mps")
@@ -451,7 +485,8 @@ def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: P
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     model = ddpm.Model(s, machine.network(network), settings["predict"], settings["variance"],
                        clip=False)  # which is for sampling
-    return Run(settings, images, net, network, model, ema, adam, scaler, machine, folder)
+    return Run(settings, images, net, network, model, ema, adam, scaler, machine, folder,
+               fingerprint, [])
 
 def prepare(run: Run, step: int) -> None:
     """The run's folder: settings.json, no leftovers of a kill, no line of the log after `step`."""
@@ -459,9 +494,9 @@ def prepare(run: Run, step: int) -> None:
         leftover.unlink()
     with written(run.folder / "settings.json") as file:
         file.write((json.dumps(run.settings, indent=2) + "\n").encode())
+    run.entries[:] = [entry for entry in log_entries(run.folder) if entry["step"] <= step]
     with written(run.folder / "log.jsonl") as file:
-        file.writelines(f"{json.dumps(entry)}\n".encode() for entry in log_entries(run.folder)
-                        if entry["step"] <= step)
+        file.writelines(f"{json.dumps(entry)}\n".encode() for entry in run.entries)
 
 def describe(run: Run, step: int, about: str) -> None:
     """Prints what will be trained, with all settings."""
@@ -472,8 +507,13 @@ def describe(run: Run, step: int, about: str) -> None:
         f"{str(machine.dtype)[6:]}; processes: {machine.world}")
     text = ", ".join(f"{name} {value}" for name, value in settings.items())
     say(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  "))
+    if settings["channels"] * max(settings["multipliers"]) == 32:
+        say("warning: 32 channels in every level: each group of the normalisation is one channel, "
+            "and the network cannot see t")
     if step >= settings["steps"]:
-        say(f"{run.folder} has done all its {step} steps; give a larger --steps to continue")
+        say(f"{run.folder} has done all its {step} steps; " + (
+            f"its learning rate has fallen to 0: train on with --init {run.folder} and another "
+            "--out" if settings["decay"] else "give a larger --steps to continue"))
     elif settings["steps"] < settings["warmup"]:
         say(f"warning: the learning rate rises for --warmup {settings['warmup']} steps, longer "
             "than the whole run")
@@ -483,8 +523,9 @@ def main(argv=None) -> int:
     """Trains, or resumes training: see the text at the head of this file."""
     given = parse(argv)
     name = given.get("dataset", SETTINGS["dataset"][0])
-    folder = given["out"] or Path("runs", Path(name).resolve().stem)
+    folder = given["out"] or Path("runs", Path(name.removesuffix(".pt")).resolve().name)
     machine = start_machine(given["device"], given["precision"], given["compile"])
+    machine.agree("command line", given)
     if given["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -495,22 +536,37 @@ def main(argv=None) -> int:
         if state and "adam" not in state:
             raise ValueError(f"{path} has weights alone, and no run to resume: to start from them "
                              f"give --init {folder} and another --out")
-        stored = state.get("settings", {})
-        for key in stored.keys() & given.keys() - MAY_CHANGE:
-            if given[key] != stored[key]:
-                raise UsageError(f"this run has --{key.replace('_', '-')} {stored[key]}, not "
-                                 f"{given[key]}: give a new run another --out")
-        known = {"dataset": name, "image_size": None, **stored, **given}
+        stored = {"init": None, **state["settings"]} if state else {}
+        changes = {key: given[key] for key in stored.keys() & given.keys()
+                   if given[key] != stored[key]}
+        for key in changes.keys() - MAY_CHANGE - (RESCUE if given["rescue"] else set()):
+            raise UsageError(f"this run has --{key.replace('_', '-')} {stored[key]}, not "
+                             f"{given[key]}: give a new run another --out")
+        if given["rescue"] and not state:
+            raise UsageError(f"--rescue: there is no {path} to go on from")
+        if "steps" in changes and state["step"] > (1 - stored["decay"]) * stored["steps"]:
+            raise UsageError("--steps: the learning rate of this run has begun to fall (--decay), "
+                             f"and would jump up: give --init {folder} and another --out")
+        if not state and (any(folder.glob("ema-*.pt")) or any(folder.glob("samples-*.png"))):
+            raise ValueError(f"{folder} has weights or grids of a run, and no checkpoint: give "
+                             "another --out, or delete them")
+        known = {"dataset": name, "image_size": None, "skip_bad": False, **stored, **given}
+        shape = data.shape(known["dataset"], known["image_size"])
+        decide(given, torch.empty(0, *shape), stored, machine)  # before hours of decoding
         with machine.main_first():
             images, about = data.load(known["dataset"], known["data_dir"], "train",
-                                      known["image_size"])
+                                      known["image_size"], known["skip_bad"])
         run, step = begin(given, images, stored, machine, folder), 0
         if state:
             with reading(path, "the state of this run"):
                 step = restore(run, state)
-        machine.agree(step, run.settings, data.fingerprint(images), torch.__version__)
+        now = Trained(run.net, run.model.s, run.settings, "")
+        machine.agree("settings, weights or data", step, run.settings, run.fingerprint,
+                      lambda: weights_hash(now).hex())
         if machine.is_main:
             prepare(run, step)
+            if rescued := {key: changes[key] for key in RESCUE & changes.keys()}:
+                note(run, {"step": step, "rescued": rescued})
             describe(run, step, about)
         step = train(run, step)
     if stop.number:

@@ -84,8 +84,13 @@ def load(name: str | Path | None = None, ema: bool = True,
     state = load_checkpoint(file)
     settings, kind = state["settings"], "averaged" if ema else "last"
     with reading(file, f"{kind} weights of this network"):
-        net = build_network(settings)
-        net.load_state_dict(state["ema" if ema else "net"])
+        weights = state["ema" if ema else "net"]
+        if not all(x.isfinite().all() for x in weights.values()):
+            raise ValueError("they are not finite")
+        Trained(nn.Identity(), None, settings, "").model_settings  # KeyError if one is missing
+    net = build_network(settings)  # whose errors are its own
+    with reading(file, f"{kind} weights of this network"):
+        net.load_state_dict(weights)
     made = f"from {state['source']}" if "source" in state else f"step {state['step']}"
     net = net.to(machine.device, memory_format=torch.channels_last).eval()
     return Trained(net, build_schedule(settings), settings, f"{file}, {made}, {kind} weights")
@@ -93,7 +98,7 @@ def load(name: str | Path | None = None, ema: bool = True,
 def is_diffusers(path: Path) -> bool:
     """Whether this is a folder in the layout of diffusers, or may be a model's name on the hub."""
     return any((path / file).exists() for file in ("config.json", "unet/config.json")) or (
-        len(path.parts) == 2 and path.suffix != ".pt"
+        len(path.parts) == 2 and path.parts[0] != "runs" and path.suffix != ".pt"
         and not path.exists() and not path.parent.is_dir())
 
 def newest_checkpoint(root: Path = Path("runs")) -> Path:
@@ -121,6 +126,8 @@ def inference_copy(net: nn.Module, machine: Machine, *shape: int) -> tuple[nn.Mo
 
 def inference_model(model: ddpm.Model, machine: Machine, *shape: int) -> ddpm.Model:
     """The same p_θ on this machine, for sampling: its weights are cast once, not in every call."""
+    if model.predict == "mean":  # whose x̂_0 magnifies what 16 bits round off
+        machine = machine._replace(dtype=torch.float32)
     own, fast = inference_copy(model.net, machine, *shape)
     own.load_state_dict(model.net.state_dict())  # those of now, should the copy be older
     return replace(model, s=model.s.to(machine.device), net=machine.network(fast))

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import os
 import secrets
 import signal
 import sys
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -73,6 +75,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message} (see --help)")
 
+    def parse_mode(self, argv, mode: Callable, reads: dict[str, str]) -> argparse.Namespace:
+        """The flags. mode(flags) is the name of what they ask for, reads[name] the flags that it
+        reads, without their hyphens; UsageError for another one that was given."""
+        args, unset = self.parse_args(argv), object()
+        seen = vars(self.parse_args(argv, argparse.Namespace(
+            **{action.dest: unset for action in self._actions})))
+        name = mode(args)
+        for flag in seen:
+            if seen[flag] is not unset and flag not in reads[name].split():
+                raise UsageError(f"--{flag.replace('_', '-')} has no effect {name}")
+        return args
+
 def command(main: Callable) -> Callable:
     """Wraps main(argv) → exit status, so that every failure prints one line on stderr.
 
@@ -85,10 +99,11 @@ def command(main: Callable) -> Callable:
     @functools.wraps(main)
     def run(argv=None) -> int:
         stop.number, stop.later = 0, False
+        sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
         for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 gets ? for ≤
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
-        handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {n: signal.signal(n, stop) for n in signals()}
         try:
             return main(argv) or 0
         except SystemExit as end:  # --help
@@ -105,6 +120,8 @@ def command(main: Callable) -> Callable:
                 text = f"this needs a package that is not installed: pip install {needed}"
             elif "out of memory" in text or "can't allocate memory" in text:
                 text = "out of memory: fewer images at a time, or a smaller network, need less"
+            elif isinstance(error, getattr(dist, "DistError", ())) or "[gloo" in text:
+                text = "another process has ended, and its line says why"
             elif not isinstance(error, (ValueError, OSError)):
                 places = [x for x in traceback.extract_tb(error.__traceback__)
                           if "site-packages" not in x.filename]
@@ -120,8 +137,16 @@ def command(main: Callable) -> Callable:
                 dist.destroy_process_group()
     return run
 
+def signals() -> list[int]:
+    """SIGINT, SIGTERM and SIGHUP, but for those that are ignored (as under nohup); none in a
+    thread, where Python takes no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+    return [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]
+
 class Stop:
-    """SIGINT and SIGTERM: the first raises KeyboardInterrupt, a second one ends the process.
+    """SIGINT, SIGTERM, SIGHUP: the first raises KeyboardInterrupt, a second one ends the process.
 
     While `later` is true, the first only sets `number`, for a loop that looks at it.
     """
@@ -129,7 +154,7 @@ class Stop:
 
     def __call__(self, number: int, frame) -> None:
         self.number = number
-        for n in (signal.SIGINT, signal.SIGTERM):
+        for n in signals():
             signal.signal(n, signal.SIG_DFL)
         if os.environ.get("RANK", "0") == "0":
             say("\nstopping; a second signal ends at once")
@@ -143,7 +168,7 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 def say(text: str, start: str = "", end: str = "\n") -> None:
-    """Prints on stderr. If nobody can read that any more, the work goes on."""
+    """Prints on stderr. Ignores a closed stderr."""
     with contextlib.suppress(OSError, ValueError):
         print(start + plain(text), end=end, file=sys.stderr, flush=True)
 
@@ -205,8 +230,9 @@ def written(path: Path) -> Iterator[BinaryIO]:
     """
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        if path.is_dir():
-            raise OSError(f"cannot write {path}: it is a folder")
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise OSError(f"cannot write {path}: it is {kind}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "xb") as file:  # x: it must not exist, not even as a link
             yield file
@@ -215,7 +241,8 @@ def written(path: Path) -> Iterator[BinaryIO]:
         os.replace(part, path)
         if os.name == "posix":  # the folder's entry, too
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
+            with lacking(path.parent, "flushing of folders"):
+                os.fsync(folder)
             os.close(folder)
     except OSError as error:  # of writing, not of the work in the block
         if error.errno is None or error.filename not in (None, str(part), str(path.parent)):
@@ -224,6 +251,20 @@ def written(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):  # the first error is the one to report
             part.unlink(missing_ok=True)
+
+@contextlib.contextmanager
+def lacking(folder: Path, what: str) -> Iterator[None]:
+    """A warning, once, if the block fails as the file system of the folder has no such thing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
+            raise
+        if what not in WARNED:
+            WARNED.add(what)
+            say(f"warning: the file system of {folder} has no {what} ({error.strerror})")
+
+WARNED: set[str] = set()
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
@@ -236,7 +277,8 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(ImportError):
             import fcntl
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with lacking(folder, "locks, so see to it yourself that one process uses it"):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ValueError(f"another process uses {folder}: give another --out") from error
         try:

@@ -192,6 +192,17 @@ def listing(source: Path) -> tuple[list[Path], Counter]:
                 out["no file" if end in endings else end or "without an ending"] += 1
     return sorted(files), +out
 
+def read_samples(path: Path, cache: str | Path) -> Tensor:
+    """Images made before: a .pt file, or a folder of pictures of the size of its first."""
+    if not path.is_dir():
+        return read_tensor(path)
+    files, _ = listing(path)
+    if not files:
+        raise ValueError(f"{path} holds no pictures")
+    with reading(files[0], "a picture"), pillow()[0].open(files[0], formats=FORMATS) as picture:
+        side = picture.size[1]
+    return read_folder(path, Path(cache), side)
+
 def read_folder(source: Path, cache: Path, size: int, skip_bad: bool = False) -> Tensor:
     """A folder of pictures, the middle square of each resized: uint8 (N, 3, size, size).
 

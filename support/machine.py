@@ -55,11 +55,16 @@ class Machine(NamedTuple):
         if self.is_main and self.world > 1:
             dist.barrier(patient)
 
-    def agree(self, *what) -> None:
-        """ValueError in every process unless all of them call it with the same."""
-        if len(self.gather(torch.tensor([seed_of(*what)]), self.world).unique()) > 1:
-            raise ValueError("the processes do not agree on the step, the settings, the data or "
-                             "torch: each machine needs the same folder of the run")
+    def agree(self, on: str, *what) -> None:
+        """ValueError in every process unless all of them call it with the same. `on` names it; of
+        a function its result counts, which one process alone does not compute."""
+        if self.world == 1:
+            return
+        what = [x() if callable(x) else x for x in what]
+        mine = torch.tensor([seed_of(on, *what, str(self.dtype), torch.__version__)])
+        if len(self.gather(mine, self.world).unique()) > 1:
+            raise ValueError(f"the processes do not agree on the {on}, the precision or the version"
+                             " of torch: all need the same")
 
     def network(self, net: Callable) -> Callable[[Tensor, Tensor], Tensor]:
         """`net` computed in this machine's precision, with a float32 result."""
@@ -98,6 +103,8 @@ def start_machine(device: str | None = None, precision: str | None = None,
     The precision is by default bfloat16 where the hardware has it, else float16 on CUDA of
     capability 7 (V100, T4), else float32. UsageError if the machine is not there.
     """
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        raise UsageError("RANK and WORLD_SIZE go together: torchrun sets both")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
         mps = torch.backends.mps.is_available()
@@ -158,7 +165,7 @@ def mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 class Noise:
-    """z ~ N(0, I), (B, …), counted and not drawn in turn: z of image i at time t is a function of
+    """z ~ N(0, I), (B, …), counter-based, not sequential: z of image i at time t is a function of
     (seed, i, t, element) alone. So it is the same in any batch, process and kind of device.
 
     indices: the i, numbers or other names. noise(t) is the z of `ddpm.p_sample_loop`, where t is
