@@ -34,7 +34,7 @@ from torch import Tensor
 
 import ddpm
 
-MAGIC, HEADER = b"DDPM\3", 13  # 3: the version; then b, 4 bytes of a hash, 3 of the length
+MAGIC, HEADER = b"DDPM\4", 13  # 4: the version; then b, 4 bytes of a hash, 3 of the length
 STEPS, CLASSES, BLOCK, BITS = 20, 8, 1024, 16
 
 # === The arithmetic code ==========================================================================
@@ -42,12 +42,14 @@ STEPS, CLASSES, BLOCK, BITS = 20, 8, 1024, 16
 class Code:
     """An arithmetic code, read from `content` or else written, in a time linear in its length.
 
-    The symbols so far are an interval of numbers in [0, 1): those that begin with the bytes `sent`
-    and go on with 16 bytes, as an integer, in [low, low + width), where width ≥ 2^64.
+    The symbols so far are an interval of numbers in [0, 1): `sent`, and behind it 16 bytes, as an
+    integer, in [low, low + width), where 2^120 ≤ width ≤ 2^128. What is 2^128 or more is a carry
+    into `sent`; the carries are kept beside it, and are added at the end.
     """
 
     def __init__(self, content: bytes | None = None):
-        self.low, self.width, self.sent, self.content = 0, 2 ** 128, bytearray(), content
+        self.low, self.width, self.content = 0, 2 ** 128, content
+        self.sent, self.carries = bytearray(), bytearray()
 
     def __call__(self, frequencies: list[int], symbol: int = 0) -> int:
         """Writes a symbol, or reads one, and returns it. The frequencies sum to 2^16.
@@ -59,15 +61,17 @@ class Code:
             known = self.content[len(self.sent):len(self.sent) + 16]
             ends, values = list(itertools.accumulate(frequencies)), (
                 int.from_bytes(known.ljust(16, end), "big") for end in (b"\0", b"\xff"))
-            symbol, other = (bisect.bisect_right(ends, (x - self.low) // unit) for x in values)
+            symbol, other = (bisect.bisect_right(ends, (x - self.low) % 2 ** 128 // unit)
+                             for x in values)
             if symbol != other or symbol == len(ends):
                 raise EOFError
         self.low += unit * sum(frequencies[:symbol])
         self.width = unit * frequencies[symbol]
-        while (same := (self.low ^ self.low + self.width - 1) < 2 ** 120) or self.width < 2 ** 64:
-            if not same:  # narrow, and around a multiple of 2^120: what lies above is given up
-                self.width = -self.low % 2 ** 64
+        if self.low >= 2 ** 128:
+            self.low, self.carries[-1] = self.low - 2 ** 128, 1
+        while self.width < 2 ** 120:
             self.sent.append(self.low >> 120)
+            self.carries.append(0)
             self.low, self.width = self.low % 2 ** 120 << 8, self.width << 8
         return symbol
 
@@ -76,7 +80,8 @@ class Code:
         for n in itertools.count():
             value = -(-self.low >> (less := 128 - 8 * n))                         # rounded up
             if value + 1 << less <= self.low + self.width:
-                return bytes(self.sent) + value.to_bytes(n, "big")
+                sent = sum(int.from_bytes(x, "big") for x in (self.sent, self.carries))
+                return ((sent << 8 * n) + value).to_bytes(len(self.sent) + n, "big")
 
 def frequencies(p: Tensor) -> Tensor:
     """Whole numbers above 0 with sum 2^16, as proportional to p (n, …) ≥ 0 as they can be."""
@@ -112,7 +117,10 @@ def choose(key: tuple, delta: Tensor, b: int) -> int:
     return int((waits.cumsum(0).log() - log_w[:len(waits)]).argmin()) + 1
 
 def zipf(kl: float, b: int) -> list[int]:
-    """Frequencies of ⌊log₂ K⌋ < b, where p(K) ∝ K^{−λ}, λ = 1 + 1/(KL + (log₂ e)/e + 1)."""
+    """Frequencies of the octaves j = ⌊log₂ K⌋ < b: integrals instead of Zipf's sums.
+
+    ∫ x^{−λ} dx from 2^j to 2^{j+1} is ∝ 2^{−j(λ−1)}, where λ = 1 + 1/(KL + (log₂ e)/e + 1).
+    """
     return frequencies(2 ** (-torch.arange(b).double() / (kl + 1.5307378))).tolist()
 
 # === Algorithms 3 and 4 ===========================================================================
@@ -261,8 +269,12 @@ def main(argv=None) -> int:
     parser.add_argument("--bytes", type=positive_int, help="decode only the first so many bytes")
     parser.add_argument("--n", type=positive_int, help="images of measure (default: 20)")
     args = parser.parse_intermixed_args(argv)  # flags may stand before and between the files
-    if len(set(args.files)) != len(args.files) or len(args.files) != 2 * (args.action != "measure"):
-        raise UsageError("encode and decode take two different FILEs, measure none")
+    if len(args.files) != 2 * (args.action != "measure"):
+        raise UsageError("encode and decode take two FILEs, measure none")
+    source, target = args.files or (None, Path("compress.png"))
+    both = source and source.exists() and target.exists()
+    if source == target or both and source.samefile(target):
+        raise UsageError(f"{args.action} would overwrite what it reads: give two different FILEs")
     for flag, actions in {"b": "encode measure", "bytes": "decode", "n": "measure"}.items():
         if getattr(args, flag) and args.action not in actions:
             raise UsageError(f"--{flag} does not go with {args.action}")
@@ -271,7 +283,6 @@ def main(argv=None) -> int:
         raise ValueError("a network with learned variance takes all T steps: too many bits")
     if args.action == "measure" and "dataset" not in trained.settings:
         raise UsageError("measure needs a run of train.py, whose data set has test images")
-    source, target = args.files or (None, Path("compress.png"))
     with written(target) as file:  # opened before the work
         if args.action == "measure":
             images, _ = data.load(trained.settings["dataset"], args.data_dir, "test",
@@ -280,8 +291,12 @@ def main(argv=None) -> int:
             said = "shows what the first bytes tell"
         elif args.action == "encode":
             with reading(source, "a PNG"), data.pillow()[0].open(source, formats=["PNG"]) as image:
-                if image.mode not in ("L", "RGB"):
-                    raise ValueError(f"it is not 8-bit grey or RGB, but {image.mode}")
+                lost = {"16 bits": any("16" in part[3] for part in image.tile),
+                        "transparency": image.has_transparency_data, "frames": image.is_animated,
+                        f"mode {image.mode}": image.mode not in ("L", "RGB")}
+                if any(lost.values()):
+                    names = ", ".join(name for name in lost if lost[name])
+                    raise ValueError(f"8 bits of grey or RGB would be kept, without its {names}")
                 content = encode(trained, data.pixels(image), args.b or 12, False)
             file.write(content)
             said = f"has {len(content)} bytes"
@@ -292,7 +307,7 @@ def main(argv=None) -> int:
             file.write(data.png(picture))
             total = HEADER + int.from_bytes(content[10:HEADER], "big")
             said = f"shows what {len(content)} of {total} bytes tell: " + (
-                f"an estimate, x̂_0 at step {t} of {STEPS}" if t else "the picture, exactly")
+                f"an estimate, x̂_0 at step {t} of {STEPS}" if t else "the pixels, exactly")
     say(f"{target} {said}")
     return 0
 
