@@ -218,10 +218,10 @@ def scores(net, made: Tensor, images: Tensor, about: str, machine: Machine, args
 DATA = "data_dir dataset split skip_bad batch_size device "
 NETWORK = "checkpoint no_ema no_clip seed precision n "
 READS = {  # what is evaluated → the flags that matter to it
-    "without --terms": DATA + NETWORK + "out", "with --terms": DATA + NETWORK + "terms",
-    "with --fid": DATA + NETWORK + "fid steps compile inception out",
-    "with --samples and --dataset": DATA + "fid samples inception",
-    "with --samples": DATA + "fid samples inception checkpoint"}
+    "bits/dim": DATA + NETWORK + "out", "bits/dim with --terms": DATA + NETWORK + "terms",
+    "--fid": DATA + NETWORK + "fid steps compile inception out",
+    "--fid of --samples and --dataset": DATA + "fid samples inception",
+    "--fid of --samples": DATA + "fid samples inception checkpoint"}
 
 def parse(argv):
     """The flags of evaluate.py."""
@@ -246,8 +246,8 @@ def parse(argv):
                         "downloaded)")
     def mode(args) -> str:
         if args.fid and args.samples:
-            return f"with --samples{' and --dataset' * bool(args.dataset)}"
-        return "with --fid" if args.fid else "with --terms" if args.terms else "without --terms"
+            return f"--fid of --samples{' and --dataset' * bool(args.dataset)}"
+        return "--fid" if args.fid else f"bits/dim{' with --terms' * bool(args.terms)}"
     args = parser.parse_mode(argv, mode, READS)
     if not args.fid:
         args.precision = args.precision or "fp32"

@@ -170,9 +170,9 @@ def interpolation(trained: Trained, sampler: Sampler, args, machine) -> Tensor:
 
 COMMON = "checkpoint no_ema steps no_clip seed device precision n sampler variance eta out "
 READS = {  # what is drawn → the flags that matter to it
-    "on samples": COMMON + "batch_size compile",
-    "on --progressive": COMMON + "figure", "on --shared": COMMON + "figure",
-    "on --interpolate": COMMON + "figure data_dir time dataset"}
+    "samples": COMMON + "batch_size compile",
+    "--progressive": COMMON + "figure", "--shared": COMMON + "figure",
+    "--interpolate": COMMON + "figure data_dir time dataset"}
 
 def parse(argv):
     """The flags of sample.py."""
@@ -199,7 +199,7 @@ def parse(argv):
     parser.add_argument("--dataset", type=nonblank, help="of --interpolate (default: the run's)")
     names = {None: "samples", progressive: "--progressive", shared: "--shared",
              interpolation: "--interpolate"}
-    args = parser.parse_mode(argv, lambda args: f"on {names[args.figure]}", READS)
+    args = parser.parse_mode(argv, lambda args: names[args.figure], READS)
     if args.out.suffix not in ((".png",) if args.figure else (".png", ".pt", "")):
         raise UsageError(f"--out {args.out}: " + ("a figure is a .png file" if args.figure else
                          "it must end in .png or .pt, or be a folder without a point in its name"))

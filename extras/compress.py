@@ -286,7 +286,7 @@ def main(argv=None) -> int:
     with written(target) as file:  # opened before the work
         if args.action == "measure":
             images, _ = data.load(trained.settings["dataset"], args.data_dir, "test",
-                                  trained.shape[1])
+                                  trained.shape[1], trained.settings.get("skip_bad", False))
             file.write(data.png(measure(trained, images[:args.n or 20], args.b or 12)))
             said = "shows what the first bytes tell"
         elif args.action == "encode":

@@ -55,16 +55,16 @@ MISTAKES = {
          "(_at(s.betas, t).sqrt(), x) * x + _like(_at(s.alphas, t).sqrt(), x) * eps")], None),
     "1 − ᾱ_t in place of its root in Eq. 4": (
         "ddpm.py", D + "test_eq04_jump_is_iterated_steps", [
-            ("mean + sigma2.sqrt() * eps", "mean + sigma2 * eps")], "training"),
+            ("sigma2.sqrt().to(mean.dtype) * eps", "sigma2.to(mean.dtype) * eps")], "training"),
     # --- the posterior and the reverse process
     "β_t in place of β̃_t in Eq. 7": ("ddpm.py", D + "test_eq07_posterior_is_bayes_rule", [
-        ("(1 - alpha_bar_before) / (1 - alpha_bar) * beta", "beta")], "bound eta"),
+        ("return (1 - _at(s.alpha_bars, t - 1)) / (1 - _at(s.alpha_bars, t)) * _at", "return _at")], "bound eta"),
     "√ᾱ_t in place of √α_t in Eq. 7": (
         "ddpm.py", D + "test_eq03_integrand_equals_eq21_along_every_path", [
             ("weight_x_t = alpha.sqrt() * (1", "weight_x_t = alpha_bar.sqrt() * (1")],
         "sampling bound"),
     "σ_1² = β̃_1 = 0": ("ddpm.py", D + "test_sec32_the_two_fixed_variances", [
-        ("u = t.clamp(min=2)", "u = t")], "bound"),
+        ("_beta_tilde(s, t.clamp(min=2))", "_beta_tilde(s, t)")], "bound"),
     "√ᾱ_t in place of √α_t in Eq. 11": (
         "ddpm.py", D + "test_eq11_every_prediction_gives_the_posterior_mean", [
             ("    mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean\n",
@@ -97,12 +97,12 @@ MISTAKES = {
         ("lambda s, x0, x_t, t, eps: q_posterior_mean_variance(s, x0, x_t, t).mean,",
          "lambda s, x0, x_t, t, eps: eps,")], "mean"),
     "σ_t² in place of σ_t": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
-        ("p.mean + p.sigma2.sqrt() * z", "p.mean + p.sigma2 * z")], "sampling"),
+        ("p.sigma2.sqrt().to(p.mean.dtype) * z", "p.sigma2.to(p.mean.dtype) * z")], "sampling"),
     "noise at the last step": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
         ("noise(t) if t > 1 else torch.zeros_like(x_t)", "noise(t)")], "sampling"),
     "a loop that ends at t = 2": (
         "ddpm.py", D + "test_alg2_paper_schedule_standard_normal_data", [
-            ("start, 0, -1):\n        # 3: z", "start, 1, -1):\n        # 3: z")], "sampling"),
+            ("start):\n        # 3: z", "start)[:-1]:\n        # 3: z")], "sampling"),
     "β_t of the full schedule with fewer steps": (
         "ddpm.py", D + "test_respace_is_the_chain_of_fewer_steps", [
             ("Schedule(1 - alphas, alphas,", "Schedule(s.betas[tau], s.alphas[tau],")], "steps"),
@@ -115,9 +115,9 @@ MISTAKES = {
         "ddpm.py", D + "test_ddim_has_the_marginals_of_eq04_for_every_eta", [
             ("(1 - alpha_bar_before - sigma2)", "(1 - alpha_bar_before)")], "eta"),
     "finite outermost bins": ("ddpm.py", D + "test_eq13_probabilities_sum_to_one", [
-        ("torch.where(x0 > -1, x0 - 1 / 255, -infinity)", "x0 - 1 / 255")], "bound"),
+        ("torch.where(x0 <= -1, -infinity, x0 - 1 / 255)", "x0 - 1 / 255")], "bound"),
     "bins half a level too wide": ("ddpm.py", D + "test_eq13_each_bin_is_an_integral", [
-        ("x0 - 1 / 255, -infinity", "x0 - 2 / 255, -infinity")], "bound"),
+        ("-infinity, x0 - 1 / 255)", "-infinity, x0 - 2 / 255)")], "bound"),
     "a floor under the decoder": ("ddpm.py", D + "test_eq13_gradient", [
         ("expm1(log_a - log_b))", "expm1(log_a - log_b)).clamp(min=-28)"),
         ("return log_b + ", "return (log_b + 0 * log_b.clamp(min=-28)).clamp(min=-28) + ")],

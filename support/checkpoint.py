@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import operator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +88,10 @@ def load(name: str | Path | None = None, ema: bool = True,
         weights = state["ema" if ema else "net"]
         if not all(x.isfinite().all() for x in weights.values()):
             raise ValueError("they are not finite")
-        Trained(nn.Identity(), None, settings, "").model_settings  # KeyError if one is missing
+        known = Trained(nn.Identity(), None, settings, "").model_settings
+        for name in ("in_channels", "image_size", "channels", "blocks", "multipliers", "attention"):
+            for x in known[name] if isinstance(known[name], list) else [known[name]]:
+                operator.index(x)
     net = build_network(settings)  # whose errors are its own
     with reading(file, f"{kind} weights of this network"):
         net.load_state_dict(weights)

@@ -84,7 +84,9 @@ class Parser(argparse.ArgumentParser):
         name = mode(args)
         for flag in seen:
             if seen[flag] is not unset and flag not in reads[name].split():
-                raise UsageError(f"--{flag.replace('_', '-')} has no effect {name}")
+                where = " and ".join(other for other in reads if flag in reads[other].split())
+                raise UsageError(f"--{flag.replace('_', '-')} has no effect on {name}, only on "
+                                 f"{where}")
         return args
 
 def command(main: Callable) -> Callable:

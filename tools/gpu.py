@@ -47,7 +47,7 @@ import unet
 from support import data
 
 PAPER_STEPS, PAPER_SECONDS, GFLOP = 21, 17, 12.44  # TPU v3-8; of 256 samples; forward an image
-TESTED = ["tests/test_device.py", "tests/test_support.py"]
+TESTED = ["tests/test_machine.py"]
 OURS = functools.partial(unet.UNet, 3, 3)  # channels, multipliers
 TINY = dict(channels=32, multipliers=[1], timesteps=4)
 
