@@ -52,7 +52,12 @@ def to_model(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[−1, 1] → {0 … 255}, the inverse of `to_model`: clamped, scaled and rounded."""
+    """[−1, 1] → {0 … 255}, the inverse of `to_model`: clamped, scaled and rounded.
+
+    ValueError if x is not finite: NaN would become black.
+    """
+    if not x.isfinite().all():
+        raise ValueError("the images are not finite: the network overflows (try --precision fp32)")
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 def shape(name: str, image_size: int | None = None) -> tuple[int, int, int]:

@@ -180,7 +180,7 @@ class Noise:
         self.elements = mixed(torch.arange(1, 1 + torch.Size(shape).numel(), device=place))
 
     def __call__(self, t: int | Tensor = 0) -> Tensor:
-        if isinstance(t, Tensor) and t.dim():
+        if isinstance(t, Tensor) and t.dim() and not t.is_floating_point():
             t = t.to(self.images)  # int64, as sums of int32 would overflow
         else:                      # as_tensor would wait for the device
             t = torch.full_like(self.images, operator.index(t))

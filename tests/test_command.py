@@ -11,8 +11,10 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,8 @@ import evaluate
 import sample
 import train
 from extras import compress, weights
-from helpers import SMALL, TINY, hooked, said, trains
-from support import command, data
+from helpers import HERE, SMALL, TINY, hooked, said, trains
+from support import checkpoint, command, data
 from support.command import FLAGS, UsageError
 
 ONE_STEP = [*TINY, *map(str, SMALL), "--steps", "1"]
@@ -558,3 +560,81 @@ def test_a_terminal_that_is_not_utf8(place):
             assert evaluate.main(argv) == 0
         terminal.flush()
         assert b"bits/dim" in raw.getvalue() and b"?" in raw.getvalue()
+
+
+# ------------------------------------------------------------------------------- what a system lacks
+
+LACKS = r"""
+#include <errno.h>
+#include <sys/stat.h>
+int flock(int fd, int how) { errno = ENOSYS; return -1; }
+int fsync(int fd) {
+    struct stat s;
+    fstat(fd, &s);
+    if (S_ISDIR(s.st_mode)) { errno = EINVAL; return -1; }
+    return 0;
+}
+"""
+SHORT = ("--dataset shapes --channels 32 --multipliers 1 2 --blocks 1 --timesteps 10 --batch-size 2 --steps 2 --samples 1 "
+         "--sample-steps 2 --save-every 1 --device cpu --precision fp32 --out r").split()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("gcc"), reason="it needs Linux and gcc")
+def test_a_file_system_without_locks_or_flushing_of_folders(tmp_path):
+    """As on Lustre, some NFS, CIFS and FUSE: a library between Python and the system says that it has
+    neither. The run works, and each is one warning."""
+    (tmp_path / "lacks.c").write_text(LACKS)
+    subprocess.run(f"gcc -shared -fPIC -o {tmp_path}/lacks.so {tmp_path}/lacks.c".split(), check=True)
+    done = subprocess.run([sys.executable, HERE / "train.py", *SHORT], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "LD_PRELOAD": f"{tmp_path}/lacks.so", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and (tmp_path / "r" / "checkpoint.pt").exists(), done.stderr
+    assert done.stderr.count("has no locks") == done.stderr.count("has no flushing of folders") == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_ends_a_run_with_its_step_saved(tmp_path, ignored):
+    """SIGHUP is SIGTERM, unless it was ignored when the program began, as under nohup."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None
+    try:
+        steps = ["--steps", "60" if ignored else "1000000", "--log-every", "1", "--save-every", "1000000"]
+        process = subprocess.Popen([sys.executable, HERE / "train.py", *SHORT, *steps], cwd=tmp_path, stderr=subprocess.PIPE)
+    finally:
+        if ignored:
+            signal.signal(signal.SIGHUP, handler)
+    log = tmp_path / "r" / "log.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == (0 if ignored else 128 + signal.SIGHUP)
+    step = checkpoint.load_checkpoint(tmp_path / "r" / "checkpoint.pt")["step"]
+    assert step == 60 if ignored else step == len(log.read_text().splitlines())
+
+
+def test_a_command_runs_in_a_thread(tmp_path):
+    """As in a notebook or a web app, where Python takes no handlers of signals."""
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(train.main([*SHORT[:-1], str(tmp_path / "r")])))
+    thread.start()
+    thread.join()
+    assert statuses == [0] and (tmp_path / "r" / "checkpoint.pt").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="it needs a shell")
+def test_a_closed_stderr_is_no_error(tmp_path):
+    """Nor a closed stdin or stdout: the files are written."""
+    words = " ".join([sys.executable, str(HERE / "train.py"), *SHORT])
+    assert subprocess.run(f"{words} <&- >&- 2>&-", shell=True, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "r" / "samples-0000002.png").exists()
+
+
+def test_nothing_replaces_what_is_no_regular_file(tmp_path):
+    """A pipe, as a device would be, stays what it is."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("Windows has no pipes in folders")
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(OSError, match="x.png.*no regular file"), command.written(tmp_path / "x.png"):
+        pytest.fail("the block was begun")
+    assert (tmp_path / "x.png").is_fifo()

@@ -186,6 +186,44 @@ def test_three_processes(tmp_path):
         assert found["file"] and found["hours"] == [24] and found["late"]
 
 
+def in_processes(*commands: str) -> list[tuple[int, str]]:
+    """Status and last line on stderr of processes of torchrun, each with a command and folder of its own."""
+    port, processes = free_port(), []
+    for rank, command in enumerate(commands):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(commands)), "LOCAL_RANK": str(rank),
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        script, *flags = command.split()
+        processes.append(subprocess.Popen([sys.executable, HERE / script, *flags], env=env, cwd=f"rank-{rank}",
+                                          stderr=subprocess.PIPE, text=True))
+    ends = [process.communicate(timeout=120)[1] for process in processes]
+    return [(process.returncode, err.strip().splitlines()[-1]) for process, err in zip(processes, ends)]
+
+
+@pytest.mark.parametrize("commands, said", [
+    (("sample.py --n 4 --seed 0 --device cpu", "sample.py --n 4 --seed 1 --device cpu"), "command line"),
+    (2 * ("evaluate.py --n 2 --terms 2 --dataset shapes --device cpu",), "weights"),
+    (("train.py --dataset shapes --steps 1 --device cpu --precision bf16",
+      "train.py --dataset shapes --steps 1 --device cpu --precision fp32"), "precision")])
+def test_processes_that_differ_end_before_the_work(in_a_folder_of_its_own, commands, said):
+    """Another seed, another network in its folder of runs, another precision: both say so, status 1.
+
+    Kills: every second image of another network, with status 0."""
+    for rank in range(2):
+        random_run(f"rank-{rank}/runs/x", image_size=16, attention=[16], clip=not rank)
+    for status, line in in_processes(*commands):
+        assert status == 1 and "do not agree" in line and said in line
+
+
+def test_rank_and_world_size_go_together(monkeypatch):
+    """One of them alone is a mistake of whoever starts processes by hand, and nothing is computed."""
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        monkeypatch.setenv(name, "1")
+        monkeypatch.delenv(other, raising=False)
+        with pytest.raises(UsageError, match="RANK and WORLD_SIZE go together"):
+            start_machine("cpu")
+        monkeypatch.delenv(name)
+
+
 def test_one_process_alone_waits_for_nobody():
     """Its rows are all rows, it agrees with itself, and its block is run at once, without any group."""
     alone, rows = Machine(ON_CPU, torch.float32), torch.arange(14).view(7, 2)
@@ -303,6 +341,27 @@ def by_hand(seed: int, i, t: int, element: int) -> tuple[int, int]:
     image = int.from_bytes(hashlib.sha256(repr((seed, "image", i)).encode()).digest()[:8], "big") // 2
     stream = splitmix(image + (2 * t + 1) * GOLDEN & WORD)
     return stream, splitmix(stream ^ splitmix(element + 1))
+
+
+class Whole:
+    """A number of another type, as NumPy has them."""
+
+    def __index__(self):
+        return 3
+
+
+def test_numbers_mean_their_value():
+    """3, tensor(3), int32 and any other integer are the same seed, image and time; False is 0."""
+    want = Noise(3, [3, 1], (2, 2))
+    for three in (torch.tensor(3), torch.tensor(3, dtype=torch.int32), Whole()):
+        assert seed_of(three, "step", (three, False)) == seed_of(3, "step", (3, 0))
+        same = Noise(three, [three, True], (2, 2))
+        for t in (three, torch.tensor([3, 3], dtype=torch.int32), torch.tensor([3, 3], dtype=torch.uint8)):
+            assert torch.equal(same(t), want(3))
+    assert seed_of(3) != seed_of("3") and seed_of(3) != seed_of(4)
+    for wrong in (0.5, torch.tensor(0.5), torch.tensor([1.0, 2.0])):
+        with pytest.raises(TypeError):
+            want(wrong)
 
 
 def test_a_seed_is_63_bits_of_a_hash():

@@ -288,8 +288,8 @@ def test_a_sampling_step_waits_for_nothing(run, flags):
             waits.clear()
             sampled("--n", "2", "--steps", str(steps), *flags.split(), out=f"{steps}.pt")
             counts.append(dict(waits))
-    assert counts[0] == counts[1] and {kind for kind in counts[0]} == {"to device", "to cpu"}
-    assert counts[0]["to cpu"] == 1
+    assert counts[0] == counts[1] and {kind for kind in counts[0]} == {"to device", "to cpu", "item"}
+    assert counts[0]["to cpu"] == counts[0]["item"] == 1           # are they finite, and the images
 
 
 def test_attention_in_float16_overflows_nowhere(gpu):
@@ -307,7 +307,7 @@ def test_a_figure_waits_only_for_what_it_shows(run):
         for steps in (12, 18):
             waits.clear()
             sampled("--n", "2", "--steps", str(steps), "--progressive", out=f"{steps}.png")
-            assert waits["to cpu"] == 12 and not waits["item"]       # eleven estimates and the image
+            assert waits["to cpu"] == waits["item"] == 12            # eleven estimates and the image
 
 
 def test_noise_is_the_same_on_both_devices(gpu):
