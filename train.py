@@ -417,7 +417,7 @@ def parse(argv) -> dict:
 def defaults(name: str, side: int) -> dict:
     """The settings of a new run without further flags: the paper's, or those of a recipe."""
     recipe = RECIPES.get("256×256" if side >= 256 else name, {})
-    return {key: default for key, (default, *_) in SETTINGS.items()} | recipe
+    return {key: default for key, (default, *_) in SETTINGS.items()} | recipe | {"init": None}
 
 def settle(base: dict, given: dict, images: Tensor) -> dict:
     """The settings of the run: `base`, changed by the flags that were given.
@@ -536,7 +536,7 @@ def main(argv=None) -> int:
         if state and "adam" not in state:
             raise ValueError(f"{path} has weights alone, and no run to resume: to start from them "
                              f"give --init {folder} and another --out")
-        stored = {"init": None, **state["settings"]} if state else {}
+        stored = state.get("settings", {})
         changes = {key: given[key] for key in stored.keys() & given.keys()
                    if given[key] != stored[key]}
         for key in changes.keys() - MAY_CHANGE - (RESCUE if given["rescue"] else set()):

@@ -95,35 +95,140 @@ def test_what_a_checkpoint_is_restored_to(capsys):
     state = load_checkpoint(Path("checkpoint.pt"))
     for images in (data.shapes(4, 8).flip(0), data.shapes(5, 8), data.shapes(4, 8).view(4, 3, 4, 16)):
         with pytest.raises(ValueError, match="images"):
-            train.restore(full._replace(images=images), state)
+            train.restore(full._replace(images=images, fingerprint=data.fingerprint(images)), state)
 
 
-FREE = {"dataset": "other.pt", "steps": 5, "log_every": 71, "save_every": 72, "sample_every": 73,
+FREE = {"dataset": "other.pt", "skip_bad": True, "steps": 5, "micro_batch": 2, "log_every": 71, "save_every": 72, "sample_every": 73,
         "samples": 1, "sample_steps": 2, "keep": 76}
 
 
 def test_what_may_change_when_a_run_is_resumed(capsys):
-    """How long it trains, how it is watched, and where the data lie, which are known by their content;
-    each other setting is named in the refusal, with both values. What is not said is the run's."""
+    """How long it trains, in which parts, how it is watched, and where the data lie, which are known by
+    their content; each other setting is named in the refusal, with both values. What is not said is the run's."""
     path = Path("runs/r/checkpoint.pt")
     run = run_of(folder="runs/r", images=torch.load("images.pt"), dataset="images.pt", steps=4, micro_batch=1,
                  attention=[8], blocks=1, variance="fixed_small")
     stored = run.settings
     train.save(run, 4)
-    assert {*FREE, *FIXED} == set(train.SETTINGS) == stored.keys() - {"in_channels"}
-    for name, value in FIXED.items():
+    fixed = {name: value for name, value in FIXED.items() if name not in FREE}
+    assert {*FREE, *fixed} == set(train.SETTINGS) == stored.keys() - {"in_channels", "init"}
+    for name, value in fixed.items():
         assert train.main(["--out", "runs/r", *as_flags({name: value})]) == 2
         err = capsys.readouterr().err
         for part in ("--" + name.replace("_", "-"), str(stored[name]), str(value)):
             assert part in err and err.count("\n") == 1
     shutil.copy("images.pt", "other.pt")
-    same, cpu = {name: stored[name] for name in FIXED}, ["--device", "cpu", "--precision", "fp32"]
+    same, cpu = {name: stored[name] for name in fixed}, ["--device", "cpu", "--precision", "fp32"]
     for flags in ({}, {**FREE, **same}):
         assert train.main(["--out", "runs/r", *cpu, *as_flags(flags)]) == 0
         state, want = load_checkpoint(path), {**stored, **flags}
         assert state["step"] == want["steps"]
         assert json.loads(Path("runs/r/settings.json").read_text()) == want
     assert state["settings"] == want
+
+
+def test_a_batch_may_have_other_parts_when_a_run_is_resumed():
+    """--micro-batch is a matter of memory: a run that goes on with another one has the weights of the
+    run that did not change it, up to rounding (without dropout, whose masks depend on the parts)."""
+    flags = (*SMALL, "--dropout", 0)
+    trains(*flags, "--steps", 4, "--out", "whole")
+    for steps, more in ((2, ()), (3, ("--micro-batch", 3)), (4, ("--micro-batch", 1))):
+        trains(*flags, "--steps", steps, "--out", "parts", *more)
+    parts, whole = checkpoint("parts"), checkpoint("whole")
+    assert parts["settings"]["micro_batch"] == 1 and parts["step"] == 4
+    for key, value in whole["net"].items():
+        assert (parts["net"][key] - value).abs().mean() < 1e-5  # one step alone changes them by 10⁻³
+
+
+RATE = ("--steps", 100, "--lr", 1000)  # which multiplies the weights until float32 has no such number
+
+
+def test_rescue_goes_on_after_a_nan(capsys):
+    """A learning rate that ends in NaN cannot be changed on resume, but with --rescue: the run goes on from
+    its last checkpoint with a lower one, and log.jsonl and settings.json say so."""
+    trains(*SMALL, "--steps", 2, "--lr", 1000)
+    trains(*SMALL, *RATE, expect=1)
+    assert "--rescue" in (line := said(capsys)) and "step " in line and checkpoint()["step"] == 2
+    lower = (*SMALL, "--steps", 6, "--lr", 1e-5, "--grad-clip", 0.5)
+    trains(*lower, expect=2)
+    trains(*lower, "--rescue")
+    state, entries = checkpoint(), log("runs/images")
+    assert state["step"] == 6 and state["settings"]["lr"] == 1e-5 and state["settings"]["grad_clip"] == 0.5
+    assert json.loads(Path("runs/images/settings.json").read_text()) == state["settings"]
+    assert entries[1] == {"step": 2, "rescued": {"lr": 1e-5, "grad_clip": 0.5}}
+    assert [entry["step"] for entry in entries] == [2, 2, 4, 6] and entries[3]["lr"] == pytest.approx(1e-5)
+    for more in (("--rescue",), ()):  # the same command again, and without the flag: nothing is rescued again
+        trains(*lower, *more)
+        assert log("runs/images") == entries
+
+
+def test_what_rescue_may_change(capsys):
+    """Rate, warm-up, clipping and seed of a run that has a checkpoint, and nothing else; without a
+    checkpoint it is refused, and leaves no folder."""
+    trains(*SMALL, "--steps", 2, "--rescue", expect=2)
+    assert "checkpoint.pt" in (line := said(capsys)) and "--rescue" in line and not Path("runs/images").exists()
+    trains(*SMALL, "--steps", 1)
+    before = Path("runs/images/checkpoint.pt").read_bytes()
+    for name, value in {**FIXED, "variance": "fixed_small"}.items():
+        if name not in (*FREE, "image_size", "lr", "warmup", "grad_clip", "seed"):
+            trains(*SMALL, "--steps", 2, *as_flags({name: value}), "--rescue", expect=2)
+            assert "--" + name.replace("_", "-") in said(capsys)
+    assert Path("runs/images/checkpoint.pt").read_bytes() == before
+    changed = {name: FIXED[name] for name in ("lr", "warmup", "grad_clip", "seed")}
+    trains(*SMALL, "--steps", 2, *as_flags(changed), "--rescue")
+    assert log("runs/images")[1] == {"step": 1, "rescued": changed}
+    assert changed.items() <= checkpoint()["settings"].items()
+
+
+def test_the_rate_never_jumps_up(capsys):
+    """Of a run whose --decay has begun, --steps stays: more of them are one line that says --init, and
+    the checkpoint is not touched. Before, there may be more. A run that is done says --init, too."""
+    flags, path = ["--out", "runs/r", "--device", "cpu", "--precision", "fp32"], Path("runs/r/checkpoint.pt")
+    run = run_of(folder="runs/r", images=torch.load("images.pt"), dataset="images.pt", steps=8, decay=0.5)
+    for step, status in ((5, 2), (8, 2), (4, 0)):
+        train.save(run, step)
+        before = path.read_bytes()
+        assert train.main([*flags, "--steps", "10"]) == status
+        err = capsys.readouterr().err
+        assert status == 0 or ("--init" in err and err.count("\n") == 1 and path.read_bytes() == before)
+    assert checkpoint("runs/r")["step"] == 10
+    assert train.main(flags) == 0 and "--init runs/r" in said(capsys)
+
+
+def test_the_same_init_resumes(capsys):
+    """A run knows what it began with: the command that began it goes on, also when those weights are gone, and
+    so does one that does not say it; other weights are refused, with both names."""
+    trains(*SMALL, "--steps", 1, "--out", "first")
+    shutil.copytree("first", "other")
+    trains(*SMALL, "--steps", 1, "--init", "first", "--out", "r")
+    shutil.rmtree("first")
+    trains(*SMALL, "--steps", 2, "--init", "first", "--out", "r")
+    trains(*SMALL, "--steps", 3, "--out", "r")
+    assert checkpoint("r")["step"] == 3 and checkpoint("r")["settings"]["init"] == "first"
+    for folder, stored in (("r", "first"), ("other", "None")):
+        name = "other" if folder == "r" else "r"
+        trains(*SMALL, "--steps", 4, "--init", name, "--out", folder, expect=2)
+        line = said(capsys)
+        assert all(part in line for part in ("--init", stored, name)), line
+        assert checkpoint(folder)["step"] < 4
+
+
+def test_a_folder_with_the_files_of_another_run_is_refused(capsys):
+    """Kept averages or grids without a checkpoint would be taken for those of the new run: one line, and
+    nothing is touched."""
+    trains(*SMALL, "--steps", 1, "--keep", 1, "--samples", 1, "--sample-steps", 2)
+    folder = Path("runs/images")
+    (folder / "checkpoint.pt").unlink()
+    for name in ("ema-0000001.pt", "samples-0000001.png"):
+        other = Path("only", name)
+        other.parent.mkdir(exist_ok=True)
+        shutil.copy(folder / name, other)
+        before = other.read_bytes()
+        trains(*SMALL, "--steps", 1, "--out", "only", expect=1)
+        assert "--out" in said(capsys) and other.read_bytes() == before
+        assert {path.name for path in Path("only").iterdir()} <= {name, ".lock"}
+        other.unlink()
+    trains(*SMALL, "--steps", 1, "--out", "only")
 
 
 def test_log_is_cut_back_to_the_checkpoint(capsys):
@@ -231,7 +336,8 @@ def test_a_run_that_begins_is_nobody_elses():
 
 def test_what_is_missing_of_the_last_step_is_made_after_all():
     """A run that was killed after its last checkpoint draws grid and curve and keeps the averages
-    when the same command is given again, and trains no more; what is there is not touched."""
+    when the same command is given again, and trains no more; what is there is not touched, unless it
+    is empty."""
     flags = ("--steps", 4, "--samples", 1, "--sample-steps", 2, "--keep", 2, "--log-every", 1)
     trains(*flags)
     made = [path for path in Path("runs/images").iterdir() if path.name.endswith(("0000004.pt", ".png"))]
@@ -239,11 +345,12 @@ def test_what_is_missing_of_the_last_step_is_made_after_all():
     before = {path: path.read_bytes() for path in made}
     kept, saved = (Path("runs/images", name).stat().st_mtime_ns for name in ("ema-0000002.pt", "checkpoint.pt"))
     lines = log("runs/images")
-    for path in made:
-        path.unlink()
-    trains(*flags)
-    assert log("runs/images") == lines and Path("runs/images/checkpoint.pt").stat().st_mtime_ns == saved  # no step was taken
-    assert {path: path.read_bytes() for path in made} == before
+    for lose in (Path.unlink, lambda path: path.write_bytes(b"")):
+        for path in made:
+            lose(path)
+        trains(*flags)
+        assert log("runs/images") == lines and Path("runs/images/checkpoint.pt").stat().st_mtime_ns == saved  # no step
+        assert {path: path.read_bytes() for path in made} == before
     assert Path("runs/images/ema-0000002.pt").stat().st_mtime_ns == kept
     assert read_png("runs/images/samples-0000004.png").shape[1:] == (480, 480)
 

@@ -40,7 +40,7 @@ PAPER = {  # §4 and Appendix B; of the released code alone: flips as a choice, 
     "attention": [16], "timesteps": 1000, "schedule": "linear", "beta_start": 1e-4,
     "beta_end": 0.02, "predict": "eps", "variance": "fixed_large", "objective": "simple",
     # and what it does not say: how a run is watched
-    "dataset": "cifar10", "image_size": None, "seed": 0, "micro_batch": None, "ema_ramp": True, "log_every": 100,
+    "dataset": "cifar10", "skip_bad": False, "image_size": None, "seed": 0, "micro_batch": None, "ema_ramp": True, "log_every": 100,
     "save_every": 5000, "sample_every": 25_000, "samples": 64, "sample_steps": 50, "keep": None}
 HUGE = {**PAPER, "steps": 500_000, "batch_size": 64, "lr": 2e-5, "dropout": 0.0,
          "multipliers": [1, 1, 2, 2, 4, 4], "variance": "fixed_small", "samples": 16}
@@ -69,17 +69,18 @@ def settled(given=(), stored=(), init=(), shape=(1, 3, 16, 16)) -> dict:
 
 
 @pytest.mark.parametrize("flags, side, table", [
-    ("", 32, PAPER), ("--dataset cifar10", 32, PAPER), ("--dataset x.pt", 64, PAPER), ("--dataset x.pt", 255, PAPER),
+    ("", 32, PAPER), ("--dataset cifar10", 32, PAPER), ("--dataset x.pt", 64, PAPER), ("--dataset x.pt", 255, {**PAPER, "attention": []}),
     ("--dataset mnist", 32, {**PAPER, "flip": False}), ("--dataset fashion_mnist", 32, {**PAPER, "flip": False}),
-    ("--dataset x.pt", 256, HUGE), ("--dataset .", 1024, HUGE), ("--dataset x.pt --lr 1", 256, {**HUGE, "lr": 1.0}),
+    ("--dataset x.pt", 256, HUGE), ("--dataset .", 1024, {**HUGE, "attention": []}), ("--dataset x.pt --lr 1", 256, {**HUGE, "lr": 1.0}),
     ("--dataset shapes", 16, SHAPES), ("--dataset shapes", 256, HUGE)])
 def test_appendix_b_the_papers_settings(flags, side, table):
     """What a run without further flags does is the paper's Appendix B, at 32×32 and at 256×256, for each
-    kind of images; the learning rate and the decay of the averages are the ones of the table."""
+    kind of images, with attention where a level has 16×16 pixels; the learning rate and the decay of the averages are the ones of the table."""
     given = train.parse(flags.split())
     images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
     settings = train.settle(train.defaults(given.get("dataset"), side), given, images)
-    assert settings == {**table, "dataset": given.get("dataset", "cifar10"), "in_channels": 3, "image_size": side}
+    assert settings == {**table, "dataset": given.get("dataset", "cifar10"), "in_channels": 3, "image_size": side,
+                        "init": None}
     assert table["decay"] or train.learning_rate(settings, 10 ** 6) == table["lr"]
     assert train.ema_decay(settings, 10 ** 6) == table["ema"]
 
@@ -102,7 +103,7 @@ def test_every_flag_has_its_type_and_its_range():
         return train.parse(["--" + name.replace("_", "-"), *map(str, words)])[name]
 
     def refused(name, *words):
-        with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
+        with pytest.raises(UsageError, match="--" + name.replace("_", "-") + "|: -inf"):  # which looks like a flag
             parsed(name, *words)
     for name, (low, high) in {**WHOLE, **REAL}.items():
         kind, beyond = (int, (low - 1, high + 1, "1.5")) if name in WHOLE else (
@@ -113,14 +114,15 @@ def test_every_flag_has_its_type_and_its_range():
             assert type(value) in (kind, list)
         for text in (*beyond, "x", "nan", "inf", "-inf"):
             refused(name, text)
-        refused(name)
+        if name not in ("multipliers", "attention"):
+            refused(name)
     for name in ("multipliers", "attention"):
-        assert parsed(name, 4, 8, 1) == [4, 8, 1]
+        assert parsed(name, 4, 8, 1) == [4, 8, 1] and parsed(name) == []
         refused(name, 4, 0)
     for name, words in WORDS.items():
         assert [parsed(name, word) for word in words] == list(words)
         refused(name, "other")
-    switches, texts = ("flip", "ema_ramp"), ("dataset", "schedule")
+    switches, texts = ("flip", "ema_ramp", "skip_bad"), ("dataset", "schedule")
     for name in switches:
         flag = name.replace("_", "-")
         assert train.parse([f"--{flag}"])[name] is True and train.parse([f"--no-{flag}"])[name] is False
@@ -147,7 +149,7 @@ def test_help_shows_every_setting_with_its_value(capsys, monkeypatch):
 
 
 def test_a_flag_that_is_not_given_has_no_entry():
-    others = {"out": None, "init": None, "compile": None, "deterministic": False, "device": None,
+    others = {"out": None, "compile": None, "deterministic": False, "rescue": False, "device": None,
               "precision": None, "data_dir": "data"}
     assert train.parse([]) == others
     assert train.parse("--no-flip --attention 8 4 --lr 1 --no-compile".split()) == {
@@ -155,8 +157,9 @@ def test_a_flag_that_is_not_given_has_no_entry():
 
 
 def test_flags_go_before_the_checkpoint_the_checkpoint_before_init_and_init_before_the_recipe():
-    images = {"in_channels": 3, "image_size": 16}
-    assert settled({"out": "x", "init": None}) == {**SHAPES, **images}
+    images = {"in_channels": 3, "image_size": 16, "init": None}
+    assert settled({"out": "x"}) == {**SHAPES, **images}
+    assert settled({"init": "other"})["init"] == "other"
     assert settled(shape=(1, 1, 8, 8))["in_channels"] == 1
     assert settled(init={"channels": 96})["channels"] == 96
     assert settled({"steps": 7}, {"steps": 5, "keep": 3})["steps"] == 7
@@ -169,7 +172,8 @@ def test_where_the_images_of_a_run_are_looked_for():
     if none are named. The folder of the run has the name of the data, unless it is said."""
     small = [*"--device cpu --precision fp32 --channels 32 --multipliers 1 --blocks 1 --samples 0".split(),
              *"--batch-size 1 --steps".split()]
-    shutil.copy("images.pt", "b.pt")
+    for name in ("b.pt", "c.d.pt"):
+        shutil.copy("images.pt", name)
     with tarfile.open("cifar-10-binary.tar.gz", "w:gz") as archive:  # of which only the training images are there
         for i in range(1, 6):
             entry = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i}.bin")
@@ -180,14 +184,16 @@ def test_where_the_images_of_a_run_are_looked_for():
         shutil.copy("cifar-10-binary.tar.gz", place)
     for steps, flags, folder in ((1, [], "cifar10"), (2, ["--data-dir", "there"], "cifar10"),
                                  (1, ["--dataset", "b.pt", "--attention", "8"], "b"),
-                                 (1, ["--dataset", "shapes", "--image-size", "8"], "shapes"),
+                                 (1, ["--dataset", "c.d.pt"], "c.d"),
+                                 (1, ["--dataset", "shapes", "--image-size", "8", "--decay", "0"], "shapes"),
                                  (2, ["--dataset", "shapes"], "shapes")):
         assert train.main([*small, str(steps), *flags]) == 0
         state = load_checkpoint(Path("runs", folder, "checkpoint.pt"))
         assert state["step"] == steps
         shutil.rmtree("data", ignore_errors=True)
         if folder != "cifar10":
-            assert state["data"] == data.fingerprint(torch.load("b.pt") if folder == "b" else data.shapes(8192, 8))
+            assert state["data"] == data.fingerprint(
+                data.shapes(8192, 8) if folder == "shapes" else torch.load("b.pt"))
 
 
 def test_flags_that_contradict_the_network_of_init_are_refused(capsys):
@@ -204,7 +210,7 @@ def test_flags_that_contradict_the_network_of_init_are_refused(capsys):
     ({"attention": [16, 4]}, {}, 16, ["--attention", "4"]), ({"attention": [2, 4, 8]}, {}, 8, ["--attention", "2"]),
     ({"variance": "learned"}, {}, 16, ["--variance", "--objective"]),
     ({"variance": "learned", "predict": "mean"}, {}, 16, ["--objective"]), ({}, {}, (16, 8), ["16×8"]),
-    ({"image_size": 32}, {}, 16, ["16×16", "--image-size"])])
+    ({"image_size": 32}, {}, 16, ["16×16", "--image-size"]), ({"multipliers": []}, {}, 16, ["--multipliers"])])
 def test_settings_that_contradict_each_other_are_refused(given, init, shape, parts):
     """The refusal has the flags and the numbers that do not fit."""
     sides = shape if isinstance(shape, tuple) else (shape, shape)
@@ -267,7 +273,7 @@ def draws(step: int = 0, images=None, rank: int = 0, world: int = 1, **settings)
         net = Seen()
         train.training_step(train.Run(settings, images, net, net, ddpm.Model(s, net), Seen(),
                                       torch.optim.Adam(net.parameters()), torch.amp.GradScaler("cpu", enabled=False),
-                                      Machine(torch.device("cpu"), torch.float32, rank, world), Path()), step)
+                                      Machine(torch.device("cpu"), torch.float32, rank, world), Path(), "", []), step)
         return net.given[0]
     (black, t), (x_t, again) = given(0 * images), given(images)
     assert torch.equal(t, again)
@@ -488,7 +494,7 @@ def test_alg1_three_steps_by_hand(flip, micro, scale, rank, world):
     model = ddpm.Model(ddpm.make_schedule(20, beta_end=0.012), net, clip=False)
     run = train.Run(settings, images, net, net, model, copy.deepcopy(net), torch.optim.Adam(net.parameters()),
                     torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None),
-                    CPU._replace(rank=rank, world=world), Path())
+                    CPU._replace(rank=rank, world=world), Path(), "", [])
     order = torch.cat([torch.randperm(5, generator=torch.Generator().manual_seed(seed_of(7, "epoch", e)))
                        for e in range(14)])
     theta, average, m, v = [0.5, -0.25], [0.5, -0.25], [0, 0], [0, 0]
@@ -523,15 +529,14 @@ def test_alg1_three_steps_by_hand(flip, micro, scale, rank, world):
     assert not flip or 4 < flipped < 20
 
 
-BASE = {"dataset": "images.pt", "steps": 4, "log_every": 9, "save_every": 9, "sample_every": 9, "samples": 1,
-        "sample_steps": 3, "batch_size": 4, "lr": 1e-3, "warmup": 2, "grad_clip": 0.01, "ema": 0.9, "dropout": 0.1,
-        "channels": 32, "multipliers": [1, 1], "blocks": 1, "attention": [8], "timesteps": 20, "beta_end": 0.018,
-        "objective": "vlb"}
-OTHER = {**FIXED, "dataset": "other.pt", "steps": 5, "log_every": 2, "save_every": 2, "sample_every": 2,
-         "samples": 2, "sample_steps": 20, "keep": 2, "channels": 64, "blocks": 2, "attention": [4],
+BASE = {"dataset": "images.pt", "steps": 3, "log_every": 9, "save_every": 9, "sample_every": 9, "samples": 1,
+        "sample_steps": 2, "batch_size": 4, "lr": 1e-3, "warmup": 1, "grad_clip": 0.01, "ema": 0.9, "dropout": 0.1,
+        "channels": 32, "multipliers": [1], "blocks": 1, "timesteps": 20, "beta_end": 0.018, "objective": "vlb"}
+OTHER = {**FIXED, "dataset": "other.pt", "steps": 4, "micro_batch": 3, "log_every": 2, "save_every": 2, "sample_every": 2,
+         "samples": 2, "sample_steps": 20, "keep": 2, "channels": 64, "blocks": 2, "attention": [8],
          "timesteps": 30, "variance": "fixed_small", "objective": "simple", "ema": 0.05}
-WATCHED = {"log_every": "log.jsonl", "sample_every": "samples-0000002.png", "samples": "samples-0000004.png",
-           "sample_steps": "samples-0000004.png", "keep": "ema-0000002.pt"}
+WATCHED = {"log_every": "log.jsonl", "sample_every": "samples-0000002.png", "samples": "samples-0000003.png",
+           "sample_steps": "samples-0000003.png", "keep": "ema-0000002.pt"}
 
 
 def trained(folder: str, **changes) -> tuple[dict, dict]:
@@ -544,18 +549,15 @@ def trained(folder: str, **changes) -> tuple[dict, dict]:
 
 
 def test_every_setting_reaches_the_training():
-    """Four steps by the command, with dropout: another value of a setting gives other averages, or,
-    if it says how a run is watched, another file and the same averages. The parts of a batch
-    give the same without dropout, but for rounding.
+    """Three steps by the command, with dropout: another value of a setting gives other averages, or,
+    if it says how a run is watched, another file and the same averages.
 
     Kills: a setting that is lost between the flag and the step, or drawn into it."""
     for i, name in enumerate(("images.pt", "other.pt")):
         torch.save(data.shapes(64, 8, ("train", "test")[i]), name)
-    assert OTHER.keys() == train.SETTINGS.keys()
+    assert OTHER.keys() == train.SETTINGS.keys() - {"skip_bad"}
     want, files = trained("base")
-    whole, parts = (trained(f"in {n}", micro_batch=n, dropout=0.0)[0] for n in (4, 3))
-    assert all((parts[key] - whole[key]).abs().mean() < 2e-6 for key in whole)
-    for name in sorted(train.SETTINGS.keys() - {"image_size", "micro_batch"}):  # a tensor has its size
+    for name in sorted(OTHER.keys() - {"image_size"}):  # a tensor has its size
         got, found = trained(name, **{name: OTHER[name]})
         if name in WATCHED or name == "save_every":
             assert_equal(got, want)
@@ -564,6 +566,39 @@ def test_every_setting_reaches_the_training():
         else:
             assert got.keys() != want.keys() or any(
                 got[key].shape != want[key].shape or (got[key] - want[key]).abs().max() > 1e-6 for key in want), name
+
+
+def test_bad_pictures_of_a_folder_are_left_out_if_asked(capsys):
+    """A folder with a picture that cannot be read is refused by its name; with --skip-bad, the others are
+    trained on, and this may be said when the run goes on."""
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    for name in ("a.png", "b.png"):
+        Path("pictures").mkdir(exist_ok=True)
+        image.new("RGB", (8, 8), "red").save(f"pictures/{name}")
+    Path("pictures/c.png").write_bytes(b"no picture")
+    flags = (*SMALL, "--dataset", "pictures", "--image-size", 8, "--out", "r")
+    trains(*flags, "--steps", 1, expect=1)
+    assert "c.png" in said(capsys)
+    for steps in (1, 2):
+        trains(*flags, "--steps", steps, "--skip-bad")
+        assert "2 images" in capsys.readouterr().err and checkpoint("r")["step"] == steps
+    assert checkpoint("r")["settings"]["skip_bad"] is True
+
+
+@pytest.mark.parametrize("flags, side, want", [
+    ("", 28, []), ("", 32, [16]), ("--attention", 32, []), ("--attention", 28, []), ("--attention 14 28", 28, [14, 28])])
+def test_attention_is_where_a_level_has_its_resolution(flags, side, want, capsys):
+    """What is printed and stored is what the network has: nothing where no level has 16×16 pixels, or
+    with --attention alone. The same command resumes."""
+    torch.save(data.shapes(4, side), "images.pt")
+    base = "--dataset images.pt --channels 32 --multipliers 1 1 --blocks 1 --batch-size 1 --samples 0 --steps 1 --device cpu"
+    for _ in range(2):
+        assert train.main([*base.split(), *flags.split()]) == 0
+        assert f"attention {want}," in " ".join(capsys.readouterr().err.split())
+    state = checkpoint()
+    assert json.loads(Path("runs/images/settings.json").read_text())["attention"] == state["settings"]["attention"] == want
+    plain = build_network({**state["settings"], "attention": []}).state_dict().keys()
+    assert (state["net"].keys() > plain) == bool(want)
 
 
 # ------------------------------------------------------------------------------- a run at its start
@@ -615,7 +650,8 @@ def test_init_starts_from_the_averages_of_another_run():
     assert {p.requires_grad for p in new.net.parameters()} == {True}
     with pytest.raises(UsageError, match="predict"):
         train.begin({**given, "predict": "eps"}, data.shapes(4, 8), {}, CPU, Path("new"))
-    resumed = train.begin({**given, "init": "nowhere"}, data.shapes(4, 8), new.settings, CPU, Path("new"))
+    shutil.rmtree("other")
+    resumed = train.begin(given, data.shapes(4, 8), new.settings, CPU, Path("new"))
     assert resumed.settings == new.settings
 
 
@@ -659,6 +695,13 @@ def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
         monkeypatch.setattr(machine, "BACKEND", "no such one")
 
 
+def test_a_network_that_cannot_see_t_is_warned_of(capsys):
+    """One channel in each group of the normalisation in every level: t, which is added to it, is lost."""
+    for changes, warns in (({}, True), ({"multipliers": [1, 2]}, False), ({"channels": 64}, False)):
+        train.describe(run_of(**changes), 0, "")
+        assert ("cannot see t" in capsys.readouterr().err) == warns
+
+
 @pytest.mark.parametrize("steps, done, flag", [
     (4, 0, None), (3, 0, "--warmup"), (3, 3, "--steps"), (3, 4, "--steps"), (9, 3, None)])
 def test_what_a_run_says_at_its_start(capsys, steps, done, flag):
@@ -672,13 +715,14 @@ def test_what_a_run_says_at_its_start(capsys, steps, done, flag):
     for name in (".0123.part", "film.part", ".part.txt"):
         Path(name).touch()
     train.prepare(run, done)
+    assert run.entries == log()
     train.describe(run, done, "all pictures")
     err = capsys.readouterr().err
     assert {f for f in ("--warmup", "--steps") if f in err} == ({flag} if flag else set())
     for name, value in run.settings.items():
         assert f"{name} {value}" in " ".join(err.split())
     assert f"{sum(p.numel() for p in run.net.parameters()):,}" in err and "float32" in err
-    assert "all pictures" in err
+    assert "all pictures" in err and "cannot see t" in err
     assert json.loads(Path("settings.json").read_text()) == run.settings
     assert log() == [line for line in lines if line["step"] <= done]
     assert {path.name for path in Path().iterdir()} == {
@@ -703,7 +747,8 @@ def test_objective_vlb_logs_the_bound(capsys):
     assert checkpoint()["net"]["conv_out.weight"].shape[0] == 6
     assert sample.main(["--n", "1"]) == 0 and evaluate.main(["--n", "2"]) == 0
     capsys.readouterr()
-    assert sample.main(["--n", "1", "--steps", "5"]) == 2 and "--steps" in said(capsys)
+    assert sample.main(["--n", "1", "--steps", "5"]) == 0 and "DDIM" in capsys.readouterr().err
+    assert sample.main(["--n", "1", "--steps", "5", "--sampler", "ddpm"]) == 2 and "--steps" in said(capsys)
     assert sample.main(["--n", "1", "--variance", "fixed_small"]) == 2
 
 
@@ -901,7 +946,7 @@ def test_which_steps_log_save_keep_and_draw(first, steps, every, want):
     that is resumed is made first. Each step has the dropout of (seed, step). A signal waits for a step and
     its files, and not for a grid."""
     run = watched(first, steps=steps, **dict(zip(("log_every", "save_every", "keep", "sample_every"), every)))
-    Path("log.jsonl").write_text('{"step": 1, "loss": 1, "loss_thirds": [1, 1, 1]}\n' * 2)  # so that there is a curve
+    run.entries.extend([{"step": 1, "loss": 1, "loss_thirds": [1, 1, 1]}] * 2)  # so that there is a curve
     last, made = happens(run, first)
     assert last == steps
     assert " ".join(made) == (want if PLOTS else want.replace(" plot", "").replace("plot ", ""))
@@ -1055,7 +1100,7 @@ def test_a_row_of_steps_that_fp16_skips_can_be_logged():
     lines = [json.loads(line, parse_constant=pytest.fail) for line in Path("log.jsonl").read_text().splitlines()]
     assert [(line["loss"], line["grad_norm"], line["grad_norm_max"]) for line in lines] == [(None,) * 3, (2, 4, 4)]
     assert lines[0]["loss_thirds"] == [None] * 3
-    train.plot_losses(Path())
+    train.plot_losses(run)
 
 
 def test_the_bound_in_the_log_is_that_of_the_training_images():
@@ -1184,9 +1229,9 @@ def test_averages_have_the_buffers_of_their_network():
 
 @pytest.mark.parametrize("T, variance, flag, calls", [
     (20, "fixed_small", 7, 7), (20, "fixed_small", 20, 20), (20, "fixed_large", 50, 20),
-    (20, "learned", 7, 20), (2, "fixed_small", 50, 2)])
+    (20, "learned", 7, 7), (20, "learned", 50, 20), (2, "fixed_small", 50, 2)])
 def test_the_network_calls_of_a_grid(capsys, T, variance, flag, calls):
-    """As many as the setting says, T at most, and T where the variance is learned; of the averages,
+    """As many as the setting says, T at most, also where the variance is learned; of the averages,
     32 images at a time."""
     class Grid(torch.nn.Module):
         seen = []  # of all copies
@@ -1228,20 +1273,18 @@ def test_grids_of_equal_weights_are_equal():
 
 
 def test_loss_png_shows_the_log():
-    """The loss over the steps, and that of each third, on logarithmic axes; half a line is left out,
-    and a single one is no curve. Here each curve is a power of the step, which such axes make straight;
+    """The loss over the steps, and that of each third, on logarithmic axes; an entry without losses is
+    left out, and a single one is no curve. Here each curve is a power of the step, which such axes make straight;
     they are told apart by their colours, in the order of the legend."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from matplotlib import colors, image
-    train.plot_losses(Path())
     steps, curves = (1, 2, 4, 16), (lambda k: 8 / k, lambda k: 2, lambda k: k, lambda k: 4 * k ** -0.5)
-    lines = [json.dumps({"step": k, "loss": curves[3](k), "loss_thirds": [curve(k) for curve in curves[:3]]}) for k in steps]
-    Path("log.jsonl").write_text(lines[0] + "\n")
-    train.plot_losses(Path())
-    assert not Path("loss.png").exists()
-    Path("log.jsonl").write_bytes("\n".join(lines[:2]).encode() + b'\n{"step": 3, "lo\xff\n' + "\n".join(
-        lines[2:]).encode() + b'\n{"st')
-    train.plot_losses(Path())
+    lines = [{"step": k, "loss": curves[3](k), "loss_thirds": [curve(k) for curve in curves[:3]]} for k in steps]
+    run, rescued = run_of(), {"step": 3, "rescued": {"lr": 9}}
+    for entries in ([], lines[:1], [*lines[:1], rescued]):
+        train.plot_losses(run._replace(entries=entries))
+        assert not Path("loss.png").exists()
+    train.plot_losses(run._replace(entries=[*lines[:2], rescued, *lines[2:]]))
     picture = image.imread("loss.png")
     picture = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.float32).view(picture.shape)[..., :3]
     points = [((picture - torch.tensor(colors.to_rgb(f"C{i}"))).abs().amax(2) < 0.02).nonzero() for i in range(4)]
