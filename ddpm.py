@@ -558,12 +558,12 @@ def send(model: Model, x0: Tensor, noise: Callable[[int], Tensor]) -> Iterator[S
     rate = prior_kl(s, x0)
     # 2: for t = T − 1, …, 1 do   (here x is x_{t+1})
     for t in range(s.T - 1, 0, -1):
-        sent = _all(t + 1, x0)
-        p = p_mean_variance(model, x, sent)
+        now = _all(t + 1, x0)
+        p = p_mean_variance(model, x, now)
         yield Sent(t + 1, x, p.x0_hat, rate)
         # 3: send x_t ~ q(x_t | x_{t+1}, x_0) using p_θ(x_t | x_{t+1}), for L_t nats
-        q = q_posterior_mean_variance(s, x0, x, sent)
-        rate = rate + vlb_term(s, x0, x, sent, p)
+        q = q_posterior_mean_variance(s, x0, x, now)
+        rate = rate + vlb_term(s, x0, x, now, p)
         x = p_sample(q, noise(t))
     # 5: send x_0 using p_θ(x_0 | x_1), for L_0 nats   (here x is x_1)
     p = p_mean_variance(model, x, _all(1, x0))

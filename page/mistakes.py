@@ -147,7 +147,7 @@ MISTAKES = {
         "ddpm.py", D + "test_alg3_alg4_rate_and_distortion_are_the_bound", [
             ("    rate = prior_kl(s, x0)", "    rate = 0 * prior_kl(s, x0)")], "bound"),
     "the rate not accumulated": ("ddpm.py", E + "test_bits_per_dim_command", [
-        ("rate = rate + vlb_term(s, x0, x, sent, p)", "rate = vlb_term(s, x0, x, sent, p)")],
+        ("rate = rate + vlb_term(s, x0, x, now, p)", "rate = vlb_term(s, x0, x, now, p)")],
     "bound"),
     "the noise of another time sent": (
         "ddpm.py", D + "test_alg3_the_senders_chain_has_the_marginals_of_eq04", [

@@ -89,6 +89,15 @@ class Parser(argparse.ArgumentParser):
                                  f"{where}")
         return args
 
+def own_places(error: BaseException) -> list[traceback.FrameSummary]:
+    """Where an error went through this project's files, or the user's; the last one is nearest."""
+    return [place for place in traceback.extract_tb(error.__traceback__)
+            if "site-packages" not in place.filename]
+
+def is_foreseen(error: BaseException) -> bool:
+    """Whether a line of ours raised it as a ValueError, and not Python or torch."""
+    return isinstance(error, ValueError) and (own_places(error)[-1].line or "").startswith("raise")
+
 def command(main: Callable) -> Callable:
     """Wraps main(argv) → exit status, so that every failure prints one line on stderr.
 
@@ -124,10 +133,9 @@ def command(main: Callable) -> Callable:
                 text = "out of memory: fewer images at a time, or a smaller network, need less"
             elif isinstance(error, getattr(dist, "DistError", ())) or "[gloo" in text:
                 text = "another process has ended, and its line says why"
-            elif not isinstance(error, (ValueError, OSError)):
-                places = [x for x in traceback.extract_tb(error.__traceback__)
-                          if "site-packages" not in x.filename]
-                place = f"{Path(places[-1].filename).name}, line {places[-1].lineno}"
+            elif not (isinstance(error, OSError) or is_foreseen(error)):
+                last = own_places(error)[-1]
+                place = f"{Path(last.filename).name}, line {last.lineno}"
                 text = (f"unforeseen {type(error).__name__} in {place}: {text} "
                         "(DDPM_TRACEBACK=1 shows all)")
             say(f"{script}: {text}")

@@ -229,7 +229,7 @@ def test_settings_that_fit_are_taken(given, side):
 
 
 @pytest.mark.parametrize("flags, status, parts", [
-    ("--lr 0", 2, "--lr 0"), ("--predict v", 2, "--predict v eps"), ("--channels 40", 1, "40 32"),
+    ("--lr 0", 2, "--lr 0"), ("--predict score", 2, "--predict score eps"), ("--channels 40", 1, "40 32"),
     ("--beta-end 0.001", 2, "--beta-end"), ("--dataset nowhere", 1, "nowhere cifar10 shapes"),
     ("--device tpu", 2, "--device tpu"), ("--step 3", 2, "--step --help"),
     ("--variance learned", 2, "--variance --objective"), ("--attention 16", 2, "--attention 16"),
