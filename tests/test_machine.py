@@ -200,12 +200,14 @@ def in_processes(*commands: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("commands, said", [
-    (("sample.py --n 4 --seed 0 --device cpu", "sample.py --n 4 --seed 1 --device cpu"), "command line"),
-    (2 * ("evaluate.py --n 2 --terms 2 --dataset shapes --device cpu",), "weights"),
-    (("train.py --dataset shapes --steps 1 --device cpu --precision bf16",
-      "train.py --dataset shapes --steps 1 --device cpu --precision fp32"), "precision")])
+    (2 * ("sample.py --n 4 --device cpu",), "weights"),
+    pytest.param(("sample.py --n 4 --seed 0 --device cpu", "sample.py --n 4 --seed 1 --device cpu"), "command line",
+                 marks=pytest.mark.long),
+    pytest.param(2 * ("evaluate.py --n 2 --terms 2 --dataset shapes --device cpu",), "weights", marks=pytest.mark.long),
+    pytest.param(("train.py --dataset shapes --steps 1 --device cpu --precision bf16",
+                  "train.py --dataset shapes --steps 1 --device cpu --precision fp32"), "precision", marks=pytest.mark.long)])
 def test_processes_that_differ_end_before_the_work(in_a_folder_of_its_own, commands, said):
-    """Another seed, another network in its folder of runs, another precision: both say so, status 1.
+    """Another network in its folder of runs, another seed, another precision: both say so, status 1.
 
     Kills: every second image of another network, with status 0."""
     for rank in range(2):
