@@ -219,7 +219,7 @@ def test_a_schedule_moves_whole():
 def test_eq02_forward_step(betas, seed):
     """q(x_t | x_{t−1}) = N(√(1 − β_t) x_{t−1}, β_t I), read off the sample's own coefficients.
 
-    Kills: α and β exchanged, noise scaled by β in place of √β."""
+    Kills: α and β exchanged, noise scaled by β instead of √β."""
     s, x, eps = ddpm.schedule_from_betas(betas), randn(seed, 4), randn(seed + 1, 4)
     for t, beta in enumerate(betas, 1):
         a, b = kernel(s, t)
@@ -251,7 +251,7 @@ def test_eq04_jump_is_iterated_steps(betas, seed):
 def test_eq07_posterior_is_bayes_rule(betas, seed):
     """q(x_{t−1} | x_t, x_0): two jointly Gaussian variables, one conditioned on the other.
 
-    Kills: the posterior variance β_t in place of β̃_t, √ᾱ_t in place of √ᾱ_{t−1} or √α_t."""
+    Kills: the posterior variance β_t instead of β̃_t, √ᾱ_t instead of √ᾱ_{t−1} or √α_t."""
     s, x0, x_t = ddpm.schedule_from_betas(betas), randn(seed, 1, 5), randn(seed + 1, 1, 5)
     for t in {1, min(2, s.T), (s.T + 1) // 2, s.T}:
         mean, variance = conditioned(s, t, x0, x_t)
@@ -313,7 +313,7 @@ def test_eq15_inverts_the_jump(betas, seed):
 def test_eq11_every_prediction_gives_the_posterior_mean(betas, seed, predict):
     """A network that knows x_0 gives μ_θ = μ̃_t(x_t, x_0), whatever it predicts.
 
-    Kills: √ᾱ_t in place of √α_t in the mean, the network shown another time than t."""
+    Kills: √ᾱ_t instead of √α_t in the mean, the network shown another time than t."""
     s = ddpm.schedule_from_betas(betas)
     x0, eps = randn(seed, 1, 4), randn(seed + 1, 1, 4)
     for t in {1, (s.T + 1) // 2, s.T}:
@@ -373,7 +373,7 @@ def test_sec32_the_two_fixed_variances(betas, seed):
     """β_t is Var(x_{t−1} | x_t) if x_0 ~ N(0, 1), β̃_t if x_0 is one point; σ_1² is β̃_2 (β_1 if
     T = 1).
 
-    Kills: σ in place of σ², β_t for β̃_t, log β̃_1 = −∞."""
+    Kills: σ instead of σ², β_t for β̃_t, log β̃_1 = −∞."""
     s = ddpm.schedule_from_betas(betas)
     for t in range(1, s.T + 1):
         for name, v0 in (("fixed_large", 1.0), ("fixed_small", 0.0)):
@@ -675,7 +675,7 @@ def test_eq13_probabilities_sum_to_one(mean, sigma):
 def test_eq13_each_bin_is_an_integral(mean, sigma, k):
     """log p_θ(x_0 | x_1) = log ∫ N(x; μ, σ²) dx over the bin, also where it underflows as a number.
 
-    Kills: a bin shifted by half, the sign of L_0, a floor or a tanh in place of Φ."""
+    Kills: a bin shifted by half, the sign of L_0, a floor or a tanh instead of Φ."""
     same(decoder(k, mean, sigma), log_bin_of(k, mean, sigma), 1e-9, 1e-11)
 
 
@@ -712,7 +712,7 @@ def test_eq05_kl_is_the_mean_log_ratio(m1, v1, m2, v2):
 def test_eq05_prior_term(betas, seed):
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)), summed over dimensions: the mean log-ratio.
 
-    Kills: q at another time than T, a mean over dimensions in place of the sum."""
+    Kills: q at another time than T, a mean over dimensions instead of the sum."""
     s, x0 = ddpm.schedule_from_betas(betas), randn(seed, 2, 3)
     a, v = iterated(s, s.T)
     ratio = mean_log_ratio((a * x0, torch.tensor(v, dtype=F64)), (0, torch.ones(1, dtype=F64)))
@@ -855,7 +855,7 @@ def test_respaced_times_are_what_every_function_shows_the_network():
     """After `respace` the network is called with τ_i: by the loss, the bound, both samplers; and a
     schedule that is respaced twice still tells the times of the first.
 
-    Kills: i in place of τ_i in one of them, times counted in the shorter chain."""
+    Kills: i instead of τ_i in one of them, times counted in the shorter chain."""
     full = ddpm.make_schedule()
     s = ddpm.respace(ddpm.respace(full, 100), 10)
     assert s.full is full and full.full is None
@@ -1119,7 +1119,7 @@ def test_sec44_interpolation(t, lam, seed):
     """x̄_t = (1 − λ) x_t + λ x'_t is what the network sees first, at that same t; then Algorithm 2,
     or the loop that is asked for.
 
-    Kills: encoded at t and decoded from t − 1, images mixed in place of latents, λ exchanged, a
+    Kills: encoded at t and decoded from t − 1, images mixed instead of latents, λ exchanged, a
     loop or its η that gets lost."""
     s = ddpm.make_schedule(12)
     x0, other, eps, eps_other = (randn(seed + i, 2, 3) for i in range(4))

@@ -48,24 +48,24 @@ MISTAKES = {
     "T changed, β not rescaled": ("ddpm.py", D + "test_sec4_schedules_by_name", [
         ("min(beta * 1000 / T, 0.999)", "beta"), ("if s.alpha_bars[T] > 1e-3:", "if False:")],
     "short"),
-    "β_t in place of √β_t in Eq. 2": ("ddpm.py", D + "test_eq02_forward_step", [
+    "β_t instead of √β_t in Eq. 2": ("ddpm.py", D + "test_eq02_forward_step", [
         ("_like(_at(s.betas, t).sqrt(), x) * eps", "_like(_at(s.betas, t), x) * eps")], None),
     "α_t and β_t exchanged in Eq. 2": ("ddpm.py", D + "test_eq02_forward_step", [
         ("(_at(s.alphas, t).sqrt(), x) * x + _like(_at(s.betas, t).sqrt(), x) * eps",
          "(_at(s.betas, t).sqrt(), x) * x + _like(_at(s.alphas, t).sqrt(), x) * eps")], None),
-    "1 − ᾱ_t in place of its root in Eq. 4": (
+    "1 − ᾱ_t instead of its root in Eq. 4": (
         "ddpm.py", D + "test_eq04_jump_is_iterated_steps", [
             ("sigma2.sqrt().to(mean.dtype) * eps", "sigma2.to(mean.dtype) * eps")], "training"),
     # --- the posterior and the reverse process
-    "β_t in place of β̃_t in Eq. 7": ("ddpm.py", D + "test_eq07_posterior_is_bayes_rule", [
+    "β_t instead of β̃_t in Eq. 7": ("ddpm.py", D + "test_eq07_posterior_is_bayes_rule", [
         ("return (1 - _at(s.alpha_bars, t - 1)) / (1 - _at(s.alpha_bars, t)) * _at", "return _at")], "bound eta"),
-    "√ᾱ_t in place of √α_t in Eq. 7": (
+    "√ᾱ_t instead of √α_t in Eq. 7": (
         "ddpm.py", D + "test_eq03_integrand_equals_eq21_along_every_path", [
             ("weight_x_t = alpha.sqrt() * (1", "weight_x_t = alpha_bar.sqrt() * (1")],
         "sampling bound"),
     "σ_1² = β̃_1 = 0": ("ddpm.py", D + "test_sec32_the_two_fixed_variances", [
         ("_beta_tilde(s, t.clamp(min=2))", "_beta_tilde(s, t)")], "bound"),
-    "√ᾱ_t in place of √α_t in Eq. 11": (
+    "√ᾱ_t instead of √α_t in Eq. 11": (
         "ddpm.py", D + "test_eq11_every_prediction_gives_the_posterior_mean", [
             ("    mean = q_posterior_mean_variance(s, x0_hat, x_t, t).mean\n",
              "    eps = predict_eps_from_x0(s, x_t, t, x0_hat)\n"
@@ -96,7 +96,7 @@ MISTAKES = {
     "ε as the target of `--predict mean`": ("ddpm.py", D + "test_eq14_loss_simple", [
         ("lambda s, x0, x_t, t, eps: q_posterior_mean_variance(s, x0, x_t, t).mean,",
          "lambda s, x0, x_t, t, eps: eps,")], "mean"),
-    "σ_t² in place of σ_t": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
+    "σ_t² instead of σ_t": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
         ("p.sigma2.sqrt().to(p.mean.dtype) * z", "p.sigma2.to(p.mean.dtype) * z")], "sampling"),
     "noise at the last step": ("ddpm.py", D + "test_alg2_moments_of_the_sampler", [
         ("noise(t) if t > 1 else torch.zeros_like(x_t)", "noise(t)")], "sampling"),
@@ -106,7 +106,7 @@ MISTAKES = {
     "β_t of the full schedule with fewer steps": (
         "ddpm.py", D + "test_respace_is_the_chain_of_fewer_steps", [
             ("Schedule(1 - alphas, alphas,", "Schedule(s.betas[tau], s.alphas[tau],")], "steps"),
-    "the network given i in place of τ_i": (
+    "the network given i instead of τ_i": (
         "ddpm.py", D + "test_respace_is_the_chain_of_fewer_steps", [
             ("alpha_bars, s.times[tau], full)", "alpha_bars, torch.arange(len(tau)), full)")],
         "steps"),
@@ -186,7 +186,7 @@ MISTAKES = {
         ("emb = F.silu(", "emb = (")], "sampling training"),
     "a normalisation left out": ("unet.py", U + "test_every_parameter_matters", [
         ("self.conv1(F.silu(self.norm1(x)))", "self.conv1(F.silu(x))")], "training"),
-    "t embedded in place of t − 1": ("unet.py", U + "test_time_1_is_embedded_as_0", [
+    "t embedded instead of t − 1": ("unet.py", U + "test_time_1_is_embedded_as_0", [
         ("angles = (t - 1)", "angles = t")], "sampling training"),
     "zeros left and above when down-sampling": (
         "unet.py", U + "test_downsampling_pads_right_and_below", [
@@ -363,14 +363,14 @@ def prepare(out: Path, folder: str) -> None:
             images, _ = data.load("fashion_mnist", folder, split)
             images = torch.nn.functional.avg_pool2d(images.float(), 2).round().to(torch.uint8)
         except (OSError, ValueError) as error:
-            say(f"shapes in place of Fashion-MNIST: {one_line(error)}")
+            say(f"shapes instead of Fashion-MNIST: {one_line(error)}")
             images, _ = data.load("shapes", folder, split)
         with written(out / f"{split}.pt") as file:
             torch.save(images.contiguous(), file)
     (out / "picture.png").write_bytes(data.png(images[0]))
 
     class Features(torch.nn.Module):
-        """In place of Inception: 2,048 fixed random features of pixels, most of them near 10³."""
+        """Instead of Inception: 2,048 fixed random features of pixels, most of them near 10³."""
 
         def __init__(self):
             super().__init__()
@@ -466,22 +466,22 @@ def describe(result: dict, right: dict) -> str:
         if value(right) == value(result) != "":
             parts.append(f"the same {key}")
         elif value(right):
-            parts.append(f"{key} {value(result) or 'none'} in place of {value(right)}")
+            parts.append(f"{key} {value(result) or 'none'} instead of {value(right)}")
     if right["shown"] is not None and result["shown"] is not None:
         there, here = right["shown"].double(), result["shown"].double()
         if there.shape != here.shape:
-            parts.append("the picture has {}×{} pixels in place of {}×{}".format(
+            parts.append("the picture has {}×{} pixels instead of {}×{}".format(
                 *here.shape[1:], *there.shape[1:]))
         elif torch.equal(there, here):
             parts.append("the same picture")
         else:
             difference = (there - here).square().mean().sqrt()
             parts.append(f"the pictures differ by {difference:.1f} levels (RMS), and their mean is "
-                         f"{here.mean():.0f} in place of {there.mean():.0f}")
+                         f"{here.mean():.0f} instead of {there.mean():.0f}")
     for ours, theirs in zip(right["commands"], result["commands"]):
         if ours["status"] != theirs["status"]:
             bad, which = (ours, "right") if ours["status"] else (theirs, "wrong")
-            parts.append(f"status {theirs['status']} in place of {ours['status']} (the {which} line"
+            parts.append(f"status {theirs['status']} instead of {ours['status']} (the {which} line"
                          f" says: {' '.join(bad['err'][-1:])})")
     return "; ".join(parts) or "nothing"
 

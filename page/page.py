@@ -728,7 +728,7 @@ class Page:
                  for a, b in result["printed"]]
         lines = diff(pairs) if pairs else ""
         same = lambda m: m[0] if short(m[1]) != short(m[2]) else "bits/dim the same to 0.001"
-        result = {**result, "text": re.sub(r"bits/dim (\S+) in place of (\S+?)(?=;|$)", same,
+        result = {**result, "text": re.sub(r"bits/dim (\S+) instead of (\S+?)(?=;|$)", same,
                                            result["text"])}
         text = "" if lines and result["text"] == "nothing" else html.escape(short(result["text"]))
         if any(re.match(r" *\d+ +\d\.\d+ +\d", wrong) for _, wrong in pairs):
@@ -1067,9 +1067,9 @@ class Page:
             depth = level
         return out + "</li></ul>" * (depth - 1)
 
-SHOWN = ("T changed, β not rescaled", "1 − ᾱ_t in place of its root in Eq. 4",  # the best to see
-         "√ᾱ_t in place of √α_t in Eq. 7", "Eq. 15 divided by ᾱ_t", "σ_t² in place of σ_t",
-         "the network given i in place of τ_i")
+SHOWN = ("T changed, β not rescaled", "1 − ᾱ_t instead of its root in Eq. 4",  # the best to see
+         "√ᾱ_t instead of √α_t in Eq. 7", "Eq. 15 divided by ᾱ_t", "σ_t² instead of σ_t",
+         "the network given i instead of τ_i")
 BESIDE = {"q_sample": "jump_text", "vlb_term": "terms", "p_sample_loop": "over_time",
           "receive": "files"}
 

@@ -204,7 +204,7 @@ def test_x_T_is_sent_with_the_mean_of_eq_4():
     """Its KL, ᾱ_T Σ x_0² / (2 ln 2) bits, is the first symbol, in half octaves: for a chain in which
     it is no small number.
 
-    Kills: ᾱ_T in place of its root, nats in place of bits."""
+    Kills: ᾱ_T instead of its root, nats instead of bits."""
     trained = network()
     for beta in (0.01, 0.03):
         s = ddpm.schedule_from_betas(torch.full((30,), beta, dtype=torch.float64))

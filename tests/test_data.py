@@ -425,7 +425,7 @@ def test_pictures_of_a_folder_are_as_one_sees_them(tmp_path):
     """The pixels of a PNG by `data.png` and by Pillow; the middle of a wide and of a high one; what
     EXIF turns; 16-bit grey; white behind what is transparent.
 
-    Kills: pictures transposed or mirrored, RGB as BGR, the left part in place of the middle."""
+    Kills: pictures transposed or mirrored, RGB as BGR, the left part instead of the middle."""
     Image = pillow()
     folder, rgb = tmp_path / "p", picture(3, 16, 16)
     folder.mkdir()

@@ -251,7 +251,7 @@ def main(argv=None) -> int:
     parser.add_argument("--minutes", type=float_between(0, 1e4), default=7, help="no part begins "
                         "later than this (default: 7)")
     parser.add_argument("--train", type=float_between(0, 1e4), metavar="MINUTES", help="train on "
-                        "Fashion-MNIST for so long, in place of the parts")
+                        "Fashion-MNIST for so long, instead of the parts")
     parser.add_argument("--part-mb", type=positive_int, default=20, help="size of a part in MB "
                         "(default: 20)")
     parser.add_argument("--rehearse", action="store_true", help="tiny networks, on the CPU")

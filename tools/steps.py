@@ -116,7 +116,7 @@ def main(argv=None) -> int:
                     for split, images in (("train", train[:N]), ("test", test))}
         right = net.classes(features["test"]).argmax(1) == labels(Path(args.data_dir), "test")
     print(f"the classifier is right for {right.double().mean():.1%} of the test images")
-    print("2,000 training images in place of samples: {:.3f} ± {:.3f}".format(
+    print("2,000 training images instead of samples: {:.3f} ± {:.3f}".format(
         *distance(features["train"], features["test"])), flush=True)
     trained, rows = load(args.checkpoint, True, machine), []
     for steps in args.steps:
