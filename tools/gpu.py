@@ -131,7 +131,8 @@ def resume(flag: str, args) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     for name, n in (("whole", 2 * k), ("parts", k), ("parts", 2 * k)):
         run("train.py", "--dataset", "shapes", "--deterministic", flag, "--dropout", 0.1,
-            "--steps", n, "--samples", 0, "--out", folder / name, "--device", args.device,
+            "--decay", 0, "--steps", n, "--samples", 0, "--out", folder / name,
+            "--device", args.device,
             *args.pick([], ["--channels", 32, "--multipliers", 1, "--batch-size", 2]))
     one, two = (load_checkpoint(folder / name / "checkpoint.pt") for name in ("whole", "parts"))
     differ = [key for part in ("net", "ema") for key, x in one[part].items()
@@ -212,8 +213,9 @@ def fashion(args) -> dict:
     for i in range(0, len(raw), size):
         (args.out / f"part-{i // size:02d}").write_bytes(raw[i:i + size])
     found, n = {"steps": state["step"]}, args.pick(steps.N, 4)
-    same = ["--checkpoint", folder, "--data-dir", args.data_dir, "--device", args.device]
+    same = ["--checkpoint", folder, "--device", args.device]
     call(sample.main, *same, "--n", args.pick(64, 2), "--out", args.out / "fashion.png")
+    same += ["--data-dir", args.data_dir]
     text = call(evaluate.main, *same, "--terms", 10 if n > 4 else 2, "--n", min(n, 1000))
     found["likelihood"] = next(line for line in text.splitlines() if "bits/dim" in line)
     machine = start_machine(args.device)
