@@ -419,13 +419,13 @@ def defaults(name: str, side: int) -> dict:
     recipe = RECIPES.get("256×256" if side >= 256 else name, {})
     return {key: default for key, (default, *_) in SETTINGS.items()} | recipe | {"init": None}
 
-def settle(base: dict, given: dict, images: Tensor) -> dict:
+def settle(base: dict, given: dict, shape: tuple[int, int, int]) -> dict:
     """The settings of the run: `base`, changed by the flags that were given.
 
-    base: the checkpoint's settings, or for a new run the defaults and those of --init. UsageError
-    if settings contradict each other or the images.
+    base: the checkpoint's settings, or for a new run the defaults and those of --init. shape: C, H,
+    W of an image. UsageError if settings contradict each other or the images.
     """
-    c, height, width = images.shape[1:]
+    c, height, width = shape
     settings = base | {key: value for key, value in given.items() if key in (*SETTINGS, "init")} | {
         "in_channels": c, "image_size": height}
     levels = [height // 2 ** level for level in range(len(settings["multipliers"]))]
@@ -441,13 +441,13 @@ def settle(base: dict, given: dict, images: Tensor) -> dict:
                          "squares, and of --image-size")
     return settings
 
-def decide(given: dict, images: Tensor, stored: dict, machine: Machine) -> tuple:
-    """Settings, schedule and --init of the run that `begin` gives. UsageError or ValueError for
-    flags that cannot be. Of the images only the shape matters."""
+def decide(given: dict, shape: tuple, stored: dict, machine: Machine) -> tuple:
+    """Settings, schedule and --init of a run, from its flags, the shape of an image and, if it is
+    resumed, the checkpoint's settings. UsageError or ValueError for flags that cannot be."""
     init = load(given["init"], machine=machine) if given.get("init") and not stored else None
     name = given.get("dataset", SETTINGS["dataset"][0])
     own = init.model_settings if init else {}
-    settings = settle(defaults(name, images.shape[2]) | own | stored, given, images)
+    settings = settle(defaults(name, shape[1]) | own | stored, given, shape)
     for key, value in own.items():
         if settings[key] != value:
             raise UsageError(f"--init has {key} {value}, not {settings[key]}")
@@ -465,9 +465,9 @@ def decide(given: dict, images: Tensor, stored: dict, machine: Machine) -> tuple
         build_network(settings)
     return settings, s, init
 
-def begin(given: dict, images: Tensor, stored: dict, machine: Machine, folder: Path) -> Run:
-    """The run that the flags ask for, before its first step. stored: the checkpoint's settings."""
-    settings, s, init = decide(given, images, stored, machine)
+def begin(decided: tuple, images: Tensor, machine: Machine, folder: Path) -> Run:
+    """The run that `decide` has decided, before its first step."""
+    settings, s, init = decided
     torch.manual_seed(seed_of(settings["seed"], "init"))
     net = build_network(settings).to(machine.device, memory_format=torch.channels_last)
     if init:
@@ -552,11 +552,11 @@ def main(argv=None) -> int:
                              "another --out, or delete them")
         known = {"dataset": name, "image_size": None, "skip_bad": False, **stored, **given}
         shape = data.shape(known["dataset"], known["image_size"])
-        decide(given, torch.empty(0, *shape), stored, machine)  # before hours of decoding
+        decided = decide(given, shape, stored, machine)  # before hours of decoding
         with machine.main_first():
             images, about = data.load(known["dataset"], known["data_dir"], "train",
                                       known["image_size"], known["skip_bad"])
-        run, step = begin(given, images, stored, machine, folder), 0
+        run, step = begin(decided, images, machine, folder), 0
         if state:
             with reading(path, "the state of this run"):
                 step = restore(run, state)

@@ -31,7 +31,7 @@ TINY = ("--dataset images.pt --channels 32 --multipliers 1 2 --blocks 1 --attent
         "--timesteps 20 --batch-size 4 --lr 1e-3 --warmup 3 --log-every 2 --save-every 100 "
         "--sample-every 100 --samples 0 --device cpu --precision fp32").split()
 SMALL = ("--multipliers", 1, "--attention", 8)  # after TINY: where the network does not matter
-SETTINGS = train.settle(train.defaults("shapes", 16), {"dataset": "shapes"}, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+SETTINGS = train.settle(train.defaults("shapes", 16), {"dataset": "shapes"}, (3, 16, 16))
 CPU = Machine(torch.device("cpu"), torch.float32)
 T, SIDE = 20, 8
 SMALL_NET = {**SETTINGS, "dataset": "images.pt", "channels": 32, "multipliers": [1], "attention": [SIDE],
@@ -78,8 +78,12 @@ def run_of(dtype=torch.float32, images=None, folder=".", **changes) -> train.Run
                 "batch_size": 2, "warmup": 4, "decay": 0.0, "samples": 0, **changes}
     images = data.shapes(4, 8) if images is None else images
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return train.begin({"init": None, **settings}, images, {},
-                       CPU._replace(dtype=dtype), Path(folder))
+    return begin({"init": None, **settings}, images, {}, CPU._replace(dtype=dtype), Path(folder))
+
+
+def begin(given, images, stored, machine, folder) -> train.Run:
+    """The run of these flags, and if it is resumed of the checkpoint's settings."""
+    return train.begin(train.decide(given, images.shape[1:], stored, machine), images, machine, folder)
 
 
 FIXED = {  # of each setting that stays what it is when a run goes on: another value

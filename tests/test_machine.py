@@ -21,7 +21,8 @@ import bench
 import sample
 import simulated_cuda
 import train
-from helpers import HERE, SMALL, SMALL_NET, TINY, assert_equal, checkpoint, free_port, losses, random_run, trains
+from helpers import (HERE, SMALL, SMALL_NET, TINY, assert_equal, begin, checkpoint, free_port, losses, random_run,
+                     trains)
 from simulated_cuda import simulated
 from support import machine
 from support.checkpoint import Trained, load_checkpoint
@@ -551,7 +552,7 @@ def device(request):
 def test_a_training_step_is_that_of_its_seed(device):
     """On the same device the same loss, gradient and weights, to the bit; another step has others."""
     def losses(k):
-        run = train.begin({"init": None, "dataset": "shapes", "channels": 32, "multipliers": [1],
+        run = begin({"init": None, "dataset": "shapes", "channels": 32, "multipliers": [1],
                            "batch_size": 4}, torch.load("images.pt"), {},
                           Machine(torch.device(device), torch.float32), Path("r"))
         torch.use_deterministic_algorithms(True)

@@ -22,7 +22,7 @@ from hypothesis import given, strategies as st
 import ddpm
 import sample
 import train
-from helpers import (CPU, SIDE, SMALL, SMALL_NET, T, alpha_bars, cells, flags_of, processes, random_run, read_png,
+from helpers import (CPU, SIDE, SMALL, SMALL_NET, T, alpha_bars, begin, cells, flags_of, processes, random_run, read_png,
                      said, trains)
 from support import checkpoint, command, data, machine
 from support.checkpoint import Trained, save_checkpoint
@@ -226,7 +226,7 @@ def test_the_command_does_not_clip_what_was_trained_without(run):
 def test_grids_during_training(run):
     """A run's grids are samples of its averaged weights, from the noise of its seed; all T steps
     where --sample-steps is T or more, and then Algorithm 2's."""
-    nets = [train.begin({"init": None, "sample_steps": steps, "samples": 4, "seed": 3},
+    nets = [begin({"init": None, "sample_steps": steps, "samples": 4, "seed": 3},
                         torch.load("images.pt"), SMALL_NET, CPU, Path(f"{steps}")) for steps in (T, 3, 99)]
     z = noise(*range(4))
     for training, options in zip(nets, ({}, {"times": FEW, "eta": 0}, {})):

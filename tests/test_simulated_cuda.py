@@ -14,7 +14,7 @@ import sample
 import simulated_cuda
 import train
 import unet
-from helpers import assert_equal, Inception, losses, random_run, read_png
+from helpers import assert_equal, begin, Inception, losses, random_run, read_png
 from simulated_cuda import simulated, waits
 from support import data, machine
 from support.checkpoint import load, load_checkpoint
@@ -386,7 +386,7 @@ def test_images_that_do_not_fit_stay_on_the_cpu(monkeypatch):
     """With little memory on the device the batch is copied in each step, and nothing else changes."""
     def weights(memory):
         with simulated(memory=memory):
-            run = train.begin({"init": None, "dataset": "images.pt", "channels": 32, "multipliers": [1],
+            run = begin({"init": None, "dataset": "images.pt", "channels": 32, "multipliers": [1],
                                "batch_size": 4, "attention": []}, data.shapes(64, 8), {},
                               start_machine("cuda", "fp32", False), Path("r"))
             train.training_step(run, 0), train.training_step(run, 1)

@@ -25,8 +25,8 @@ import ddpm
 import evaluate
 import sample
 import train
-from helpers import (CPU, FIXED, SMALL, TINY, alpha_bars, as_flags, assert_equal, checkpoint, log, losses, processes,
-                     random_run, read_png, run_of, said, trains)
+from helpers import (CPU, FIXED, SMALL, TINY, alpha_bars, as_flags, assert_equal, begin, checkpoint, log, losses,
+                     processes, random_run, read_png, run_of, said, trains)
 from support import checkpoint as checkpoints, data, machine
 from support.checkpoint import load_checkpoint
 from support.command import UsageError, stop
@@ -65,7 +65,7 @@ LEARNED = {"variance": "learned", "objective": "vlb"}
 def settled(given=(), stored=(), init=(), shape=(1, 3, 16, 16)) -> dict:
     given = {"dataset": "shapes", **dict(given)}
     base = {**train.defaults(given["dataset"], shape[2]), **dict(init), **dict(stored)}
-    return train.settle(base, given, torch.zeros(shape, dtype=torch.uint8))
+    return train.settle(base, given, shape[1:])
 
 
 @pytest.mark.parametrize("flags, side, table", [
@@ -77,8 +77,7 @@ def test_appendix_b_the_papers_settings(flags, side, table):
     """What a run without further flags does is the paper's Appendix B, at 32×32 and at 256×256, for each
     kind of images, with attention where a level has 16×16 pixels; the learning rate and the decay of the averages are the ones of the table."""
     given = train.parse(flags.split())
-    images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-    settings = train.settle(train.defaults(given.get("dataset"), side), given, images)
+    settings = train.settle(train.defaults(given.get("dataset"), side), given, (3, side, side))
     assert settings == {**table, "dataset": given.get("dataset", "cifar10"), "in_channels": 3, "image_size": side,
                         "init": None}
     assert table["decay"] or train.learning_rate(settings, 10 ** 6) == table["lr"]
@@ -373,7 +372,7 @@ def test_learning_rates_and_decays():
 
 def stepped(steps: int):
     """A run after each of its steps, and its weights before that step."""
-    run = train.begin(train.parse([*TINY, *map(str, SMALL)]), data.shapes(64, 8), {}, CPU, Path("x"))
+    run = begin(train.parse([*TINY, *map(str, SMALL)]), data.shapes(64, 8), {}, CPU, Path("x"))
     for k in range(steps):
         before = copy.deepcopy(run.net.state_dict())
         train.training_step(run, k)
@@ -434,7 +433,7 @@ def test_flips_and_clipping_happen():
 
 def test_adam_is_the_papers():
     """β₁ = 0.9, β₂ = 0.999, no weight decay, no AMSGrad; all parameters, and no others."""
-    run = train.begin(train.parse(TINY), data.shapes(4, 8), {}, CPU, Path("x"))
+    run = begin(train.parse(TINY), data.shapes(4, 8), {}, CPU, Path("x"))
     group, = run.adam.param_groups
     assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8
     assert group["weight_decay"] == 0 and not group["amsgrad"] and not group["maximize"]
@@ -446,7 +445,7 @@ def test_the_objective_L_is_not_clipped():
 
     Kills: x̂_0 clipped inside the training objective, which takes away its gradient."""
     given = train.parse([*TINY, *map(str, SMALL), "--objective", "vlb", "--variance", "fixed_small"])
-    run = train.begin(given, data.shapes(4, 8), {}, CPU, Path("x"))
+    run = begin(given, data.shapes(4, 8), {}, CPU, Path("x"))
     s, g = ddpm.make_schedule(50), torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 3, 3, 4, 4, generator=g, dtype=torch.float64).clamp(-1, 1)
     t, wrong = torch.tensor([7, 30, 50]), 5 + eps
@@ -631,7 +630,7 @@ def test_a_run_that_cannot_begin(changes, world, part):
     """A batch that two processes cannot share, a schedule that leaves the image, an unknown one."""
     given = {"init": None, "dataset": "shapes", "multipliers": [1], **changes}
     with pytest.raises(ValueError, match=part) as refusal:
-        train.begin(given, data.shapes(4, 8), {}, CPU._replace(world=world), Path())
+        begin(given, data.shapes(4, 8), {}, CPU._replace(world=world), Path())
     assert isinstance(refusal.value, UsageError) or part == "40"
 
 
@@ -643,15 +642,15 @@ def test_init_starts_from_the_averages_of_another_run():
         average += 0.5
     train.save(other, 0)
     given = {"init": "other", "dataset": "shapes", "data_dir": "there"}
-    new = train.begin(given, data.shapes(4, 8), {}, CPU, Path("new"))
+    new = begin(given, data.shapes(4, 8), {}, CPU, Path("new"))
     for net in (new.net, new.ema):
         assert_equal(dict(net.state_dict()), dict(other.ema.state_dict()))
     assert new.settings["predict"] == "x0" and new.settings["lr"] == 3e-3
     assert {p.requires_grad for p in new.net.parameters()} == {True}
     with pytest.raises(UsageError, match="predict"):
-        train.begin({**given, "predict": "eps"}, data.shapes(4, 8), {}, CPU, Path("new"))
+        begin({**given, "predict": "eps"}, data.shapes(4, 8), {}, CPU, Path("new"))
     shutil.rmtree("other")
-    resumed = train.begin(given, data.shapes(4, 8), new.settings, CPU, Path("new"))
+    resumed = begin(given, data.shapes(4, 8), new.settings, CPU, Path("new"))
     assert resumed.settings == new.settings
 
 
@@ -681,7 +680,7 @@ def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
     given, images = {"init": None, "dataset": "shapes", "channels": 32, "multipliers": [1], "batch_size": 5}, data.shapes(4, 8)
     for compiles, flags, sizes in ((False, {}, []), (None, {}, []), (True, {}, [5]), (True, {"micro_batch": 2}, [2]),
                                    (True, {"micro_batch": 9}, [])):  # 5 again, of which there is a program
-        run = train.begin({**given, **flags}, images, {}, CPU._replace(compiles=compiles), Path())
+        run = begin({**given, **flags}, images, {}, CPU._replace(compiles=compiles), Path())
         assert seen == [(n, 3, 8, 8) for n in sizes]
         assert back == [(min(5, flags.get("micro_batch", 5)), 3, 8, 8)] * bool(compiles)
         assert (run.network is run.net) == (not compiles)
@@ -689,7 +688,7 @@ def test_compile_is_tried_on_one_batch(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     error = RuntimeError("no compiler here\nand more lines")
     for text in ("no compiler here and more lines", "no such one"):
-        run = train.begin(given, images, {}, CPU._replace(compiles=True), Path())
+        run = begin(given, images, {}, CPU._replace(compiles=True), Path())
         assert run.network is run.net
         assert text in (err := capsys.readouterr().err) and err.count("\n") == 1
         monkeypatch.setattr(machine, "BACKEND", "no such one")
@@ -1066,7 +1065,7 @@ def test_every_number_of_the_log_by_hand():
     another run, which takes them one by one. A line every N steps, and for the last one."""
     flags = [*TINY, *map(str, SMALL), *"--steps 7 --log-every 3 --grad-clip 0.5".split()]
     assert train.main(flags) == 0
-    run, steps = train.begin(train.parse(flags), data.load("images.pt")[0], {}, CPU, Path("other")), []
+    run, steps = begin(train.parse(flags), data.load("images.pt")[0], {}, CPU, Path("other")), []
     run.network.train()
     for k in range(6):
         torch.manual_seed(seed_of(0, "dropout", k, 0))

@@ -425,7 +425,7 @@ cpu = machine.Machine(torch.device("cpu"), torch.float32)
 trained = [status(line) for line in LINES] and checkpoint.load(machine=cpu)
 image = torch.load("images.pt")[0]
 assert torch.equal(compress.decode(trained, compress.encode(trained, image, 4))[0], image)
-run = train.begin(train.parse(LINES[0][1:]), image[None], {}, cpu, "x")
+run = train.begin(train.decide(train.parse(LINES[0][1:]), image.shape, {}, cpu), image[None], cpu, "x")
 print(json.dumps([run.model.s.alpha_bars.tolist(), trained.s.alpha_bars.tolist(), [status(line) for line in LINES[-1:]]]))
 torch.save(trained.net.state_dict(), "loaded.pt")
 """

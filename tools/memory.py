@@ -44,7 +44,7 @@ class LikeCuda(TorchFunctionMode):
 def peak(size: int, n: int, dtype: torch.dtype) -> float:
     """GiB of a training step with n images of this side, once Adam has its averages."""
     device, images = torch.device("cpu"), torch.empty(n, 3, size, size, dtype=torch.uint8)
-    settings = train.settle(train.defaults("cifar10", size), {"batch_size": n}, images)
+    settings = train.settle(train.defaults("cifar10", size), {"batch_size": n}, images.shape[1:])
     s, tracker = build_schedule(settings), MemTracker()
     with FakeTensorMode(allow_non_fake_inputs=True), LikeCuda():
         net, ema = build_network(settings), build_network(settings).requires_grad_(False)
