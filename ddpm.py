@@ -65,7 +65,7 @@ class Gaussian(NamedTuple):
 class Schedule:
     """β_t, α_t = 1 − β_t and ᾱ_t = ∏_{i≤t} α_i for t = 0 … T: float64 tensors (T + 1,).   [DDPM §2]
 
-    β_0 = 0 and ᾱ_0 = 1, so that `alpha_bars[t − 1]` is right at t = 1 too. `times[t]` is the time
+    β_0 = 0 and ᾱ_0 = 1, so `alpha_bars[t − 1]` also works at t = 1. `times[t]` is the time
     that is passed to the network. It is t, except after `respace`: then it is the time in the
     original schedule, which is kept in `full`.
     """
@@ -81,8 +81,7 @@ class Schedule:
         return len(self.betas) - 1
 
     def to(self, device) -> Schedule:
-        """The same schedule on `device`, in float64; in float32 on Apple's MPS, which has no other.
-        """
+        """The same schedule on `device`, in float64; in float32 on Apple's MPS, which lacks it."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         full = None if self.full is None else self.full.to(device)
         return Schedule(self.betas.to(device, dtype), self.alphas.to(device, dtype),
@@ -124,7 +123,7 @@ def make_schedule(T: int = 1000, kind: str = "linear",
     s = schedule_from_betas(betas)
     if s.alpha_bars[T] > 1e-3:
         raise ValueError(f"ᾱ_T = {s.alpha_bars[T]:.3g} exceeds 10⁻³, so x_T would still show the "
-                         "image: the schedule needs a larger beta_end")
+                         "image: the schedule needs more noise, as from a larger beta_end")
     if s.alpha_bars[T].float() == 0:
         raise ValueError("ᾱ_T is 0 in float32, and Eq. 15 divides by its root: the schedule needs "
                          "a smaller beta_end")
@@ -133,8 +132,8 @@ def make_schedule(T: int = 1000, kind: str = "linear",
 def _at(table: Tensor, t: Tensor) -> Tensor:
     """The entries (B,) of a table of the schedule at the times t (B,): integers from 0.
 
-    ValueError if the two are on different devices; IndexError or RuntimeError for times that are no
-    integers or not in the table.
+    ValueError if the two are on different devices; IndexError or RuntimeError for times that are
+    not integers or lie outside the table.
     """
     if table.device != t.device:
         raise ValueError(f"the schedule is on {table.device} and t on {t.device}: move one of them,"
@@ -291,7 +290,7 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 
     Returns (B,) in float64. The true variance of x_{t−1} given x_t is β_t if x_0 ~ N(0, I), and
     β̃_t if x_0 is always one point. Ho et al.'s CIFAR-10 code, not the paper: at t = 1 both are
-    β̃_2, since L_0 would divide by β̃_1 = 0, and since β̃_2 is said there to give a better
+    β̃_2, since L_0 would divide by β̃_1 = 0, and since, as a comment there says, β̃_2 gives a better
     likelihood than β_1. Only L_0 depends on σ_1². (A schedule of one step has σ_1² = β_1.)
     """
     if s.T == 1:
@@ -315,14 +314,14 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 #     L_{t−1} − C = E[ 1/(2σ_t²) · ‖μ̃_t(x_t, (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t) − μ_θ(x_t, t)‖² ]   [Eq. 9]
 #     L_{t−1} − C = E[ 1/(2σ_t²) · ‖1/√α_t · (x_t − β_t/√(1 − ᾱ_t) · ε) − μ_θ(x_t, t)‖² ]   [Eq. 10]
 #
-# where x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, and the mean is over x_0 and ε. The network is given x_t, and
-# only ε is left to predict: μ_θ takes the same form, with the output ε_θ(x_t, t) for ε:
+# where x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, and the mean is over x_0 and ε. The network already
+# receives x_t, so it only has to predict ε: μ_θ takes the same form, with the output ε_θ(x_t, t):
 #
 #     μ_θ(x_t, t) = 1/√α_t · (x_t − β_t/√(1 − ᾱ_t) · ε_θ(x_t, t))                           [Eq. 11]
 #     L_{t−1} − C = E[ β_t²/(2σ_t² α_t (1 − ᾱ_t)) · ‖ε − ε_θ(x_t, t)‖² ]                    [Eq. 12]
 #
-# `p_mean_variance` computes μ_θ in two steps, as the same algebra allows: x̂_0 (Eq. 15), and with
-# it μ̃_t(x_t, x̂_0) (Eq. 7). A sampling step, this mean plus σ_t z, resembles Langevin dynamics:
+# `p_mean_variance` computes μ_θ in two equivalent steps: first x̂_0 (Eq. 15), then μ̃_t(x_t, x̂_0)
+# (Eq. 7). A sampling step, this mean plus σ_t z, resembles Langevin dynamics:
 # −ε_θ/√(1 − ᾱ_t) estimates ∇ log q(x_t), the gradient of a log-density.
 
 def vlb_weight(s: Schedule, t: Tensor, variance: str = "fixed_large") -> Tensor:
@@ -341,7 +340,7 @@ class Prediction(NamedTuple):
     target: Callable[[Schedule, Tensor, Tensor, Tensor, Tensor], Tensor]  # of s, x0, x_t, t, eps
     x0_hat: Callable[[Schedule, Tensor, Tensor, Tensor], Tensor]          # of s, x_t, t, output
 
-PREDICTIONS = {  # one entry is all that another prediction needs
+PREDICTIONS = {  # to add a prediction, add one entry
     "eps": Prediction(lambda s, x0, x_t, t, eps: eps, predict_x0_from_eps),              # ε
     "x0": Prediction(lambda s, x0, x_t, t, eps: x0, lambda s, x_t, t, out: out),         # §3.2
     "mean": Prediction(lambda s, x0, x_t, t, eps: q_posterior_mean_variance(s, x0, x_t, t).mean,
@@ -357,7 +356,7 @@ class Model:
     variance: "fixed_large" or "fixed_small" (§3.2), or "learned" (Table 2): then the network
     returns twice the channels, and the second half is log σ², one number for each dimension.
     clip: Ho et al.'s code, not the paper: x̂_0 is clamped to [−1, 1] before Eq. 7 is applied.
-    ValueError for names that are not there. Fewer steps: `replace(model, s=respace(s, 50))`.
+    ValueError for unknown names. Fewer steps: `replace(model, s=respace(s, 50))`.
     """
     s: Schedule
     net: Network
@@ -373,7 +372,7 @@ class Model:
 def predict_x0(model: Model, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
     """x̂_0(x_t) from the output of the network, and log σ² if it is learned.   [DDPM Eq. 15]
 
-    After `respace` the network is shown, and its output read at, the times of the full schedule.
+    After `respace`, both the network and the formula for x̂_0 use the times of the full schedule.
     """
     full, tau, log_sigma2 = model.s.full or model.s, _at(model.s.times, t), None
     out = model.net(x_t, tau)
@@ -384,7 +383,7 @@ def predict_x0(model: Model, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | N
     return (x0_hat.clamp(-1, 1) if model.clip else x0_hat), log_sigma2
 
 class Reverse(NamedTuple):
-    """p_θ(x_{t−1} | x_t) of Eq. 1 as a Gaussian, with the x̂_0 that belongs to it."""
+    """p_θ(x_{t−1} | x_t) of Eq. 1 as a Gaussian, and the x̂_0 from which it was computed."""
     mean: Tensor
     sigma2: Tensor
     x0_hat: Tensor
@@ -456,11 +455,11 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, sigma2: Tensor
     infinity = 1e30  # a large finite number, because a true ∞ would make gradients NaN
     mean, sigma = _float64(mean), _float64(sigma2).sqrt()
     x0 = ((_float64(x0) + 1) * 127.5).round() / 127.5 - 1  # undoes a rounding to float32
-    lower = torch.where(x0 <= -1, -infinity, x0 - 1 / 255)  # (so written, NaN stays NaN)
+    lower = torch.where(x0 <= -1, -infinity, x0 - 1 / 255)  # in this form NaN stays NaN
     upper = torch.where(x0 >= 1, infinity, x0 + 1 / 255)
     a, b = (lower - mean) / sigma, (upper - mean) / sigma
-    # Φ(b) − Φ(a) = Φ(−a) − Φ(−b). Of the two forms take the one in the left tail, where log Φ
-    # keeps all its digits: log(Φ(b) − Φ(a)) = log Φ(b) + log(1 − exp(log Φ(a) − log Φ(b))).
+    # Φ(b) − Φ(a) = Φ(−a) − Φ(−b). Use whichever form lies in the left tail, where log Φ keeps
+    # all its digits: log(Φ(b) − Φ(a)) = log Φ(b) + log(1 − exp(log Φ(a) − log Φ(b))).
     right = a + b > 0
     a, b = torch.where(right, -b, a), torch.where(right, -a, b)
     log_a, log_b = _log_cdf(a), _log_cdf(b)
@@ -489,7 +488,7 @@ def vlb_term(s: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, p: Gaussian | Reve
     q = q_posterior_mean_variance(s, x0, x_t, t)
     is_first = _column(t == 1, x0)
     # The KL at t = 1 is not used, but `torch.where` differentiates it, and β̃_1 = 0 would make its
-    # gradient NaN. So a 1 is put in its place.
+    # gradient NaN. So a 1 replaces it.
     q = Gaussian(q.mean, torch.where(is_first, 1.0, q.sigma2))
     L_0 = -discretized_gaussian_log_likelihood(x0, p.mean, p.sigma2)
     return torch.where(is_first, L_0, normal_kl(q, p)).flatten(1).sum(1)
@@ -508,8 +507,8 @@ def loss_simple(model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     Returns (B,), to be averaged over a batch in which t is uniform on 1 … T. The factor 1/D is the
     released code's; the paper has none. For t > 1 it is Eq. 12 without its weight, which is largest
     at small t. So L_simple gives the errors at small t, where x_t has little noise, less weight
-    than the bound does. At t = 1 it approximates L_0 (see PAPER.md). A network that predicts
-    something else is compared with that instead of ε (§3.2, Table 2). Algorithm 1 is
+    than the bound does. At t = 1 it approximates L_0 (see PAPER.md). If the network predicts
+    x_0 or μ̃_t, that is the target instead of ε (§3.2, Table 2). Algorithm 1 is
     `train.training_step`, which `train.train` repeats.
     """
     x_t = q_sample(model.s, x0, t, eps)
@@ -530,11 +529,11 @@ def loss_vlb(model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 
 # === §4.3  Progressive coding =====================================================================
 #
-# A sender who knows x_0 transmits x_T, x_{T−1}, …, x_1 and at last x_0 to a receiver who knows only
-# the model. With reverse channel coding a sample of q can be sent to somebody who knows p in about
-# KL(q ‖ p) nats, on average and approximately, which the paper assumes. So the messages have the
-# lengths L_T, L_{T−1}, …, L_1, and the last one L_0, which makes the code lossless. At each time t
-# the receiver has an estimate x̂_0 (Eq. 15).
+# A sender who knows x_0 transmits x_T, x_{T−1}, …, x_1 and finally x_0 to a receiver who knows only
+# the model. Reverse channel coding sends a sample of q in about KL(q ‖ p) nats, on average, to a
+# receiver who knows p; the paper assumes such a code. So the messages have the lengths L_T,
+# L_{T−1}, …, L_1, and the last one L_0, which makes the code lossless. At each time t the receiver
+# has an estimate x̂_0 (Eq. 15).
 
 # --- Algorithm 3: sending -------------------------------------------------------------------------
 
@@ -615,8 +614,8 @@ def interpolate(model: Model, x0: Tensor, other: Tensor, lam: Tensor, t: int, ep
 
     lam: (B,), one λ in [0, 1] for each row of the batch; x0, other: (B, …), the two images in each
     row; t: one number, 500 in the paper; eps, eps_other: the noise that encodes them as x_t and
-    x'_t (Eq. 4), the same for every λ; loop: Algorithm 2, or `ddim_loop`; noise: as there.
-    Yields the states at t, t − 1, …, 0. (Where x_t and x'_t stand, the paper prints x_0 and x'_0.)
+    x'_t (Eq. 4), the same for every λ; loop: Algorithm 2, or `ddim_loop`; noise: as in that loop.
+    Yields the states at t, t − 1, …, 0. (The paper prints x_0 and x'_0 for x_t and x'_t.)
     """
     t = _countdown(model.s.T, t)[0]
     x_t = q_sample(model.s, x0, _all(t, x0), eps)
@@ -630,9 +629,9 @@ def respace(s: Schedule, times: int | Sequence[int]) -> Schedule:
     """β'_i = 1 − ᾱ_{τ_i} / ᾱ_{τ_{i−1}} for n times τ_1 < … < τ_n = T.   [Nichol, Dhariwal 2021]
 
     The schedule of a chain with n steps: ᾱ'_i = ᾱ_{τ_i}, so x_{τ_i} has the distribution (Eq. 4) on
-    which the network was trained. All functions above work with it, but for a learned variance; the
-    network is called with `times[i]` = τ_i. times: the list of the τ, at least two; or their number
-    n, and then they are evenly spaced from 1 to T. ValueError for other times.
+    which the network was trained. All functions above work with it, except with a learned variance;
+    the network is called with `times[i]` = τ_i. times: the list of the τ, at least two; or their
+    number n, and then they are evenly spaced from 1 to T. Otherwise ValueError.
     """
     if times == s.T:
         return s
@@ -656,7 +655,7 @@ def ddim_loop(model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
     ε̂ is the noise that takes x̂_0 to x_t (Eq. 15 inverted). If x̂_0 were x_0, then x_{t−1} would
     have the distribution of Eq. 4 for every η in [0, 1]. With η = 1 this is Algorithm 2 with
     σ_t² = β̃_t, whose mean is Eq. 7. With η = 0 no noise is added, and x_0 is a function of x_T
-    alone. At t = 1 the result is x̂_0. The model's variance has no part in it. The other arguments
+    alone. At t = 1 the result is x̂_0. The model's variance is not used. The other arguments
     and the states are those of `p_sample_loop`.
     """
     s, x_t = model.s, x_T

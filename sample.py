@@ -49,17 +49,17 @@ def choose_sampler(trained: Trained, steps: int | None = None, sampler: str | No
                    clip: bool | None = None) -> Sampler:
     """`ddpm.p_sample_loop` ("ddpm", Algorithm 2) or `ddpm.ddim_loop` ("ddim"), with its choices.
 
-    steps: network calls for each image, T by default. sampler: by default Algorithm 2; with fewer
-    steps and no `variance`, DDIM for a network trained with σ_t² = β_t, which would leave visible
-    noise, or with a learned one. variance, clip: by default as trained. UsageError for what does
-    not go together.
+    steps: network calls per image, T by default. sampler: by default Algorithm 2. With fewer steps
+    and no `variance` it is DDIM, unless the network was trained with σ_t² = β̃_t: noise of variance
+    β_t would remain visible, and a learned variance fits its own steps only. variance, clip: by
+    default as trained. UsageError for choices that exclude each other.
     """
     T, learned = trained.s.T, trained.settings["variance"] == "learned"
     if steps and steps > T:
         raise UsageError(f"--steps {steps} exceeds the network's T = {T}")
     if learned and (variance or sampler == "ddpm" and (steps or T) < T):
-        raise UsageError("a network with learned variance takes it in all its T steps: leave out "
-                         "--variance, and with fewer --steps --sampler ddpm")
+        raise UsageError("a learned variance needs all T steps: omit --variance, and use --sampler "
+                         "ddim with fewer --steps")
     s = ddpm.respace(trained.s, steps or T)
     if sampler is None:
         noisy = s.T < T and not variance and trained.settings["variance"] != "fixed_small"
@@ -80,7 +80,7 @@ def choose_sampler(trained: Trained, steps: int | None = None, sampler: str | No
 def draw_batches(trained: Trained, indices: Sequence[int], seed: int = 0,
                  batch_size: int | None = None, machine: Machine | None = None,
                  progress: Progress | None = None, **how) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """The images of a seed with these numbers, in batches: numbers, uint8 (B, C, H, W) on the CPU.
+    """Yields batches of the images with these numbers: numbers, uint8 (B, C, H, W) on the CPU.
 
     how: the arguments of `choose_sampler`. Under torchrun each process computes a part of each
     batch, and all of them get all images.
@@ -92,7 +92,7 @@ def draw_batches(trained: Trained, indices: Sequence[int], seed: int = 0,
     size, model = machine.world * share, inference_model(model, machine, share, *trained.shape)
     for i in range(0, len(indices), size):
         batch = indices[i:i + size]
-        # A network is compiled for one shape: the last batch is filled up with any images.
+        # A network is compiled for one shape: image 0 fills up the last batch.
         filled = [*batch, *[0] * (size - len(batch))] if machine.compiles else batch
         noise = Noise(seed, filled[machine.share], trained.shape, machine.device)
         for t, x_t, _ in loop(model, noise(0), noise):  # line 1: noise(0) is x_T
@@ -202,7 +202,7 @@ def parse(argv):
     args = parser.parse_mode(argv, lambda args: names[args.figure], READS)
     if args.out.suffix not in ((".png",) if args.figure else (".png", ".pt", "")):
         raise UsageError(f"--out {args.out}: " + ("a figure is a .png file" if args.figure else
-                         "it must end in .png or .pt, or be a folder without a point in its name"))
+                         "it must end in .png or .pt, or be a folder without a dot in its name"))
     args.n = args.n or (8 if args.figure else 64)
     return args
 
@@ -254,7 +254,8 @@ def draw_folder(trained: Trained, sampler: Sampler, how: dict, args, machine: Ma
     if machine.is_main and any(args.out.glob("[0-9]*.png")):
         with reading(note, "the note of these samples"):
             if json.loads(note.read_bytes()) != about:
-                raise ValueError("it tells of others: give another --out")
+                raise ValueError("the folder holds samples with other settings or weights: "
+                                 "give another --out")
     elif machine.is_main:
         with written(note) as file:
             file.write(json.dumps(about).encode())

@@ -42,8 +42,8 @@ from unet import build_network
 # === Settings =====================================================================================
 # One line each: name, default, type and range, meaning. The defaults are the paper's CIFAR-10 run
 # (§4, Appendix B); the warm-up and the gradient clipping are those of the released code; ema_ramp
-# is in neither. A line here is all that a new setting needs: flag, help and checkpoint follow; the
-# name of one that shapes the network goes into `Trained.model_settings`, too.
+# is in neither. To add a setting, add a line: flag, help and checkpoint follow. If it shapes the
+# network, also list its name in `Trained.model_settings`.
 
 SETTINGS = {
     "dataset": ("cifar10", nonblank, f"{', '.join(data.NAMES)}, a .pt file, a folder of pictures "
@@ -70,7 +70,7 @@ SETTINGS = {
     "schedule": ("linear", nonblank, "linear, quadratic or constant β_t, see ddpm.make_schedule"),
     "beta_start": (1e-4, float_between(1e-12, 0.999), "β_1; multiplied by 1000/T if T is not 1000"),
     "beta_end": (0.02, float_between(1e-12, 0.999), "β_T; multiplied by 1000/T if T is not 1000"),
-    "predict": ("eps", tuple(ddpm.PREDICTIONS), "what the network predicts: ε, x_0, μ̃_t (Table 2)"),
+    "predict": ("eps", tuple(ddpm.PREDICTIONS), "what the network predicts: ε, x_0 or μ̃_t"),
     "variance": ("fixed_large", ddpm.VARIANCES, "σ_t²: β_t or β̃_t, or predicted by the network "
                  "(Table 2)"),
     "objective": ("simple", ("simple", "vlb"), "L_simple (Eq. 14), or the bound L (Eq. 5)"),
@@ -95,8 +95,8 @@ RECIPES = {  # what differs for other data sets, and for images of 256×256 pixe
                     lr=2e-5, variance="fixed_small", samples=16),
 }
 MAY_CHANGE = {"dataset", "skip_bad", "steps", "micro_batch", "log_every", "save_every",
-              "sample_every", "samples", "sample_steps", "keep"}  # when a run is resumed;
-RESCUE = {"lr", "grad_clip", "warmup", "seed"}  # with --rescue these, too
+              "sample_every", "samples", "sample_steps", "keep"}  # when a run is resumed
+RESCUE = {"lr", "grad_clip", "warmup", "seed"}                    # only with --rescue
 
 # === Algorithm 1 ==================================================================================
 
@@ -105,7 +105,7 @@ class Run(NamedTuple):
     settings: dict
     images: Tensor                  # the data set, uint8
     net: nn.Module                  # with the parameters θ
-    network: nn.Module              # net as the processes share it, compiled
+    network: nn.Module              # net, wrapped in DDP and torch.compile
     model: ddpm.Model               # p_θ, with this network in the precision of the machine
     ema: nn.Module                  # with the averages of θ, which sampling uses
     adam: torch.optim.Adam
@@ -201,7 +201,7 @@ def batch(run: Run, k: int, mirrored: Tensor) -> Tensor:
 def gradient(run: Run, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """∇_θ of the mean loss, into the .grad of the parameters; returns the losses (B,).
 
-    With --micro-batch in parts, whose gradients add up; the processes exchange them after the last.
+    With --micro-batch gradients accumulate over parts; the processes exchange them after the last.
     """
     run.adam.zero_grad()
     loss_of, losses = OBJECTIVES[run.settings["objective"]], []
@@ -216,7 +216,8 @@ def gradient(run: Run, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     return torch.cat(losses)
 
 def descend(run: Run, k: int) -> Tensor:
-    """A step of Adam, the gradient clipped as in the released code; returns its norm before."""
+    """A step of Adam, the gradient clipped as in the released code. Returns its norm before
+    clipping."""
     run.scaler.unscale_(run.adam)
     norm = nn.utils.clip_grad_norm_(run.net.parameters(), run.settings["grad_clip"])
     run.adam.param_groups[0]["lr"] = learning_rate(run.settings, k)
@@ -228,13 +229,13 @@ def average(run: Run, k: int) -> None:
     """average ← average + (1 − decay) · (θ − average).   [DDPM Appendix B]"""
     update = get_ema_multi_avg_fn(ema_decay(run.settings, k))
     update(list(run.ema.parameters()), list(run.net.parameters()), k)
-    for kept, now in zip(run.ema.buffers(), run.net.buffers()):  # those are not learned
+    for kept, now in zip(run.ema.buffers(), run.net.buffers()):  # are copied, not averaged
         kept.copy_(now)
 
 def learning_rate(settings: dict, k: int) -> float:
     """lr · min(k / warmup, 1), as in the released code, which counts k from 0.
 
-    With --decay it falls at the end, to 0: not in the paper, but a short run is better for it.
+    With --decay it falls to 0 at the end, which is not in the paper, but helps short runs.
     """
     rise, fall = settings["warmup"], settings["decay"] * settings["steps"]
     return settings["lr"] * min(k / rise if rise else 1,
@@ -255,14 +256,14 @@ def permutation(seed: int, epoch: int, n: int, device) -> Tensor:
     return torch.randperm(n, generator=generator).to(device)
 
 def batch_indices(seed: int, n: int, k: int, batch: int, device="cpu") -> Tensor:
-    """The images of step k. Each epoch is a new permutation of all n images; the epochs are joined,
-    and step k takes the k-th batch."""
+    """The images of step k. Each epoch is a new permutation of all n images; the epochs are
+    concatenated, and step k takes the k-th slice."""
     first, last = k * batch, (k + 1) * batch
     return torch.cat([permutation(seed, e, n, device)[max(first - e * n, 0):last - e * n]
                       for e in range(first // n, (last - 1) // n + 1)])
 
 def stopped(machine: Machine) -> bool:
-    """Whether a signal has come to one of the processes: all learn it in the same step."""
+    """Whether any process has received a signal; all agree on it at the same step."""
     agreed = torch.tensor(stop.number)
     if machine.world > 1:
         dist.all_reduce(agreed, dist.ReduceOp.MAX)
@@ -275,8 +276,8 @@ def check(run: Run, step: int, records: list[tuple]) -> float:
     """The mean loss of the last steps. ValueError if it, or the gradient, is not finite.
 
     records: what `training_step` returned since the last line of the log. With fp16 a step that is
-    not finite leaves the weights as they are and halves the scale of the gradients; a scale near 0
-    comes from a long row of such steps. Reading the numbers waits for the device.
+    not finite leaves the weights as they are and halves the scale of the gradients; many such
+    steps in a row drive the scale to 0. Reading the numbers waits for the device.
     """
     bad = lambda record: not (record[0].mean() + record[2]).isfinite()
     if run.scaler.get_scale() < 1e-4 if run.scaler.is_enabled() else bad(records[-1]):
@@ -297,7 +298,7 @@ def save(run: Run, step: int) -> None:
         save_checkpoint(run.folder / "checkpoint.pt", state)
 
 def is_done(path: Path) -> bool:
-    """Whether a file of this name was written; an empty one was not written here."""
+    """Whether this file was written; an empty one is not ours (a full disk may leave it)."""
     return path.exists() and path.stat().st_size > 0
 
 def keep(run: Run, step: int) -> None:
@@ -326,7 +327,7 @@ def restore(run: Run, state: dict) -> int:
     return state["step"]
 
 def note(run: Run, entry: dict) -> None:
-    """Appends an entry to log.jsonl, on the disk before the checkpoint that counts on it."""
+    """Appends an entry to log.jsonl, flushed before the checkpoint that relies on it."""
     run.entries.append(entry)
     with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
@@ -442,8 +443,8 @@ def settle(base: dict, given: dict, shape: tuple[int, int, int]) -> dict:
     return settings
 
 def decide(given: dict, shape: tuple, stored: dict, machine: Machine) -> tuple:
-    """Settings, schedule and --init of a run, from its flags, the shape of an image and, if it is
-    resumed, the checkpoint's settings. UsageError or ValueError for flags that cannot be."""
+    """Settings, schedule and network of a run, from its flags, the shape of an image and, if it is
+    resumed, the checkpoint's settings. UsageError or ValueError for invalid flags."""
     init = load(given["init"], machine=machine) if given.get("init") and not stored else None
     name = given.get("dataset", SETTINGS["dataset"][0])
     own = init.model_settings if init else {}
@@ -461,17 +462,16 @@ def decide(given: dict, shape: tuple, stored: dict, machine: Machine) -> tuple:
     if settings["image_size"] % 2 ** (n := len(settings["multipliers"]) - 1):
         raise UsageError(f"--image-size {settings['image_size']} cannot be halved {n} times, as "
                          f"{n + 1} --multipliers ask")
-    with torch.device("meta"):
-        build_network(settings)
-    return settings, s, init
+    torch.manual_seed(seed_of(settings["seed"], "init"))
+    net = build_network(settings)
+    if init:
+        net.load_state_dict(init.net.state_dict())
+    return settings, s, net
 
 def begin(decided: tuple, images: Tensor, machine: Machine, folder: Path) -> Run:
     """The run that `decide` has decided, before its first step."""
-    settings, s, init = decided
-    torch.manual_seed(seed_of(settings["seed"], "init"))
-    net = build_network(settings).to(machine.device, memory_format=torch.channels_last)
-    if init:
-        net.load_state_dict(init.net.state_dict())
+    settings, s, net = decided
+    net = net.to(machine.device, memory_format=torch.channels_last)
     network = nn.parallel.DistributedDataParallel(net) if machine.world > 1 else net
     part = settings["batch_size"] // machine.world
     part = min(part, settings["micro_batch"] or part)
@@ -484,7 +484,7 @@ def begin(decided: tuple, images: Tensor, machine: Machine, folder: Path) -> Run
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     model = ddpm.Model(s, machine.network(network), settings["predict"], settings["variance"],
-                       clip=False)  # which is for sampling
+                       clip=False)  # clipping is for sampling only
     return Run(settings, images, net, network, model, ema, adam, scaler, machine, folder,
                fingerprint, [])
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 def build_network(settings: dict) -> nn.Module:
-    """The network of a run's settings: put another one here, and every command uses it.
+    """The network of a run's settings: return another one here, and every command uses it.
 
     x_t (B, C, H, W), t (B,) int64 in 1 … T → (B, C, H, W); (B, 2C, H, W) for a learned variance.
     In sampling its convolutions and linear layers are cast to the precision of the machine.
@@ -33,8 +33,8 @@ class UNet(nn.Module):
     multipliers: width of each level, in units of `channels`. blocks: residual blocks in each level
     on the way down; there is one more on the way up. attention: the resolutions with self-attention
     (the middle block always has it), for an image of side image_size: attention levels are fixed at
-    construction. ValueError if `channels` is no multiple of 32, or, later, if H or W is not
-    divisible by 2^(levels − 1).
+    construction. ValueError if `channels` is not a multiple of 32. `forward` raises ValueError if
+    H or W is not divisible by 2^(levels − 1).
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, channels: int = 128,
@@ -90,7 +90,7 @@ class UNet(nn.Module):
                              f"{2 ** (self.levels - 1)}")
         # SiLU comes before the time projection of every block. It is computed once, here.
         dtype = self.time[0].weight.dtype
-        precise = torch.promote_types(dtype, torch.float32)  # 16 bits tell few of the times apart
+        precise = torch.promote_types(dtype, torch.float32)  # 16 bits confuse most times
         emb = F.silu(self.time(time_embedding(t, self.channels, precise).to(dtype)))
         h = self.conv_in(x)
         skips = [h]
@@ -114,7 +114,7 @@ def time_embedding(t: Tensor, width: int, dtype: torch.dtype = torch.float32) ->
 
     t: (B,) → (B, width). This is the released code's variant of the Transformer's position
     encoding. (The original interleaves sines and cosines, and its exponent is −i/half.) The
-    released code counts time from 0 to T − 1, and only here do its count and t = 1 … T meet.
+    released code counts time from 0 to T − 1, so t − 1 is embedded, here and nowhere else.
     """
     half = width // 2
     i = torch.arange(half, device=t.device, dtype=dtype)
@@ -166,7 +166,7 @@ class Attention(nn.Module):
         return x + self.out(h.unflatten(2, x.shape[2:]))
 
 class Downsample(nn.Module):
-    """A 3×3 convolution of stride 2, padded as TensorFlow's SAME: right and bottom only."""
+    """A 3×3 convolution of stride 2, padded like TensorFlow's SAME: right and bottom only."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -195,9 +195,9 @@ class Norm(nn.GroupNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 def initialize(net: UNet) -> None:
-    """Weights uniform with variance 2/(fan_in + fan_out), biases 0; some last layers are 0.
+    """Weights uniform with variance 2/(fan_in + fan_out), biases 0.
 
-    These are the last layer of each residual block, of each attention and of the network, so every
+    The last layer of each residual block, of each attention and of the network is 0, so every
     block begins as its shortcut and the first output is 0. (In the released code the variance of
     these weights is scaled by 10⁻¹⁰.)
     """

@@ -92,11 +92,22 @@ class Parser(argparse.ArgumentParser):
 def own_places(error: BaseException) -> list[traceback.FrameSummary]:
     """Where an error went through this project's files, or the user's; the last one is nearest."""
     return [place for place in traceback.extract_tb(error.__traceback__)
-            if "site-packages" not in place.filename]
+            if not Path(place.filename).is_relative_to(LIBRARY)
+            and "-packages" not in place.filename]
+
+LIBRARY = Path(os.__file__).parent  # Python's own
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {*(f"{name}.py" for name in ("ddpm", "unet", "train", "sample", "evaluate")),
+        "support", "extras", "judge", "page", "tools"}
+PACKAGES = {"PIL": "pillow", "diffusers": "diffusers", "safetensors": "safetensors"}
 
 def is_foreseen(error: BaseException) -> bool:
-    """Whether a line of ours raised it as a ValueError, and not Python or torch."""
-    return isinstance(error, ValueError) and (own_places(error)[-1].line or "").startswith("raise")
+    """Whether a line of this project raised it as a ValueError, and not the user's or a library's.
+    """
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    path = Path(last.filename).resolve()
+    return (isinstance(error, ValueError) and (last.line or "").startswith("raise")
+            and path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in OURS)
 
 def command(main: Callable) -> Callable:
     """Wraps main(argv) → exit status, so that every failure prints one line on stderr.
@@ -126,9 +137,9 @@ def command(main: Callable) -> Callable:
             if os.environ.get("DDPM_TRACEBACK"):
                 raise
             text = one_line(error)
-            if isinstance(error, ModuleNotFoundError):
-                needed = {"PIL": "pillow"}.get(error.name, error.name)
-                text = f"this needs a package that is not installed: pip install {needed}"
+            if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
+                text = ("this needs a package that is not installed: pip install "
+                        f"{PACKAGES[error.name]}")
             elif "out of memory" in text or "can't allocate memory" in text:
                 text = "out of memory: fewer images at a time, or a smaller network, need less"
             elif isinstance(error, getattr(dist, "DistError", ())) or "[gloo" in text:

@@ -70,7 +70,10 @@ class Machine(NamedTuple):
         """`net` computed in this machine's precision, with a float32 result."""
         def call(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-                return net(x, t).float()
+                out = net(x, t)
+            if not isinstance(out, Tensor):
+                raise TypeError(f"the network returned {type(out).__name__}, not a tensor")
+            return out.float()
         return call
 
     def compiled(self, net: nn.Module, *shape: int, default: bool = False) -> nn.Module:
