@@ -5,6 +5,7 @@ The flags and their limits come from the tables of the code.
 """
 import argparse
 import contextlib
+import importlib
 import inspect
 import io
 import os
@@ -22,11 +23,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+import ddpm
 import evaluate
 import sample
 import train
 from extras import compress, weights
-from helpers import HERE, SMALL, TINY, hooked, said, trains
+from helpers import CPU, HERE, SMALL, TINY, hooked, said, trains
 from support import checkpoint, command, data
 from support.command import FLAGS, UsageError
 
@@ -107,11 +109,12 @@ MORE = ["DDPM_TRACEBACK=1"]
 
 @pytest.mark.parametrize("error, status, said", [
     (None, 0, []), (3, 3, []), (SystemExit(4), 4, []), (SystemExit(None), 0, []),
-    (UsageError("flag 5"), 2, ["flag 5"]), (ValueError("value 5\nmore"), 1, ["value 5 more"]),
+    (UsageError("flag 5"), 2, ["flag 5"]), (ValueError("value 5\nmore"), 1, [*MORE, "unforeseen ValueError", "value 5 more"]),
     (OSError("file 5"), 1, ["file 5"]), (KeyError("key 5"), 1, [*MORE, "unforeseen KeyError", "key 5"]),
     (ModuleNotFoundError("No module named 'PIL'", name="PIL"), 1, ["pip install pillow"]),
     (ModuleNotFoundError("No module named 'diffusers'", name="diffusers"), 1, ["pip install diffusers"]),
     (ImportError("cannot import name 'Nett' from 'mynet'", name="mynet"), 1, ["ImportError", "Nett"]),
+    (ModuleNotFoundError("No module named 'mynett'", name="mynett"), 1, ["'mynett'", "test_command.py, line"]),
     (RuntimeError("CUDA out of memory. 5"), 1, ["fewer images"]),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, ["fewer images"]),
     (KeyboardInterrupt(), 128 + signal.SIGINT, []),
@@ -135,6 +138,39 @@ def test_the_status_tells_how_a_command_ended(error, status, said, capsys, monke
         assert seen.value is error
     else:
         assert ends(error) == status
+
+
+NETWORK = """
+import random
+from torch import nn
+
+class Net(nn.Module):
+    def forward(self, x, t):
+        {line}
+"""
+
+
+@pytest.mark.parametrize("line, place, said", [
+    ('raise ValueError("oops")', "net.py, line 7", "ValueError in {}: oops"),
+    ("return random.sample([], 1)", "net.py, line 7", "ValueError in {}: Sample larger"),
+    ("return random.choice([])", "net.py, line 7", "IndexError in {}: "),
+    ("return self.nothing", "net.py, line 7", "AttributeError in {}: 'Net' object has no attribute 'nothing'"),
+    ("return x @ x[:, :, 1:]", "net.py, line 7", "RuntimeError in {}: "),
+    ("x * 2", "machine.py, line", "TypeError in {}"), ("return x, t", "machine.py, line", "the network returned tuple"),
+    ("return x[..., 1:]", "", "(1, 3, 8, 8) torch.float32 meets (1, 3, 8, 7) torch.float32")])
+def test_an_error_of_ones_own_network_is_told_with_its_place(line, place, said, in_a_folder_of_its_own, capsys, monkeypatch):
+    """Also where Python's own library raises it, or it is a ValueError; and what no tensor of this shape is."""
+    monkeypatch.delenv("DDPM_TRACEBACK", raising=False)
+    Path("net.py").write_text(NETWORK.format(line=line))
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.delitem(sys.modules, "net", raising=False)
+    net = CPU.network(importlib.import_module("net").Net())
+
+    @command.command
+    def main(argv):
+        ddpm.predict_x0(ddpm.Model(ddpm.make_schedule(), net), torch.zeros(1, 3, 8, 8), torch.tensor([1]))
+    assert main([]) == 1
+    assert said.format(place) in (err := capsys.readouterr().err) and place in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
