@@ -77,16 +77,15 @@ def choose_sampler(trained: Trained, steps: int | None = None, sampler: str | No
     return Sampler(model, ddpm.p_sample_loop, f"Algorithm 2 with σ_t² {model.variance}, {calls}")
 
 @torch.no_grad()
-def draw_batches(trained: Trained, indices: Sequence[int], seed: int = 0,
+def draw_batches(trained: Trained, sampler: Sampler, indices: Sequence[int], seed: int = 0,
                  batch_size: int | None = None, machine: Machine | None = None,
-                 progress: Progress | None = None, **how) -> Iterator[tuple[Sequence[int], Tensor]]:
+                 progress: Progress | None = None) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Yields batches of the images with these numbers: numbers, uint8 (B, C, H, W) on the CPU.
 
-    how: the arguments of `choose_sampler`. Under torchrun each process computes a part of each
-    batch, and all of them get all images.
+    Under torchrun each process computes a part of each batch, and all of them get all images.
     """
     machine = machine or start_machine(str(next(trained.net.parameters()).device))
-    model, loop, _ = choose_sampler(trained, **how)
+    model, loop, _ = sampler
     share = min(batch_size or (256 if machine.device.type == "cuda" else 16),
                 -(-len(indices) // machine.world)) or 1
     size, model = machine.world * share, inference_model(model, machine, share, *trained.shape)
@@ -100,9 +99,13 @@ def draw_batches(trained: Trained, indices: Sequence[int], seed: int = 0,
                 progress.update(i + len(batch) * (1 - t / model.s.T))
         yield batch, machine.gather(data.to_uint8(x_t), len(filled))[:len(batch)]
 
-def draw_samples(trained: Trained, n: int, *arguments, **options) -> Tensor:
-    """Images 0 … n − 1 of a seed: uint8 (n, C, H, W) on the CPU. Arguments as in `draw_batches`."""
-    return torch.cat([x for _, x in draw_batches(trained, range(n), *arguments, **options)])
+def draw_samples(trained: Trained, n: int, seed: int = 0, batch_size: int | None = None,
+                 machine: Machine | None = None, progress: Progress | None = None,
+                 **how) -> Tensor:
+    """Images 0 … n − 1 of a seed: uint8 (n, C, H, W) on the CPU. how: as in `choose_sampler`."""
+    batches = draw_batches(trained, choose_sampler(trained, **how), range(n), seed, batch_size,
+                           machine, progress)
+    return torch.cat([images for _, images in batches])
 
 # === The figures ==================================================================================
 
@@ -216,14 +219,13 @@ def main(argv=None) -> int:
     machine.agree("weights", lambda: weights_hash(trained).hex())
     if args.time and args.time > trained.s.T:
         raise UsageError(f"--time {args.time} exceeds the network's T = {trained.s.T}")
-    how = dict(steps=args.steps, sampler=args.sampler, eta=args.eta, variance=args.variance,
-               clip=False if args.no_clip else None)
-    sampler = choose_sampler(trained, **how)
+    sampler = choose_sampler(trained, args.steps, args.sampler, args.eta, args.variance,
+                             False if args.no_clip else None)
     if machine.is_main:
         say(f"{trained.source}, T = {trained.s.T}: {sampler.about}")
     if not args.out.suffix:
         with locked(args.out) if machine.is_main else nullcontext():
-            draw_folder(trained, sampler, how, args, machine)
+            draw_folder(trained, sampler, args, machine)
     else:  # the file is opened before the work, and only the main process writes it
         with written(args.out) if machine.is_main else nullcontext(io.BytesIO()) as file:
             if args.figure:
@@ -232,8 +234,9 @@ def main(argv=None) -> int:
                     picture = args.figure(trained, sampler, args, machine)
             else:
                 progress = Progress(args.n, "samples", quiet=not machine.is_main)
-                picture = draw_samples(trained, args.n, args.seed, args.batch_size, machine,
-                                       progress, **how)
+                batches = draw_batches(trained, sampler, range(args.n), args.seed, args.batch_size,
+                                       machine, progress)
+                picture = torch.cat([images for _, images in batches])
             if args.out.suffix == ".pt":
                 torch.save(picture, buffer := io.BytesIO())
                 file.write(buffer.getbuffer())
@@ -243,7 +246,7 @@ def main(argv=None) -> int:
         say(f"{args.out} holds {args.n} {'row' if args.figure else 'sample'}{'s' * (args.n > 1)}")
     return 0
 
-def draw_folder(trained: Trained, sampler: Sampler, how: dict, args, machine: Machine) -> None:
+def draw_folder(trained: Trained, sampler: Sampler, args, machine: Machine) -> None:
     """A PNG for each image. Keeps what is there if samples.json records the same settings."""
     machine.agree("samples that are there", lambda: sorted(args.out.glob("*.png")))
     note, about = args.out / "samples.json", {
@@ -260,8 +263,8 @@ def draw_folder(trained: Trained, sampler: Sampler, how: dict, args, machine: Ma
         with written(note) as file:
             file.write(json.dumps(about).encode())
     progress = Progress(len(missing), "samples", quiet=not machine.is_main)
-    for batch, images in draw_batches(trained, missing, args.seed, args.batch_size, machine,
-                                      progress, **how):
+    for batch, images in draw_batches(trained, sampler, missing, args.seed, args.batch_size,
+                                      machine, progress):
         for i, image in zip(batch, images) if machine.is_main else ():
             with written(args.out / f"{i:06d}.png") as file:
                 file.write(data.png(image))

@@ -362,13 +362,13 @@ def test_the_batches_of_images():
     Watched.seen.clear()
     for indices, size, want in ((range(40), None, [range(16), range(16, 32), range(32, 40)]),
                                 ([3, 9, 4], None, [(3, 9, 4)]), (range(1, 6), 2, [(1, 2), (3, 4), (5,)])):
-        drawn = list(sample.draw_batches(trained, indices, 7, size, CPU))
+        drawn = list(sample.draw_batches(trained, sample.choose_sampler(trained), indices, 7, size, CPU))
         assert asked() == [[*batch] for batch in want]
         assert [tuple(batch) for batch, _ in drawn] == [tuple(batch) for batch in want]
         assert all(len(x) == len(batch) for batch, x in drawn)
 
     def job(machine):
-        shapes = [tuple(x.shape) for _, x in sample.draw_batches(trained, range(5), 7, 1, machine)]
+        shapes = [tuple(x.shape) for _, x in sample.draw_batches(trained, sample.choose_sampler(trained), range(5), 7, 1, machine)]
         return shapes, asked()
     first, second = processes(job)
     assert first == ([(2, 3, 8, 8)] * 2 + [(1, 3, 8, 8)], [[0], [2], [4]]) and second[0] == first[0]
@@ -434,7 +434,7 @@ def test_two_processes_fill_one_folder(small, capsys):
 
     def job(machine):
         args.out = Path(f"f{machine.rank}")
-        sample.draw_folder(small, sample.choose_sampler(small, 2), {"steps": 2}, args, machine)
+        sample.draw_folder(small, sample.choose_sampler(small, 2), args, machine)
         return args.out.exists() and sorted(contents(args.out)), capsys.readouterr().err != ""
     assert processes(job) == [(["000000.png", "000001.png", "000002.png", "samples.json"], True), (False, False)]
     assert contents("f0")["000001.png"] == data.png(sample.draw_samples(small, 2, 7, 1, CPU, steps=2)[1])
