@@ -106,11 +106,13 @@ def make_schedule(T: int = 1000, kind: str = "linear",
     kind: "linear"; "quadratic", where √β_t rises in equal steps; "constant", where every β_t is
     beta_end; or a branch that you add. Not in the paper: for T ≠ 1000 both ends are multiplied by
     1000/T (and are at most 0.999), because T = 100 with the paper's β would leave ᾱ_T = 0.36.
-    ValueError for an unknown kind, T < 2, β ≤ 0, and if ᾱ_T > 10⁻³: p(x_T) = N(0, I) would then be
-    far from q(x_T | x_0).
+    ValueError for an unknown kind, T < 2, β that are ≤ 0 or fall, and if ᾱ_T > 10⁻³: p(x_T) =
+    N(0, I) would then be far from q(x_T | x_0).
     """
-    if T < 2 or not (beta_start > 0 and beta_end > 0):
-        raise ValueError(f"T = {T}, β from {beta_start} to {beta_end}: it needs T ≥ 2 and β > 0")
+    if T < 2 or not (beta_start > 0 and beta_end > 0) or (
+            kind != "constant" and beta_start > beta_end):
+        raise ValueError(f"T = {T}, β from {beta_start} to {beta_end}: it needs T ≥ 2 and β > 0 "
+                         "that do not fall")
     first, last = (min(beta * 1000 / T, 0.999) for beta in (beta_start, beta_end))
     if kind == "linear":
         betas = torch.linspace(first, last, T, dtype=torch.float64)
@@ -140,6 +142,11 @@ def _at(table: Tensor, t: Tensor) -> Tensor:
                          f" as in s.to({str(t.device)!r})")
     return table.index_select(0, t)
 
+def _network_times(s: Schedule, t: Tensor) -> Tensor:
+    """`times` at t = 1 … T. IndexError for t = 0, as of code that counts from 0: there x_0 is all
+    signal, and no network predicts its noise."""
+    return _at(s.times[1:], t - 1)
+
 def _column(c: Tensor, x: Tensor) -> Tensor:
     """c (B,), a number per image, as (B, 1, …, 1), to multiply x (B, …). ValueError if not B."""
     if len(c) != len(x):
@@ -148,7 +155,13 @@ def _column(c: Tensor, x: Tensor) -> Tensor:
 
 def _like(c: Tensor, x: Tensor) -> Tensor:
     """The same in the dtype of x: a coefficient, computed in float64, is rounded here, once."""
-    return _column(c, x).to(x.dtype)
+    return _column(c, _floating(x)).to(x.dtype)
+
+def _floating(x: Tensor) -> Tensor:
+    """x itself. ValueError for integers: a coefficient would be rounded to 0 or 1."""
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}: images are floats in [−1, 1]")
+    return x
 
 def _same(x: Tensor, *others: Tensor) -> None:
     """ValueError unless x, ε, z or what the network returns have one shape and a floating dtype."""
@@ -281,7 +294,7 @@ def prior_kl(s: Schedule, x0: Tensor) -> Tensor:
 
 def _float64(x: Tensor) -> Tensor:
     """x in float64, because bounds sum over thousands of dimensions; on the CPU if x is on MPS."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
+    return _floating(x.cpu() if x.device.type == "mps" else x).double()
 
 # === §3.2  The reverse process and L_{1:T−1} ======================================================
 
@@ -374,10 +387,11 @@ def predict_x0(model: Model, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | N
 
     After `respace`, both the network and the formula for x̂_0 use the times of the full schedule.
     """
-    full, tau, log_sigma2 = model.s.full or model.s, _at(model.s.times, t), None
+    full, tau, log_sigma2 = model.s.full or model.s, _network_times(model.s, t), None
     out = model.net(x_t, tau)
     if model.variance == "learned":
         out, log_sigma2 = out.chunk(2, dim=1)
+        _same(out, log_sigma2)
     _same(x_t, out)
     x0_hat = PREDICTIONS[model.predict].x0_hat(full, x_t, tau, out)
     return (x0_hat.clamp(-1, 1) if model.clip else x0_hat), log_sigma2
@@ -513,7 +527,7 @@ def loss_simple(model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """
     x_t = q_sample(model.s, x0, t, eps)
     target = PREDICTIONS[model.predict].target(model.s, x0, x_t, t, eps)
-    out = model.net(x_t, _at(model.s.times, t))
+    out = model.net(x_t, _network_times(model.s, t))
     _same(target, out)
     return (target - out).square().flatten(1).mean(1)
 
@@ -587,6 +601,7 @@ def receive(model: Model, x_T: Tensor,
         yield State(t + 1, x, p.x0_hat)
         # 3: receive x_t using p_θ(x_t | x_{t+1})
         x = decode(t, p)
+        _same(p.mean, x)
     # 5: return x_0
     yield State(0, x, x)
 
@@ -595,6 +610,7 @@ def distortion(x0: Tensor, x0_hat: Tensor) -> Tensor:
 
     Returns (B,). 127.5 converts from [−1, 1] to the pixel values 0 … 255.
     """
+    _same(x0, x0_hat)
     return 127.5 * (x0 - x0_hat).square().flatten(1).mean(1).sqrt()
 
 # --- Eq. 16: the bound without x_0 ----------------------------------------------------------------
@@ -620,6 +636,7 @@ def interpolate(model: Model, x0: Tensor, other: Tensor, lam: Tensor, t: int, ep
     t = _countdown(model.s.T, t)[0]
     x_t = q_sample(model.s, x0, _all(t, x0), eps)
     other_t = q_sample(model.s, other, _all(t, x0), eps_other)
+    _same(x_t, other_t)
     mixed = (1 - _like(lam, x0)) * x_t + _like(lam, x0) * other_t
     return loop(model, mixed, noise, start=t)
 
@@ -633,6 +650,10 @@ def respace(s: Schedule, times: int | Sequence[int]) -> Schedule:
     the network is called with `times[i]` = τ_i. times: the list of the τ, at least two; or their
     number n, and then they are evenly spaced from 1 to T. Otherwise ValueError.
     """
+    try:
+        times = operator.index(times)
+    except TypeError:
+        times = [operator.index(tau) for tau in times]
     if times == s.T:
         return s
     if isinstance(times, int):
@@ -642,7 +663,8 @@ def respace(s: Schedule, times: int | Sequence[int]) -> Schedule:
         times = torch.linspace(1, s.T, times, dtype=torch.float64).round().long().tolist()
     tau = torch.tensor([0, *times], device=s.times.device)
     if len(tau) < 3 or tau[-1] != s.T or not bool((tau[1:] > tau[:-1]).all()):
-        raise ValueError(f"the times of a chain must rise from 1 or later to T = {s.T}")
+        raise ValueError(f"a chain needs two times or more, which rise from 1 or later to T = {s.T}"
+                         )
     alpha_bars = s.alpha_bars[tau]
     alphas = torch.cat([alpha_bars[:1], alpha_bars[1:] / alpha_bars[:-1]])
     full = s if s.full is None else s.full
@@ -656,8 +678,10 @@ def ddim_loop(model: Model, x_T: Tensor, noise: Callable[[int], Tensor],
     have the distribution of Eq. 4 for every η in [0, 1]. With η = 1 this is Algorithm 2 with
     σ_t² = β̃_t, whose mean is Eq. 7. With η = 0 no noise is added, and x_0 is a function of x_T
     alone. At t = 1 the result is x̂_0. The model's variance is not used. The other arguments
-    and the states are those of `p_sample_loop`.
+    and the states are those of `p_sample_loop`. ValueError for other η.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"η = {eta}: it lies in [0, 1]")
     s, x_t = model.s, x_T
     for t in _countdown(s.T, start):
         now = _all(t, x_t)

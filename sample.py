@@ -55,12 +55,15 @@ def choose_sampler(trained: Trained, steps: int | None = None, sampler: str | No
     default as trained. UsageError for choices that exclude each other.
     """
     T, learned = trained.s.T, trained.settings["variance"] == "learned"
-    if steps and steps > T:
-        raise UsageError(f"--steps {steps} exceeds the network's T = {T}")
-    if learned and (variance or sampler == "ddpm" and (steps or T) < T):
+    steps = T if steps is None else steps
+    if steps != T and not 2 <= steps <= T:
+        raise UsageError(f"--steps {steps}: choose from 2 to the network's T = {T}")
+    if sampler not in (None, "ddpm", "ddim"):
+        raise UsageError(f"no sampler is called {sampler!r}: choose ddpm or ddim")
+    if learned and (variance or sampler == "ddpm" and steps < T):
         raise UsageError("a learned variance needs all T steps: omit --variance, and use --sampler "
                          "ddim with fewer --steps")
-    s = ddpm.respace(trained.s, steps or T)
+    s = ddpm.respace(trained.s, steps)
     if sampler is None:
         noisy = s.T < T and not variance and trained.settings["variance"] != "fixed_small"
         sampler = "ddim" if noisy or eta is not None else "ddpm"
@@ -255,6 +258,9 @@ def draw_folder(trained: Trained, sampler: Sampler, args, machine: Machine) -> N
     missing = [i for i in range(args.n)
                if not data.is_png(args.out / f"{i:06d}.png", trained.shape)]
     if machine.is_main and any(args.out.glob("[0-9]*.png")):
+        if not note.exists():
+            raise ValueError(f"{args.out} has pictures, and no samples.json that says what they "
+                             "are: give another --out")
         with reading(note, "the note of these samples"):
             if json.loads(note.read_bytes()) != about:
                 raise ValueError("the folder holds samples with other settings or weights: "

@@ -1011,6 +1011,25 @@ def edges():
             model, x, x, torch.zeros(3), start, x, x, lambda t: x)), "choose 1 … 10"
     for name, loop in (("p_sample_loop", ddpm.p_sample_loop), ("ddim_loop", functools.partial(ddpm.ddim_loop, eta=1.0))):
         yield name, lambda loop=loop: list(loop(model, x, lambda t: few)), "one shape"
+    for name, call in (("loss_simple", ddpm.loss_simple), ("loss_vlb", ddpm.loss_vlb)):  # t = 0 … T − 1, as others count
+        yield name, lambda call=call: call(model, x, t - 1, x), ""
+    yield "p_mean_variance", lambda: ddpm.p_mean_variance(model, x, t - 1), ""
+    learned = lambda c: Model(s, lambda x, t: torch.zeros(3, c), variance="learned")
+    for c in (2, 3, 5):
+        yield "learned", lambda c=c: ddpm.p_mean_variance(learned(c), x, t), "one shape"
+    yield "distortion", lambda: ddpm.distortion(x, x[:, :1]), "one shape"
+    yield "interpolate", lambda: list(ddpm.interpolate(model, x, x[:, :1], torch.zeros(3), 5, x, few[:, :1].expand(3, 1),
+                                                       lambda t: x)), "one shape"
+    yield "receive", lambda: list(ddpm.receive(model, x, lambda t, p: few)), "one shape"
+    for name, call in (("q_mean_variance", lambda: ddpm.q_mean_variance(s, whole, t)), ("prior_kl", lambda: ddpm.prior_kl(s, whole)),
+                       ("vlb_term", lambda: ddpm.vlb_term(s, whole, x, t, gaussian))):
+        yield name, call, "floats"
+    for eta in (-0.5, 1.5, float("nan")):
+        yield "ddim_loop", lambda eta=eta: list(ddpm.ddim_loop(model, x, None, eta=eta)), "[0, 1]"
+    for times in ([10], [0, 5, 10], [5, 5, 10], [5, 1], [1, 11]):
+        yield "respace", lambda times=times: ddpm.respace(s, times), "two times or more"
+    for kind in ("linear", "quadratic"):
+        yield "make_schedule", lambda kind=kind: ddpm.make_schedule(10, kind, 0.02, 1e-4), "do not fall"
 
 
 def test_what_would_broadcast_or_wrap_is_refused():
@@ -1021,6 +1040,18 @@ def test_what_would_broadcast_or_wrap_is_refused():
         with pytest.raises((ValueError, IndexError, RuntimeError)) as refusal:
             call()
         assert said in str(refusal.value), name
+    for times in (1.5, [1.0, 5.0, 10.0], "5", torch.tensor([1.0, 10.0])):
+        with pytest.raises((TypeError, ValueError)):
+            ddpm.respace(ddpm.make_schedule(10), times)
+
+
+def test_fewer_steps_are_meant_by_their_values():
+    """As numbers or times of NumPy or torch, or in any sequence."""
+    s, steps = ddpm.make_schedule(10), torch.tensor(4)
+    want = ddpm.respace(s, 4)
+    for times in (steps, steps.int(), (1, 4, 7, 10), range(1, 11, 3), torch.arange(1, 11, 3)):
+        same(ddpm.respace(s, times).betas, want.betas)
+    assert ddpm.respace(s, torch.tensor(10)) is s
 
 
 def test_nan_is_no_likelihood():

@@ -58,7 +58,7 @@ SETTINGS = {
     "warmup": (5000, int_between(0, 10 ** 9), "steps in which the learning rate rises from 0"),
     "decay": (0.0, float_between(0, 1), "the last part of --steps in which the rate falls to 0"),
     "grad_clip": (1.0, float_between(1e-12, 1e9), "maximum norm; larger gradients are rescaled"),
-    "ema": (0.9999, float_between(0, 1), "decay of the averaged weights, which sampling uses"),
+    "ema": (0.9999, float_between(0, 1 - 1e-9), "decay of the average of the weights, for sampling"),
     "ema_ramp": (True, bool, "warm the EMA decay up: (1 + k)/(10 + k) in step k, at most --ema"),
     "dropout": (0.1, float_between(0, 0.99), "probability of dropout in each residual block"),
     "channels": (128, int_between(1, 4096), "width of the U-Net's first level, a multiple of 32"),
@@ -356,7 +356,7 @@ def log(run: Run, step: int, records: list[tuple], seconds: float) -> None:
 def log_entries(folder: Path) -> list[dict]:
     """The entries of log.jsonl. Skips lines that are not valid, as a kill may leave one."""
     path, entries = folder / "log.jsonl", []
-    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8-sig", "replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             entry = json.loads(line)
             if entry["step"] > 0:
@@ -524,6 +524,9 @@ def main(argv=None) -> int:
     given = parse(argv)
     name = given.get("dataset", SETTINGS["dataset"][0])
     folder = given["out"] or Path("runs", Path(name.removesuffix(".pt")).resolve().name)
+    if Path(name).is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
+        raise UsageError(f"--out {folder} lies in {name}: its grids would become pictures of the "
+                         "data set")
     machine = start_machine(given["device"], given["precision"], given["compile"])
     machine.agree("command line", given)
     if given["deterministic"]:
@@ -547,9 +550,11 @@ def main(argv=None) -> int:
         if "steps" in changes and state["step"] > (1 - stored["decay"]) * stored["steps"]:
             raise UsageError("--steps: the learning rate of this run has begun to fall (--decay), "
                              f"and would jump up: give --init {folder} and another --out")
-        if not state and (any(folder.glob("ema-*.pt")) or any(folder.glob("samples-*.png"))):
-            raise ValueError(f"{folder} has weights or grids of a run, and no checkpoint: give "
-                             "another --out, or delete them")
+        later = f"{state['step']:07d}" if state else ""
+        for file in [*folder.glob("ema-[0-9]*.pt"), *folder.glob("samples-[0-9]*.png")]:
+            if file.stem.split("-")[1] > later:
+                raise ValueError(f"{file} is of a later step than the checkpoint, if any: give "
+                                 "another --out, or delete it")
         known = {"dataset": name, "image_size": None, "skip_bad": False, **stored, **given}
         shape = data.shape(known["dataset"], known["image_size"])
         decided = decide(given, shape, stored, machine)  # before hours of decoding
