@@ -231,6 +231,31 @@ def test_a_folder_with_the_files_of_another_run_is_refused(capsys):
     trains(*SMALL, "--steps", 1, "--out", "only")
 
 
+def test_files_of_later_steps_than_the_checkpoint_are_refused(capsys):
+    """An older checkpoint put back, and another rate: the averages and grids of the abandoned steps would pass for
+    those of the new ones. A picture of one's own is none of them."""
+    flags = [*SMALL, "--keep", 1, "--samples", 1, "--sample-steps", 2, "--sample-every", 1]
+    trains(*flags, "--steps", 1)
+    folder, old = Path("runs/images"), Path("runs/images/checkpoint.pt").read_bytes()
+    (folder / "samples-mine.png").write_bytes(b"")
+    trains(*flags, "--steps", 3)
+    (folder / "checkpoint.pt").write_bytes(old)
+    for name in ("ema-0000003.pt", "ema-0000002.pt", "samples-0000003.png", "samples-0000002.png"):
+        trains(*flags, "--steps", 3, "--rescue", "--lr", 1e-5, expect=1)
+        assert "later step" in (line := said(capsys)) and "--out" in line
+        (folder / name).unlink()
+    trains(*flags, "--steps", 3, "--rescue", "--lr", 1e-5)
+    assert checkpoint(folder)["ema"].keys() == load_checkpoint(folder / "ema-0000003.pt")["ema"].keys()
+
+
+def test_a_run_inside_its_pictures_is_refused(capsys):
+    """Its first grid would be a picture of the data set when it is resumed."""
+    Path("photos").mkdir()
+    for out in ("photos", "photos/run", "photos/../photos/a/b"):
+        trains("--dataset", "photos", "--out", out, "--steps", 1, expect=2)
+        assert "--out" in said(capsys) and not list(Path("photos").iterdir())
+
+
 def test_log_is_cut_back_to_the_checkpoint(capsys):
     """Lines after the checkpoint, and half a line, are gone when the run goes on; so is a line that
     a power cut has filled with zeros, and a file that is half written. A run that has no more to do says which flag gives it more."""

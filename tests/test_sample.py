@@ -440,6 +440,14 @@ def test_two_processes_fill_one_folder(small, capsys):
     assert contents("f0")["000001.png"] == data.png(sample.draw_samples(small, 2, 7, 1, CPU, steps=2)[1])
 
 
+def test_unknown_choices_from_python_are_refused(small):
+    """A sampler by another name is no Algorithm 2; no number of steps means another."""
+    for how, part in (({"sampler": "DDIM"}, "DDIM"), ({"sampler": "euler"}, "euler"), ({"steps": 0}, "0"), ({"steps": 1}, "1"),
+                      ({"sampler": "ddim", "eta": 5.0}, "5"), ({"eta": -1}, "-1")):
+        with pytest.raises(ValueError, match=part):
+            sample.draw_samples(small, 1, 0, 1, CPU, **how)
+
+
 def test_samples_of_another_kind_are_not_mixed(run, capsys):
     """Of another seed, sampler, precision or other weights, or of what no readable note tells: these
     are refused, nothing is drawn, and the folder stays as it is."""
@@ -531,7 +539,7 @@ def test_flags_and_their_defaults():
     ("--time 5", 2, "--interpolate"), ("--shared --time 3", 2, "--interpolate"), ("--dataset grey.pt", 2, "--interpolate"),
     ("--progressive --dataset a", 2, "--interpolate"), ("--sampler ddpm --eta 0.5", 2, "--eta ddim"),
     ("--sampler ddim --variance fixed_small", 2, "--variance"), ("--eta 1.1", 2, "--eta"), ("--eta -0.1", 2, "--eta"),
-    ("--sampler euler", 2, "--sampler euler"), ("--variance learned", 2, "--variance learned"),
+    ("--sampler euler", 2, "--sampler euler"), ("--steps 1", 2, "--steps 1"), ("--variance learned", 2, "--variance learned"),
     ("--out images.pt/x.png", 1, "images.pt/x.png")])
 def test_mistakes_are_one_line(run, capsys, flags, status, parts):
     """Wrong endings, impossible steps, a dataset of another shape, what does not go together: each line
