@@ -19,12 +19,10 @@ numbers = st.integers(0, 2 ** 32)  # seeds of tensors: hypothesis draws the case
 
 
 def randn(seed: int, *shape) -> torch.Tensor:
-    """Standard normal numbers from this seed."""
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def at(t: int, n: int = 1) -> torch.Tensor:
-    """The time t for n rows."""
     return torch.full((n,), t)
 
 

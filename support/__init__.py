@@ -1,5 +1,4 @@
-"""What every program needs, one subject per file. Import it before torch: it reports a missing one.
-"""
+"""What every program needs, one subject per file. Imported before torch, it reports its lack."""
 import signal
 import threading
 import warnings

@@ -56,8 +56,8 @@ class Machine(NamedTuple):
             dist.barrier(patient)
 
     def agree(self, on: str, *what) -> None:
-        """ValueError in every process unless all pass the same `what`; `on` names it. A function
-        stands for its result, which a single process does not compute."""
+        """ValueError in every process unless all pass the same `what`; `on` names it. A callable
+        counts by its result, and is not called in a single process."""
         if self.world == 1:
             return
         what = [x() if callable(x) else x for x in what]

@@ -68,7 +68,7 @@ def refuses(*argv, status=1) -> str:
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert weights.main([*map(str, argv)]) == status
     line, = said.getvalue().splitlines()
-    assert line.startswith("weights.py: ") and "unexpected" not in line
+    assert line.startswith("weights.py: ") and "unexpected " not in line
     return line
 
 
@@ -153,6 +153,13 @@ class Code:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def test_an_error_of_build_network_is_not_blamed_on_the_folder(folder, monkeypatch, capsys):
+    """One's own network there may be wrong: it is told with its place."""
+    monkeypatch.setattr(weights, "build_network", lambda settings: 1 / 0)
+    assert weights.main([str(folder), str(folder / "run")]) == 1
+    assert "unexpected ZeroDivisionError in test_weights.py" in capsys.readouterr().err
 
 
 def test_no_pickled_code_is_run(folder, tmp_path):
