@@ -992,25 +992,25 @@ def edges():
     gaussian, whole = Gaussian(x, torch.ones(3, 1)), torch.ones(3, 2, dtype=torch.int64)
     for name, two in (("q_step", ddpm.q_step), ("q_sample", ddpm.q_sample), ("predict_x0_from_eps", ddpm.predict_x0_from_eps),
                       ("predict_eps_from_x0", ddpm.predict_eps_from_x0), ("predict_x0_from_mean", ddpm.predict_x0_from_mean)):
-        yield name, lambda two=two: two(s, x, t, few), "one shape"
-        yield name, lambda two=two: two(s, x, t, x[:, :1]), "one shape"
+        yield name, lambda two=two: two(s, x, t, few), "same shape"
+        yield name, lambda two=two: two(s, x, t, x[:, :1]), "same shape"
         yield name, lambda two=two: two(s, whole, t, x), "floats"
         yield name, lambda two=two: two(s, x, t[:1], x), "one time per image"
         for bad in (t - 2, t + 8, t.float(), t / 2):
             yield name, lambda two=two, bad=bad: two(s, x, bad, x), ""
-    yield "posterior", lambda: ddpm.q_posterior_mean_variance(s, few, x, t), "one shape"
-    yield "p_sample", lambda: ddpm.p_sample(gaussian, few), "one shape"
+    yield "posterior", lambda: ddpm.q_posterior_mean_variance(s, few, x, t), "same shape"
+    yield "p_sample", lambda: ddpm.p_sample(gaussian, few), "same shape"
     for out in (few, x[:, :1], x[:, 0], whole):
         for name, call in (("p_mean_variance", lambda m: ddpm.p_mean_variance(m, x, t)),
                            ("loss_simple", lambda m: ddpm.loss_simple(m, x, t, x))):
-            yield name, lambda call=call, out=out: call(Model(s, lambda x, t: out)), "one shape"
+            yield name, lambda call=call, out=out: call(Model(s, lambda x, t: out)), "same shape"
     for start in (0, -5, 11, 10 ** 9):
         for name, loop in (("p_sample_loop", ddpm.p_sample_loop), ("ddim_loop", ddpm.ddim_loop)):
             yield name, lambda loop=loop, start=start: list(loop(model, x, lambda t: x, start)), "choose 1 … 10"
         yield "interpolate", lambda start=start: list(ddpm.interpolate(
             model, x, x, torch.zeros(3), start, x, x, lambda t: x)), "choose 1 … 10"
     for name, loop in (("p_sample_loop", ddpm.p_sample_loop), ("ddim_loop", functools.partial(ddpm.ddim_loop, eta=1.0))):
-        yield name, lambda loop=loop: list(loop(model, x, lambda t: few)), "one shape"
+        yield name, lambda loop=loop: list(loop(model, x, lambda t: few)), "same shape"
 
 
 def test_what_would_broadcast_or_wrap_is_refused():
