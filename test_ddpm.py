@@ -994,7 +994,7 @@ def edges():
                       ("predict_eps_from_x0", ddpm.predict_eps_from_x0), ("predict_x0_from_mean", ddpm.predict_x0_from_mean)):
         yield name, lambda two=two: two(s, x, t, few), "same shape"
         yield name, lambda two=two: two(s, x, t, x[:, :1]), "same shape"
-        yield name, lambda two=two: two(s, whole, t, x), "floats"
+        yield name, lambda two=two: two(s, whole, t, x), "floating point"
         yield name, lambda two=two: two(s, x, t[:1], x), "one time per image"
         for bad in (t - 2, t + 8, t.float(), t / 2):
             yield name, lambda two=two, bad=bad: two(s, x, bad, x), ""
