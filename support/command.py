@@ -48,7 +48,7 @@ FLAGS = {  # shared by several commands
     "--checkpoint": dict(type=nonblank, help="a checkpoint or its folder (default: newest run)"),
     "--no-ema": dict(action="store_true", help="use the last weights instead of their average"),
     "--data-dir": dict(type=nonblank, default="data", help="data folder (default: data)"),
-    "--steps": dict(type=positive_int, help="network calls per sample, at times evenly spaced from "
+    "--steps": dict(type=positive_int, help="network calls per image, at times evenly spaced from "
                     "T to 1 (default: all T)"),
     "--no-clip": dict(action="store_true", help="do not clip x̂_0 to [−1, 1] (the paper has no "
                       "clipping; the authors' code clips)"),
