@@ -160,15 +160,16 @@ def _like(c: Tensor, x: Tensor) -> Tensor:
 def _floating(x: Tensor) -> Tensor:
     """x itself. ValueError for integers: a coefficient would be rounded to 0 or 1."""
     if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}: images are floats in [−1, 1]")
+        raise ValueError(f"x is {x.dtype}: images are floating point, in [−1, 1]")
     return x
 
 def _same(x: Tensor, *others: Tensor) -> None:
     """ValueError unless x, ε, z or what the network returns have one shape and a floating dtype."""
     for other in others:
         if x.shape != other.shape or not (x.is_floating_point() and other.is_floating_point()):
-            raise ValueError(f"{tuple(x.shape)} {x.dtype} meets {tuple(other.shape)} {other.dtype}:"
-                             " x, ε, z and what the network returns have one shape and are floats")
+            raise ValueError(f"shapes or dtypes differ: {tuple(x.shape)} {x.dtype} and "
+                             f"{tuple(other.shape)} {other.dtype}: x, ε, z and the network's "
+                             "output must have the same shape and be floating point")
 
 def _countdown(T: int, start: int | None) -> range:
     """The times start (T) … 1. ValueError if they do not begin in 1 … T."""

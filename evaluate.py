@@ -3,9 +3,9 @@
     python evaluate.py --terms 20                      bits/dim from 21 network calls per image
     python evaluate.py --n 64                          all T terms; rate-distortion.csv, Table 4
     python evaluate.py --fid --n 50000                 FID and Inception score of 50,000 samples
-    python evaluate.py --fid --samples samples.pt      the same for images made before
+    python evaluate.py --fid --samples samples.pt      the same for existing samples
 
-All noise is a function of seed, image and t, so the same command gives the same numbers.
+All noise is a function of seed, image and t: the same command gives the same numbers.
 """
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/
 # === Bits/dim, rate and distortion ================================================================
 
 def strata(T: int, K: int) -> list[tuple[int, int]]:
-    """2 … T cut into at most K ranges (first, last), whose ends are spaced as the logarithm of t.
+    """Cuts 2 … T into at most K ranges (first, last), evenly spaced in log t.
 
-    L_{t−1} is largest at small t, and the ranges are short there.
+    So they are short at small t, where L_{t−1} is largest.
     """
     ends = [2]
     for k in range(1, K + 1):
@@ -49,8 +49,8 @@ def estimate(model: ddpm.Model, x0: Tensor, index: range, seed: int, K: int,
              noise: Noise) -> Tensor:
     """L_T + Σ_k length_k · L_{t_k−1} + L_0, t_k uniform in the k-th of K strata.   [DDPM Eq. 5]
 
-    It is unbiased for Eq. 5, whatever the strata are. x0: 8-bit images (B, …); index: their numbers
-    in the data set; noise: theirs → (B, 3) nats: L_T, L_1 + … + L_{T−1}, L_0.
+    Unbiased for Eq. 5 with any strata. x0: 8-bit images (B, …); index: their numbers in the data
+    set; noise: theirs → (B, 3) nats: L_T, L_1 + … + L_{T−1}, L_0.
     """
     s, terms = model.s, []
     for k, (first, last) in enumerate([(1, 1), *strata(s.T, K)]):
@@ -70,8 +70,8 @@ def spread(values: Tensor) -> str:
 
 @torch.no_grad()
 def likelihood(trained: Trained, images: Tensor, machine: Machine, args, table) -> None:
-    """Prints the parts of Eq. 5 in bits/dim. With all T terms, also rate and distortion over t,
-    which go into `table`, a file."""
+    """Prints the parts of Eq. 5 in bits/dim and, with all T terms, writes rate and distortion over
+    t to the file `table`."""
     model = inference_model(trained.model, machine)
     if args.no_clip:
         model = replace(model, clip=False)
@@ -99,7 +99,7 @@ def likelihood(trained: Trained, images: Tensor, machine: Machine, args, table) 
         progress.update(min((i + len(index)) * machine.world, n))
     bits = ddpm.bits_per_dim(machine.gather(torch.cat(parts), n), images)
     if not bits.isfinite().all():
-        raise ValueError("the bound is not finite: what the network returns is not")
+        raise ValueError("the bound is not finite: the network's output is not")
     curve = None if args.terms else machine.gather(torch.cat(curves), n)
     if not machine.is_main:
         return
@@ -112,10 +112,10 @@ def likelihood(trained: Trained, images: Tensor, machine: Machine, args, table) 
         rate_distortion(curve, images, args.out / "rate-distortion.png", table)
 
 def rate_distortion(curve: Tensor, images: Tensor, plot: Path, table) -> None:
-    """§4.3: rate (bits/dim) and distortion (RMSE) at every t, as CSV and plot; Table 4's rows."""
+    """§4.3: writes rate (bits/dim) and distortion (RMSE) at every t, plots them, prints Table 4."""
     T = curve.shape[1]
     rate = ddpm.bits_per_dim(curve[..., 0].mean(0), images).tolist()
-    rmse = curve[..., 1].square().mean(0).sqrt().tolist()  # the root of the mean over all images
+    rmse = curve[..., 1].square().mean(0).sqrt().tolist()  # root of the mean over all images
     print(f"rate {rate[-1]:.4f} bits/dim at a distortion of RMSE {rmse[-1]:.4f} of 255\n"
           "  reverse step T−t+1   rate bits/dim   RMSE   (Table 4)")
     for step in sorted({max(1, round(T * part)) for part in (1, 0.9, 0.8, 0.5, 0.1)}, reverse=True):
@@ -135,15 +135,15 @@ def rate_distortion(curve: Tensor, images: Tensor, plot: Path, table) -> None:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """‖μ_a − μ_b‖² + tr(C_a + C_b − 2 (C_a C_b)^½), a and b features (N, F).   [Heusel et al. 2017]
 
-    With centred features A/√(N − 1), whose rows are images, C_a = AᵀA. Then tr (C_a C_b)^½ is the
-    sum of the singular values of A Bᵀ, since their squares are the eigenvalues of C_a C_b. This
-    needs no matrix square root, and is exact for singular covariances too. A QR factorisation first
-    reduces each A to at most F rows. ValueError for N < 2.
+    Let A be the centred features over √(N − 1), a row per image: C_a = AᵀA. Then tr (C_a C_b)^½ is
+    the sum of the singular values of A Bᵀ, because their squares are the eigenvalues of C_a C_b.
+    This needs no matrix square root and is exact for singular covariances too. A QR factorisation
+    first reduces each A to at most F rows. ValueError for N < 2.
     """
     roots, means = [], []
     for x in (a.double(), b.double()):
         if len(x) < 2:
-            raise ValueError(f"a covariance needs two images or more, not {len(x)}")
+            raise ValueError(f"a covariance needs at least two images, not {len(x)}")
         centred = (x - x.mean(0)) / math.sqrt(len(x) - 1)
         roots.append(torch.linalg.qr(centred, mode="r").R if len(x) > x.shape[1] else centred)
         means.append(x.mean(0))
@@ -152,20 +152,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return ((means[0] - means[1]).square().sum() + traces - 2 * cross).clamp(min=0).item()
 
 def inception_score(p: Tensor, splits: int = 10) -> tuple[float, float]:
-    """exp E KL(p(y | x) ‖ p(y)) for p (N, classes), in splits: mean, deviation.   [Salimans 2016]
-
-    ValueError if there are fewer images than splits.
-    """
-    if len(p) < splits:
-        raise ValueError(f"the Inception score in {splits} splits needs {splits} images or more, "
-                         f"not {len(p)}")
+    """exp E KL(p(y | x) ‖ p(y)), p (N, classes), N ≥ splits: mean, deviation.   [Salimans 2016]"""
     scores = torch.stack([
         (torch.special.xlogy(q, q) - torch.special.xlogy(q, q.mean(0))).sum(1).mean().exp()
         for q in torch.tensor_split(p.double(), splits)])
     return scores.mean().item(), scores.std(correction=0).item()
 
 def load_inception(path: str | None, data_dir: str, machine: Machine):
-    """The original Inception network as TorchScript, given or downloaded and verified."""
+    """The original Inception network as TorchScript: from `path`, or downloaded and verified."""
     file = Path(path or Path(data_dir, Path(INCEPTION[0]).name))
     if not path:
         with machine.main_first():
@@ -173,17 +167,16 @@ def load_inception(path: str | None, data_dir: str, machine: Machine):
     warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")
     with reading(file, f"the TorchScript network of {INCEPTION[0]}"):
         if not path and hashlib.sha256(file.read_bytes()).hexdigest() != INCEPTION[1]:
-            raise ValueError("its SHA-256 is another, and it is code: delete it")
+            raise ValueError("wrong SHA-256, and the file is code: delete it")
         return torch.jit.load(str(file), map_location=machine.device).eval()
 
 @torch.no_grad()
 def inception_outputs(net, images: Tensor, machine: Machine, batch: int, what: str,
                       *wanted: str) -> list[Tensor]:
-    """What the network returns for uint8 images, grey ones as RGB, if it is called with each of
-    these flags: return_features for the features (N, F), no_output_bias for the probabilities of
-    the classes (N, classes)."""
+    """The network's outputs for uint8 images, grey ones as RGB, called with each of these flags:
+    return_features gives features (N, F), no_output_bias class probabilities (N, classes)."""
     if len(images) < machine.world:
-        raise ValueError(f"{len(images)} images cannot be shared by {machine.world} processes")
+        raise ValueError(f"{len(images)} images are too few for {machine.world} processes")
     rows, mine = [], range(len(images))[machine.share]
     progress = Progress(len(images), what, quiet=not machine.is_main)
     for i in range(0, len(mine), batch):
@@ -191,13 +184,13 @@ def inception_outputs(net, images: Tensor, machine: Machine, batch: int, what: s
         rows.append([net(x, **{flag: True}).cpu().double() for flag in wanted])
         if any(y.shape[:1] != x.shape[:1] or y.dim() != 2 or not y.isfinite().all()
                for y in rows[-1]):
-            raise ValueError("the Inception network returns no finite rows of numbers, one per "
-                             "image: it is another network")
+            raise ValueError("the Inception network must return a finite row of numbers per image: "
+                             "this is another network")
         progress.update(min((i + len(x)) * machine.world, len(images)))
     return [machine.gather(torch.cat(x), len(images)) for x in zip(*rows)]
 
 def scores(net, made: Tensor, images: Tensor, about: str, machine: Machine, args) -> None:
-    """Prints the Inception score of samples, and their FID against `images`."""
+    """Prints the Inception score of the samples `made`, and their FID against `images`."""
     features, probabilities = inception_outputs(net, made, machine, args.batch_size, "samples seen",
                                                 "return_features", "no_output_bias")
     real, = inception_outputs(net, images, machine, args.batch_size, "images seen",
@@ -210,40 +203,39 @@ def scores(net, made: Tensor, images: Tensor, about: str, machine: Machine, args
         mean, deviation = inception_score(probabilities)
         print(f"Inception score {mean:.3f} ± {deviation:.3f} ({count}; deviation over 10 splits)")
     if min(len(made), len(images)) < 50_000:
-        say(f"warning: the paper's scores are of 50,000 samples; with {len(made)} samples and "
+        say(f"warning: the paper uses 50,000 samples; with {len(made)} samples and "
             f"{len(images)} images FID is biased upwards")
 
 # === The command ==================================================================================
 
 DATA = "data_dir dataset split skip_bad batch_size device "
 NETWORK = "checkpoint no_ema no_clip seed precision n "
-READS = {  # what is evaluated → the flags that matter to it
+READS = {  # what is evaluated → the flags that it uses
     "bits/dim": DATA + NETWORK + "out", "bits/dim with --terms": DATA + NETWORK + "terms",
     "--fid": DATA + NETWORK + "fid steps compile inception out",
     "--fid of --samples and --dataset": DATA + "fid samples inception",
     "--fid of --samples": DATA + "fid samples inception checkpoint"}
 
 def parse(argv):
-    """The flags of evaluate.py."""
     parser = Parser(__doc__, "--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip",
                     "--seed", "--batch-size", "--device", "--precision", "--compile")
     parser.add_argument("--dataset", type=nonblank, help="as in train.py (default: the run's)")
-    parser.add_argument("--split", choices=tuple(data.SPLITS), help="which images of the data "
-                        "set; val/, valid/ or validation/ of a folder are its val, and its test if "
-                        "there is no test/ (default: test; train for --fid)")
-    parser.add_argument("--skip-bad", action="store_true", help="go on without the pictures of a "
-                        "folder that cannot be read (default: as the run)")
-    parser.add_argument("--n", type=positive_int, help="images (default: all of the split); with "
-                        "--fid, samples (default: 50,000)")
+    parser.add_argument("--split", choices=tuple(data.SPLITS), help="split of the data set; "
+                        "val/, valid/ or validation/ in a folder is its val split, and its test "
+                        "split if there is no test/ (default: test; train for --fid)")
+    parser.add_argument("--skip-bad", action="store_true", help="skip the pictures of a folder "
+                        "that cannot be read (default: as in the run)")
+    parser.add_argument("--n", type=positive_int, help="number of images (default: all); "
+                        "with --fid, of samples (default: 50,000)")
     parser.add_argument("--terms", type=positive_int, help="estimate the bound from L_0 and one "
                         "t in each of this many ranges of t (default: compute all T terms)")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of "
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for "
                         "rate-distortion.csv (default: the current one)")
     parser.add_argument("--fid", action="store_true", help="FID and Inception score")
-    parser.add_argument("--samples", type=Path, help="with --fid: the images, from sample.py --out "
-                        "X.pt or a folder (default: draw them)")
-    parser.add_argument("--inception", help="with --fid: the TorchScript file (default: it is "
-                        "downloaded)")
+    parser.add_argument("--samples", type=Path, help="with --fid: existing samples, a .pt file "
+                        "of sample.py or a folder of pictures (default: draw them)")
+    parser.add_argument("--inception", help="with --fid: the TorchScript file (default: "
+                        "download it)")
     def mode(args) -> str:
         if args.fid and args.samples:
             return f"--fid of --samples{' and --dataset' * bool(args.dataset)}"
@@ -256,7 +248,6 @@ def parse(argv):
 
 @command
 def main(argv=None) -> int:
-    """Evaluates a trained network: see the text at the head of this file."""
     args = parse(argv)
     machine = start_machine(args.device, args.precision, args.compile)
     machine.agree("command line", vars(args))
@@ -279,9 +270,9 @@ def main(argv=None) -> int:
     if args.terms and args.terms > trained.s.T - 1:
         raise UsageError(f"--terms {args.terms}: L_1 … L_(T−1) are {trained.s.T - 1} terms")
     shape = trained.shape if made is None else tuple(made.shape[1:])
-    first = 0 if made is None else 1  # (to Inception grey images are RGB)
+    first = 0 if made is None else 1  # Inception sees grey images as RGB
     if tuple(images.shape[1 + first:]) != shape[first:]:
-        raise ValueError(f"the images of {name} are {tuple(images.shape[1:])}, those of "
+        raise ValueError(f"images of {name} are {tuple(images.shape[1:])}, those of "
                          f"{args.samples or trained.source} {shape}")
     if machine.is_main:
         print(plain(f"{args.samples or trained.source}; {name}, {about}"))

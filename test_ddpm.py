@@ -992,38 +992,38 @@ def edges():
     gaussian, whole = Gaussian(x, torch.ones(3, 1)), torch.ones(3, 2, dtype=torch.int64)
     for name, two in (("q_step", ddpm.q_step), ("q_sample", ddpm.q_sample), ("predict_x0_from_eps", ddpm.predict_x0_from_eps),
                       ("predict_eps_from_x0", ddpm.predict_eps_from_x0), ("predict_x0_from_mean", ddpm.predict_x0_from_mean)):
-        yield name, lambda two=two: two(s, x, t, few), "one shape"
-        yield name, lambda two=two: two(s, x, t, x[:, :1]), "one shape"
-        yield name, lambda two=two: two(s, whole, t, x), "floats"
+        yield name, lambda two=two: two(s, x, t, few), "same shape"
+        yield name, lambda two=two: two(s, x, t, x[:, :1]), "same shape"
+        yield name, lambda two=two: two(s, whole, t, x), "floating point"
         yield name, lambda two=two: two(s, x, t[:1], x), "one time per image"
         for bad in (t - 2, t + 8, t.float(), t / 2):
             yield name, lambda two=two, bad=bad: two(s, x, bad, x), ""
-    yield "posterior", lambda: ddpm.q_posterior_mean_variance(s, few, x, t), "one shape"
-    yield "p_sample", lambda: ddpm.p_sample(gaussian, few), "one shape"
+    yield "posterior", lambda: ddpm.q_posterior_mean_variance(s, few, x, t), "same shape"
+    yield "p_sample", lambda: ddpm.p_sample(gaussian, few), "same shape"
     for out in (few, x[:, :1], x[:, 0], whole):
         for name, call in (("p_mean_variance", lambda m: ddpm.p_mean_variance(m, x, t)),
                            ("loss_simple", lambda m: ddpm.loss_simple(m, x, t, x))):
-            yield name, lambda call=call, out=out: call(Model(s, lambda x, t: out)), "one shape"
+            yield name, lambda call=call, out=out: call(Model(s, lambda x, t: out)), "same shape"
     for start in (0, -5, 11, 10 ** 9):
         for name, loop in (("p_sample_loop", ddpm.p_sample_loop), ("ddim_loop", ddpm.ddim_loop)):
             yield name, lambda loop=loop, start=start: list(loop(model, x, lambda t: x, start)), "choose 1 … 10"
         yield "interpolate", lambda start=start: list(ddpm.interpolate(
             model, x, x, torch.zeros(3), start, x, x, lambda t: x)), "choose 1 … 10"
     for name, loop in (("p_sample_loop", ddpm.p_sample_loop), ("ddim_loop", functools.partial(ddpm.ddim_loop, eta=1.0))):
-        yield name, lambda loop=loop: list(loop(model, x, lambda t: few)), "one shape"
+        yield name, lambda loop=loop: list(loop(model, x, lambda t: few)), "same shape"
     for name, call in (("loss_simple", ddpm.loss_simple), ("loss_vlb", ddpm.loss_vlb)):  # t = 0 … T − 1, as others count
         yield name, lambda call=call: call(model, x, t - 1, x), ""
     yield "p_mean_variance", lambda: ddpm.p_mean_variance(model, x, t - 1), ""
     learned = lambda c: Model(s, lambda x, t: torch.zeros(3, c), variance="learned")
     for c in (2, 3, 5):
-        yield "learned", lambda c=c: ddpm.p_mean_variance(learned(c), x, t), "one shape"
-    yield "distortion", lambda: ddpm.distortion(x, x[:, :1]), "one shape"
+        yield "learned", lambda c=c: ddpm.p_mean_variance(learned(c), x, t), "same shape"
+    yield "distortion", lambda: ddpm.distortion(x, x[:, :1]), "same shape"
     yield "interpolate", lambda: list(ddpm.interpolate(model, x, x[:, :1], torch.zeros(3), 5, x, few[:, :1].expand(3, 1),
-                                                       lambda t: x)), "one shape"
-    yield "receive", lambda: list(ddpm.receive(model, x, lambda t, p: few)), "one shape"
+                                                       lambda t: x)), "same shape"
+    yield "receive", lambda: list(ddpm.receive(model, x, lambda t, p: few)), "same shape"
     for name, call in (("q_mean_variance", lambda: ddpm.q_mean_variance(s, whole, t)), ("prior_kl", lambda: ddpm.prior_kl(s, whole)),
                        ("vlb_term", lambda: ddpm.vlb_term(s, whole, x, t, gaussian))):
-        yield name, call, "floats"
+        yield name, call, "floating point"
     for eta in (-0.5, 1.5, float("nan")):
         yield "ddim_loop", lambda eta=eta: list(ddpm.ddim_loop(model, x, None, eta=eta)), "[0, 1]"
     for times in ([10], [0, 5, 10], [5, 5, 10], [5, 1], [1, 11]):

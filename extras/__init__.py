@@ -1,1 +1,1 @@
-"""What a reader of the paper does not need: `python -m extras.NAME`, from the root."""
+"""Beyond the paper: `python -m extras.NAME`, from the root."""

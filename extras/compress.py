@@ -1,13 +1,13 @@
 """Algorithms 3 and 4 with real bits: lossless files whose first bytes already show the picture.
 
     python -m extras.compress encode picture.png picture.ddpm     with the newest run's network
-    python -m extras.compress decode picture.ddpm picture.png     all of it: lossless
+    python -m extras.compress decode picture.ddpm picture.png     lossless
     python -m extras.compress decode --bytes 64 picture.ddpm early.png     x̂_0 from 64 bytes
     python -m extras.compress measure --n 20                      sizes, errors of test images
 
-To send a sample of q(x_{t−1} | x_t, x_0) to a receiver who knows p_θ(x_{t−1} | x_t) only, both draw
-the same candidates from p_θ, and the sender writes the number of one (`choose`). For the same bits
-on both sides the network runs in float64, and its outputs are rounded. docs/coding.md says more.
+To send a sample of q(x_{t−1} | x_t, x_0) to a receiver who knows only p_θ(x_{t−1} | x_t), both draw
+the same candidates from p_θ, and the sender writes the number of one (`choose`). The network runs
+in float64 and its outputs are rounded, so both sides compute the same bits. See docs/coding.md.
 """
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ STEPS, CLASSES, BLOCK, BITS = 20, 8, 1024, 16
 # === The arithmetic code ==========================================================================
 
 class Code:
-    """An arithmetic code, read from `content` or else written, in a time linear in its length.
+    """An arithmetic code, read from `content` or else written, in time linear in its length.
 
-    The symbols so far are an interval of numbers in [0, 1): `sent`, and behind it 16 bytes, as an
-    integer, in [low, low + width), where 2^120 ≤ width ≤ 2^128. What is 2^128 or more is a carry
-    into `sent`; the carries are kept beside it, and are added at the end.
+    The symbols so far are an interval of numbers in [0, 1): the bytes `sent`, followed by 16 bytes
+    that as an integer lie in [low, low + width), 2^120 ≤ width ≤ 2^128. If low reaches 2^128, it
+    carries into `sent`; the carries are kept separately and added at the end.
     """
 
     def __init__(self, content: bytes | None = None):
@@ -52,9 +52,9 @@ class Code:
         self.sent, self.carries = bytearray(), bytearray()
 
     def __call__(self, frequencies: list[int], symbol: int = 0) -> int:
-        """Writes a symbol, or reads one, and returns it. The frequencies sum to 2^16.
+        """Writes or reads a symbol, and returns it. The frequencies sum to 2^16.
 
-        EOFError if the bytes to be read allow more than one symbol.
+        EOFError if the bytes read so far allow more than one symbol.
         """
         unit = self.width >> BITS
         if self.content is not None:
@@ -76,7 +76,7 @@ class Code:
         return symbol
 
     def to_bytes(self) -> bytes:
-        """The fewest bytes after which, whatever follows, a number lies in the interval."""
+        """The fewest bytes that determine a number in the interval, whatever follows them."""
         for n in itertools.count():
             value = -(-self.low >> (less := 128 - 8 * n))                         # rounded up
             if value + 1 << less <= self.low + self.width:
@@ -84,22 +84,22 @@ class Code:
                 return ((sent << 8 * n) + value).to_bytes(len(self.sent) + n, "big")
 
 def frequencies(p: Tensor) -> Tensor:
-    """Whole numbers above 0 with sum 2^16, as proportional to p (n, …) ≥ 0 as they can be."""
+    """Positive integers with sum 2^16, as nearly proportional to p (n, …) ≥ 0 as possible."""
     found = (p / p.sum(0) * (2 ** BITS - len(p))).floor().long() + 1
     rest = 2 ** BITS - found.sum(0, keepdim=True)
     return found.scatter_add(0, found.argmax(0, keepdim=True), rest)
 
-# === A sample of q for somebody who knows p =======================================================
+# === A sample of q for a receiver who knows p =====================================================
 
 def rounded(x: Tensor) -> Tensor:
-    """x to multiples of 2⁻¹⁶, which are the same on every machine."""
+    """x rounded to multiples of 2⁻¹⁶, which are the same on every machine."""
     return (x * 2 ** 16).round() / 2 ** 16
 
-# Φ⁻¹ of 65,536 numbers, of which 16 random bits choose: torch.randn differs between machines.
+# Φ⁻¹ of 65,536 numbers, selected by 16 random bits: torch.randn differs between machines.
 NORMAL = rounded(torch.special.ndtri((torch.arange(65536).double() + 0.5) / 65536)).float()
 
 def candidates(key: tuple, block: int, n: int) -> Tensor:
-    """z_i ~ N(0, I) for the numbers i of a block: (BLOCK, n), a function of key and block."""
+    """z_i ~ N(0, I) for each i of a block: (BLOCK, n), a function of key and block."""
     g = torch.Generator().manual_seed(seed_of("candidates", key, block))
     words = torch.empty(BLOCK * n // 4, dtype=torch.int64).random_(-2 ** 63, None, generator=g)
     return NORMAL[words.view(torch.int16).int() + 32768].view(BLOCK, n)
@@ -128,21 +128,21 @@ def zipf(kl: float, b: int) -> list[int]:
 def transmit(trained: Trained, code: Code, b: int, picture: Tensor | None = None):
     """Algorithm 3 if there is a picture, uint8 (C, H, W), else Algorithm 4, by the same lines.
 
-    `code` writes a symbol and returns it, or returns the one that it reads. Yields the states of
-    `ddpm.receive`, which the sender computes as the receiver does; the last one is the picture.
+    `code` writes a symbol, or reads one, and returns it. Yields the states of `ddpm.receive`, which
+    both sides compute alike; the last one is the picture.
     """
     T, ratio = trained.s.T, min(125, trained.s.T)
     times = sorted({round(T * ratio ** (i / (STEPS - 1) - 1)) for i in range(STEPS)})
     s = ddpm.respace(trained.s, times)
     net = copy.deepcopy(trained.net).double().requires_grad_(False)
     x, scale = torch.zeros(1, *trained.shape, dtype=torch.float64), 0
-    x0 = x if picture is None else data.to_model(picture[None]).double()  # only the sender's
+    x0 = x if picture is None else data.to_model(picture[None]).double()  # only the sender has it
 
     def message(t: int, mean: Tensor, sigma: Tensor, wanted: Tensor) -> Tensor:
         """x_t ~ N(wanted, σ²), for a receiver who knows only N(mean, σ²)."""
         nonlocal x, scale
         delta = ((wanted - mean) / sigma).flatten()
-        # The KL, ‖δ‖²/2, comes first, in half octaves, which change little from step to step.
+        # First the KL, ‖δ‖²/2, in half octaves, which change little from step to step.
         law = frequencies(2.0 ** -(torch.arange(64) - scale).abs()).tolist()
         kl = delta.square().sum().item() / math.log(4)
         scale = code(law, min(63, round(2 * math.log2(1 + kl))))
@@ -158,7 +158,7 @@ def transmit(trained: Trained, code: Code, b: int, picture: Tensor | None = None
         return x
 
     def last(mean: Tensor, x0_hat: Tensor) -> Tensor:
-        """x_0, exactly, with the 256 probabilities of Eq. 13 for each pixel."""
+        """x_0, exactly, with Eq. 13's 256 probabilities per pixel."""
         contrast = F.max_pool2d(x0_hat, 3, 1, 1) + F.max_pool2d(-x0_hat, 3, 1, 1)
         levels, pixels = data.to_model(torch.arange(256)[:, None]), bytearray(x.numel())
         for part in contrast.flatten().argsort(stable=True).chunk(CLASSES):
@@ -172,7 +172,7 @@ def transmit(trained: Trained, code: Code, b: int, picture: Tensor | None = None
                 pixels[i] = code(law, pixel)
         check = zlib.crc32(pixels).to_bytes(4, "big")
         if [code([256] * 256, byte) for byte in check] != list(check):
-            raise EOFError("the pixels do not fit their checksum")
+            raise EOFError("the pixels do not match their checksum")
         return data.to_model(torch.frombuffer(pixels, dtype=torch.uint8).view_as(x))
 
     def receive(t: int, p: ddpm.Reverse) -> Tensor:
@@ -185,12 +185,15 @@ def transmit(trained: Trained, code: Code, b: int, picture: Tensor | None = None
     model = replace(trained.model, s=s, net=lambda x, t: rounded(net(x, t)), variance="fixed_small")
     return ddpm.receive(model, x_T, receive)
 
+class BadFile(ValueError):
+    """These bytes are not a file of this version and network, or are damaged."""
+
 def header(trained: Trained, b: int, length: int) -> bytes:
-    """How a file begins that was made with this network and goes on for `length` bytes."""
+    """The header of a file made with this network, before a body of `length` bytes."""
     return MAGIC + bytes([b]) + weights_hash(trained)[:4] + length.to_bytes(3, "big")
 
 def encode(trained: Trained, picture: Tensor, b: int = 12, quiet: bool = True) -> bytes:
-    """A picture, uint8 (C, H, W), as a file. ValueError if it has not the network's size."""
+    """A picture, uint8 (C, H, W), as the bytes of a file. ValueError for another shape."""
     if tuple(picture.shape) != trained.shape:
         raise ValueError(f"the network takes {trained.shape}, C×H×W, not {tuple(picture.shape)}")
     code, progress = Code(), Progress(STEPS, "steps", quiet=quiet)
@@ -199,25 +202,25 @@ def encode(trained: Trained, picture: Tensor, b: int = 12, quiet: bool = True) -
     return header(trained, b, len(body := code.to_bytes())) + body
 
 def decode(trained: Trained, content: bytes) -> tuple[Tensor, int]:
-    """The picture, or x̂_0 of the last x_t that the bytes determine; and its step, 0 if whole.
+    """The picture, or x̂_0 of the last x_t that the bytes determine; and its step, 0 if complete.
 
-    ValueError for another file or network, or damage (not in a part: the checksum comes last).
-    EOFError if the bytes are too few to show anything.
+    BadFile for another file or network, or damage (not in the first part of a file: the checksum
+    comes last). EOFError for too few bytes to show anything.
     """
     if content[:5] != MAGIC or len(content) < HEADER or not 1 <= content[5] <= 16:
-        raise ValueError(f"it is none of this version, or less than the first {HEADER} bytes")
+        raise BadFile(f"not a file of this version, or fewer than its first {HEADER} bytes")
     body, length = content[HEADER:], int.from_bytes(content[10:HEADER], "big")
     if content[:HEADER] != header(trained, content[5], length):
-        raise ValueError("it was made with another network: give its --checkpoint")
+        raise BadFile("made with another network: give its --checkpoint")
     if len(body) > min(length, 4 * STEPS * math.prod(trained.shape)):  # no code is longer
-        raise ValueError("it is damaged")
+        raise BadFile("damaged")
     code, state = Code(body), None
     with contextlib.suppress(EOFError):
         for state in transmit(trained, code, content[5]):
             pass
     done = bool(state) and state.t == 0
     if done != (len(body) == length) or done and code.to_bytes() != body:
-        raise ValueError("it is damaged")
+        raise BadFile("damaged")
     if not state:
         raise EOFError(f"{len(content)} bytes are too few to show anything")
     return data.to_uint8(state.x0_hat)[0], state.t
@@ -229,9 +232,9 @@ RIVALS = {"PNG": dict(format="PNG", optimize=True),
           **{f"JPEG, quality {q}": dict(format="JPEG", quality=q) for q in (5, 25, 75)}}
 
 def measure(trained: Trained, images: Tensor, b: int) -> Tensor:
-    """Prints bytes, bits/dim and RMSE of files, of their beginnings and of other formats.
+    """Prints bytes, bits/dim and RMSE of files, of their first bytes and of other formats.
 
-    Returns a picture: what CUTS and all bytes show of the first eight images, a row each.
+    Returns a picture: the first eight images, a row each, from each of CUTS and from all bytes.
     """
     Image, _ = data.pillow()
     rows, shown, progress = {}, [], Progress(len(images), "images")
@@ -260,15 +263,14 @@ def measure(trained: Trained, images: Tensor, b: int) -> Tensor:
 
 @command
 def main(argv=None) -> int:
-    """Writes a file, reads one, or measures: see the text at the head of this file."""
     parser = Parser(__doc__, "--checkpoint", "--data-dir")
     parser.add_argument("action", choices=("encode", "decode", "measure"))
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="the one to read, and "
-                        "the one to write: a .png and a file of this program, or the reverse")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="the one to read and "
+                        "the one to write: a .png and a compressed file, or the reverse")
     parser.add_argument("--b", type=int_between(1, 16), help="2^b candidates (default: 12)")
-    parser.add_argument("--bytes", type=positive_int, help="decode only the first so many bytes")
-    parser.add_argument("--n", type=positive_int, help="images of measure (default: 20)")
-    args = parser.parse_intermixed_args(argv)  # flags may stand before and between the files
+    parser.add_argument("--bytes", type=positive_int, help="decode only the first N bytes")
+    parser.add_argument("--n", type=positive_int, help="images to measure (default: 20)")
+    args = parser.parse_intermixed_args(argv)  # allows flags between the files
     if len(args.files) != 2 * (args.action != "measure"):
         raise UsageError("encode and decode take two FILEs, measure none")
     source, target = args.files or (None, Path("compress.png"))
@@ -277,10 +279,10 @@ def main(argv=None) -> int:
         raise UsageError(f"{args.action} would overwrite what it reads: give two different FILEs")
     for flag, actions in {"b": "encode measure", "bytes": "decode", "n": "measure"}.items():
         if getattr(args, flag) and args.action not in actions:
-            raise UsageError(f"--{flag} does not go with {args.action}")
+            raise UsageError(f"--{flag} has no effect on {args.action}")
     trained = load(args.checkpoint, True, start_machine("cpu"))
     if trained.settings["variance"] == "learned":
-        raise ValueError("a network with learned variance takes all T steps: too many bits")
+        raise ValueError("a network with learned variance needs all T steps: too many bits")
     if args.action == "measure" and "dataset" not in trained.settings:
         raise UsageError("measure needs a run of train.py, whose data set has test images")
     with written(target) as file:  # opened before the work
@@ -294,16 +296,19 @@ def main(argv=None) -> int:
                 lost = {"16 bits": any("16" in part[3] for part in image.tile),
                         "transparency": image.has_transparency_data, "frames": image.is_animated,
                         f"mode {image.mode}": image.mode not in ("L", "RGB")}
-                if any(lost.values()):
-                    names = ", ".join(name for name in lost if lost[name])
-                    raise ValueError(f"8 bits of grey or RGB would be kept, without its {names}")
-                content = encode(trained, data.pixels(image), args.b or 12, False)
+                if names := ", ".join(name for name in lost if lost[name]):
+                    raise ValueError(f"only 8-bit grey or RGB can be encoded; this has {names}")
+                picture = data.pixels(image)
+            content = encode(trained, picture, args.b or 12, False)
             file.write(content)
             said = f"has {len(content)} bytes"
         else:
-            with reading(source, "a file of compress.py"):
+            with reading(source, "a compressed picture"):
                 content = source.read_bytes()[:args.bytes]
+            try:
                 picture, t = decode(trained, content)
+            except (BadFile, EOFError) as error:
+                raise ValueError(f"{source} cannot be decoded: {error}") from error
             file.write(data.png(picture))
             total = HEADER + int.from_bytes(content[10:HEADER], "big")
             said = f"shows what {len(content)} of {total} bytes tell: " + (

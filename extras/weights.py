@@ -1,11 +1,11 @@
-"""Weights in the layout of the library diffusers, in and out (pip install diffusers).
+"""Converts weights from and to the layout of diffusers (pip install diffusers).
 
     python -m extras.weights google/ddpm-ema-cifar10-32 runs/official   in, from the hub
-    python -m extras.weights FOLDER runs/mine                           in, from a folder of theirs
+    python -m extras.weights FOLDER runs/mine                           in, from its folder
     python -m extras.weights runs/cifar10 FOLDER                        out, to such a folder
 
-What is converted is a checkpoint like any other: sample.py and evaluate.py take it, train.py --init
-starts from it. The folder is one that DDPMPipeline.from_pretrained opens.
+The result is a checkpoint like any other: sample.py and evaluate.py use it, train.py --init starts
+from it. DDPMPipeline.from_pretrained opens the folder.
 """
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from torch import nn
 import ddpm
 from unet import Attention, Block, UNet, build_network
 
-# Their words for choices here, and their schedulers of chains that were trained as the paper's.
+# Names of our choices in diffusers, and its schedulers of chains that were trained as the paper's.
 WORDS = {"schedule": {"constant": "linear", "linear": "linear", "quadratic": "scaled_linear"},
          "predict": {"eps": "epsilon", "x0": "sample"},
          "variance": {"fixed_small": "fixed_small", "fixed_large": "fixed_large"}}
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 
 def unet_config(settings: dict) -> dict:
-    """What a UNet2DModel is made with that computes the same function."""
+    """The arguments of a UNet2DModel that computes the same function."""
     side, c = settings["image_size"], settings["in_channels"]
     down = [("Attn" if side // 2 ** level in settings["attention"] else "") + "DownBlock2D"
             for level in range(len(settings["multipliers"]))]
@@ -44,7 +44,7 @@ def unet_config(settings: dict) -> dict:
         norm_eps=1e-6)
 
 def scheduler_config(settings: dict) -> dict:
-    """What a DDPMScheduler is made with. KeyError if it does not know a choice."""
+    """The arguments of a DDPMScheduler. KeyError for a choice that it does not have."""
     theirs, T = {key: words[settings[key]] for key, words in WORDS.items()}, settings["timesteps"]
     betas = ddpm.make_schedule(T, settings["schedule"], settings["beta_start"],
                                settings["beta_end"]).betas.tolist()
@@ -53,7 +53,7 @@ def scheduler_config(settings: dict) -> dict:
                 variance_type=theirs["variance"], clip_sample=settings.get("clip", True))
 
 def settings_of(config: dict, scheduler: dict) -> dict:
-    """The settings that are read off these two; whether they hold for all of it is seen later."""
+    """The settings that these two imply; the caller verifies them."""
     ours = {key: {theirs: ours for ours, theirs in words.items()} for key, words in WORDS.items()}
     widths, side, T = (config["block_out_channels"], config["sample_size"],
                        scheduler["num_train_timesteps"])
@@ -72,12 +72,12 @@ def settings_of(config: dict, scheduler: dict) -> dict:
 def from_diffusers(path: Path, cache: Path) -> tuple[UNet, dict]:
     """A UNet2DModel and its scheduler as a UNet and settings.
 
-    path: a folder (unet/ and scheduler/, or flat), or a model on the hub, which is downloaded once
-    into `cache`. ValueError unless both networks return the same for the same x_t and t, and both
-    schedules have the same β_t.
+    path: a folder (unet/ and scheduler/, or flat), or a model on the hub, downloaded once into
+    `cache`. ValueError unless both networks have the same output for the same x_t and t, and both
+    schedules the same β_t.
     """
     import diffusers
-    diffusers.logging.set_verbosity(50)  # what matters is raised here
+    diffusers.logging.set_verbosity(50)  # errors are raised here
     if not path.exists():
         try:
             path = Path(diffusers.DDPMPipeline.download(path.as_posix(), cache_dir=cache))
@@ -86,12 +86,12 @@ def from_diffusers(path: Path, cache: Path) -> tuple[UNet, dict]:
                           f"{one_line(error.__cause__ or error)}") from error
     unet, chain = (path / part if (path / part).is_dir() else path
                    for part in ("unet", "scheduler"))
-    with reading(chain / "scheduler_config.json", "a scheduler of DDPM"):
+    with reading(chain / "scheduler_config.json", "a DDPM scheduler"):
         given = diffusers.DDPMScheduler.load_config(chain)
         if given.get("_class_name") not in SCHEDULERS:
-            raise ValueError(f"it is of {given.get('_class_name')}, not of {', '.join(SCHEDULERS)}")
+            raise ValueError(f"it is a {given.get('_class_name')}, not a {' or '.join(SCHEDULERS)}")
         scheduler = getattr(diffusers, given["_class_name"]).from_config(given)
-    with reading(unet / "config.json", "a network and its chain that are known here"):
+    with reading(unet / "config.json", "a supported network and chain"):
         theirs, report = diffusers.UNet2DModel.from_pretrained(
             unet, output_loading_info=True, low_cpu_mem_usage=False)
         if wrong := [f"{what}: {keys[0]}" for what, keys in report.items() if keys]:
@@ -100,8 +100,9 @@ def from_diffusers(path: Path, cache: Path) -> tuple[UNet, dict]:
         known = {**unet_config(settings), "clip_sample_range": 1.0, "thresholding": False}
         for key, value in {**theirs.config, **scheduler.config}.items():
             if value != known.get(key, value):
-                raise ValueError(f"{key} is {value!r}, and here it can only be {known[key]!r}")
-        net, weights = build_network(settings).eval(), theirs.float().state_dict()
+                raise ValueError(f"{key} is {value!r}, but only {known[key]!r} is supported")
+    net, weights = build_network(settings).eval(), theirs.float().state_dict()
+    with reading(unet / "config.json", "a supported network and chain"):
         own = net.state_dict()
         net.load_state_dict({here: weights[there].reshape(own[here].shape)
                              for here, there in names(net).items()})
@@ -109,15 +110,15 @@ def from_diffusers(path: Path, cache: Path) -> tuple[UNet, dict]:
         x = torch.arange(2.0 * settings["in_channels"] * side ** 2).sin().view(2, -1, side, side)
         with torch.no_grad():
             a, b = net(x, t), theirs(x, t - 1).sample
-        if not (a - b).abs().max() <= 1e-4 * b.abs().max():  # as with numbers that are not finite
-            raise ValueError("it computes another function than this network")
+        if not (a - b).abs().max() <= 1e-4 * b.abs().max():  # true for NaN, too
+            raise ValueError("it computes a different function from unet.py")
         again = diffusers.DDPMScheduler(**scheduler_config(settings))
         if not torch.allclose(again.betas, scheduler.betas, rtol=1e-4):
-            raise ValueError("its β_t are none of a schedule here")
+            raise ValueError("its β_t match no schedule of ddpm.py")
     return net, settings
 
 def names(net: UNet) -> dict[str, str]:
-    """The name of each weight here → its name in UNet2DModel, found by walking the network."""
+    """Each weight's name here → its name in UNet2DModel, found by walking the network."""
     found = {"conv_in": "conv_in", "time.0": "time_embedding.linear_1",
              "time.2": "time_embedding.linear_2", "norm_out": "conv_norm_out",
              "conv_out": "conv_out"}
@@ -144,17 +145,17 @@ def names(net: UNet) -> dict[str, str]:
             for leaf in ("weight", "bias")}
 
 def export(net: nn.Module, settings: dict, folder: Path) -> None:
-    """Writes a folder that DDPMPipeline.from_pretrained opens. ValueError if that is impossible."""
+    """Writes a folder for DDPMPipeline.from_pretrained. ValueError if that is impossible."""
     import diffusers
     if folder.exists():
-        raise ValueError(f"{folder} is there already: export to a new folder")
+        raise ValueError(f"{folder} already exists: export to a new folder")
     if not isinstance(net, UNet) or settings["multipliers"][0] != 1:
-        raise ValueError("diffusers has the network of unet.py alone, with a first multiplier of 1")
+        raise ValueError("diffusers only has the network of unet.py, with a first multiplier of 1")
     try:
         theirs = diffusers.UNet2DModel(**unet_config(settings))
         scheduler = diffusers.DDPMScheduler(**scheduler_config(settings))
     except KeyError as error:
-        raise ValueError(f"diffusers has no {error}, or none that is known here") from error
+        raise ValueError(f"diffusers has no equivalent of {error}") from error
     own, shapes = net.state_dict(), theirs.state_dict()
     theirs.load_state_dict({there: own[here].reshape(shapes[there].shape)
                             for here, there in names(net).items()})
@@ -162,20 +163,19 @@ def export(net: nn.Module, settings: dict, folder: Path) -> None:
     try:
         diffusers.DDPMPipeline(theirs, scheduler).save_pretrained(part)
         os.replace(part, folder)
-    except Exception as error:  # each of the library's writers has its own
+    except Exception as error:  # each of the library's writers raises its own
         raise OSError(f"cannot write {folder}: {one_line(error)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 @command
 def main(argv=None) -> int:
-    """Converts from SOURCE to TARGET: see the text at the head of this file."""
     parser = Parser(__doc__, "--no-ema", "--data-dir", prog="python -m extras.weights")
     parser.add_argument("source", type=nonblank, metavar="SOURCE", help="a checkpoint of train.py, "
                         "its folder, a folder of diffusers, or ORGANISATION/MODEL on the hub, "
-                        "which is downloaded once to hub/ in the folder of data")
-    parser.add_argument("target", type=nonblank, metavar="TARGET", help="the folder to write: of a "
-                        "run, or, from a checkpoint, a new one of diffusers")
+                        "downloaded once to hub/ in the data folder")
+    parser.add_argument("target", type=nonblank, metavar="TARGET", help="the folder to write: a "
+                        "run or, from a checkpoint, a new folder of diffusers")
     args = parser.parse_args(argv)
     source, target = Path(args.source), Path(args.target)
     if (source / "checkpoint.pt" if source.is_dir() else source).exists():
@@ -184,14 +184,14 @@ def main(argv=None) -> int:
         say(f"{target} holds {trained.source}")
         return 0
     if not is_diffusers(source):
-        raise ValueError(f"{source} has neither checkpoint.pt nor config.json of a network"
-                         if source.is_dir() else f"{source}: there is no such file or folder")
+        raise ValueError(f"{source} has neither a checkpoint.pt nor a network's config.json"
+                         if source.is_dir() else f"{source}: no such file or folder")
     if args.no_ema:
-        raise UsageError(f"--no-ema goes with a checkpoint of train.py, which {source} is not")
+        raise UsageError(f"--no-ema needs a checkpoint of train.py, which {source} is not")
     name = str(source.resolve()) if source.exists() else source.as_posix()
     path = target / "checkpoint.pt"
     if path.exists() and load_checkpoint(path).get("source") != name:
-        raise ValueError(f"{path} is there already, and not from {name}: give another TARGET")
+        raise ValueError(f"{path} already exists, and is not from {name}: give another TARGET")
     net, settings = from_diffusers(source, Path(args.data_dir) / "hub")
     weights = net.state_dict()
     save_checkpoint(path, {"settings": settings, "step": 0, "net": weights, "ema": weights,

@@ -1,5 +1,8 @@
-"""The judge: the paper's statements on any implementation, as a command, `python -m judge FILE`.
+"""The judge: tests any implementation against the paper's statements: `python -m judge FILE`.
 
-interface.py lists what an implementation may offer, theorems.py states what the paper says of it,
-reference.py computes the right answers, and judging.py compares. Nothing here imports ddpm.py.
+interface.py lists what an implementation may offer, theorems.py has the paper's statements about
+it, reference.py computes the right answers, and judging.py compares. Nothing here imports ddpm.py.
 """
+import warnings
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it

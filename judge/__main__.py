@@ -5,16 +5,16 @@ from .interface import INTERFACE, interface
 
 
 def main(given: list) -> int:
-    """Prints the table of verdicts: 0 if nothing fails, 1 if a theorem does, 2 for no verdict."""
+    """Prints the verdicts. Returns 0 if nothing fails, 1 if a theorem does, 2 without verdicts."""
     if not given or given[0] in ("-h", "--help"):
         print(interface())
         return 0
     try:
         from .judging import Unusable, judged, load
     except ModuleNotFoundError as error:
-        return refuse(f"it needs torch and hypothesis: {error}")
+        return refuse(f"torch and hypothesis are required: {error}")
     if len(given) > 1:
-        return refuse(f"one file or module at a time, not {len(given)}: {' '.join(given)}")
+        return refuse(f"give one file or module, not {len(given)}: {' '.join(given)}")
     try:
         judge = judged(load(given[0]))
     except Unusable as error:
@@ -22,20 +22,20 @@ def main(given: list) -> int:
     verdicts = {row["verdict"] for row in judge.rows.values()}
     if verdicts == {"not offered"}:
         offered = [name for name in INTERFACE if hasattr(judge.module, name)]
-        return refuse(f"{given[0]}: no theorem can be judged, as it offers "
-                      f"{' and '.join(offered) + ' alone' if offered else 'no function'} of the "
-                      f"interface, which python -m judge prints")
+        return refuse(f"{given[0]}: nothing to judge: it has "
+                      f"{'only ' + ' and '.join(offered) if offered else 'no function'} of the "
+                      "interface, which python -m judge prints")
     print(judge.table())
     return int("fails" in verdicts)
 
 
 def refuse(why: str) -> int:
-    """One line on stderr, and the status 2."""
+    """Prints one line on stderr. Returns status 2."""
     print(f"judge: {' '.join(why.split())}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")               # a terminal without Greek letters
+        stream.reconfigure(errors="replace")               # for a terminal without Greek letters
     sys.exit(main(sys.argv[1:]))

@@ -1,16 +1,16 @@
-"""What an implementation may offer: one table, which is printed and which the judge goes by."""
+"""What an implementation may offer: the table that the judge uses and prints."""
 
-USAGE = """The judge: the paper's statements on any implementation.
+USAGE = """The judge: tests any implementation against the paper's statements.
 
     python -m judge my_ddpm.py     a file, or a module's name
     python -m judge                prints this text
 
 The status is 0 if nothing fails, 1 if a theorem fails, and 2 if there is nothing to judge.
 
-The implementation is a module with some of these functions (or an object `implementation` in it
-that has them); judge/template.py is one to fill in. t is (B,) int64 in 1 … T (T may be 1), x (B, D)
-in [−1, 1] with 256 levels where Eq. 13 is asked, a variance (B,), (B, 1) or (B, D), and s what
-`schedule` returns. Arrays are torch tensors; if the module uses NumPy and not torch, NumPy arrays.
+The implementation is a module with some of these functions, or with an object `implementation` that
+has them; judge/template.py is one to fill in. t is (B,) int64 in 1 … T (T may be 1), x (B, D) in
+[−1, 1] with 256 levels for Eq. 13, a variance (B,), (B, 1) or (B, D), and s is what `schedule`
+returns. Arrays are torch tensors, or NumPy arrays if the module uses NumPy and not torch.
 """
 INTERFACE = {  # name: its arguments, their meaning and what it returns
     "schedule": ("betas", "β_1 … β_T, a list → s, anything"),
@@ -26,8 +26,8 @@ INTERFACE = {  # name: its arguments, their meaning and what it returns
            "KL(q ‖ p), (B, D) or summed to (B,); nats"),
     "vlb_term": ("s, model, x0, x_t, t",
                  "L_{t−1} of Eq. 5, at t = 1 L_0 → (B,), nats, a sum"),
-    "respaced": ("s, times", "a schedule of τ_1 < … < τ_n = T alone: with it t\n"
-                             "counts 1 … n, and the network is shown τ_t"),
+    "respaced": ("s, times", "a schedule of only τ_1 < … < τ_n = T: its t counts\n"
+                             "1 … n, and the network is given τ_t"),
     "ddim": ("s, model, x_T, noise, eta", "DDIM with this η → x_0"),
     "interpolate": ("s, model, x0, other, lam, t, eps, eps_other, noise",
                     "§4.4 → x_0; lam (B,), t one int")}
@@ -38,7 +38,7 @@ def interface() -> str:
     lines = [USAGE]
     for name, (arguments, meaning) in INTERFACE.items():
         call = f"    {name}({arguments})"
-        lines += [call] * (len(call) > 49)                 # a long one has a line of its own
+        lines += [call] * (len(call) > 49)                 # a long one gets its own line
         first, *rest = meaning.split("\n")
         lines += [f"{call if len(call) <= 49 else '':50}{first}", *(" " * 50 + x for x in rest)]
     return "\n".join(lines)

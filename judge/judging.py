@@ -5,36 +5,33 @@ import importlib.util
 import io
 import math
 import sys
-import warnings
 from pathlib import Path
-
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
 
 from .theorems import THEOREMS
 
-FLOAT32 = 4 * 2.0 ** -24  # of the formula's conditioning: four roundings of a float32 table
+FLOAT32 = 4 * 2.0 ** -24  # times the conditioning: four roundings of a float32 table
 
 
 class Unusable(Exception):
-    """A file that cannot be judged, and why."""
+    """Why a file cannot be judged."""
 
 
 class _NotOffered(Exception):
-    """The implementation lacks a function that a theorem is about."""
+    """The implementation lacks a function that the theorem needs."""
 
 
 class _Differs(AssertionError):
-    """An answer is not the right one; what it looks like is in the theorem's row."""
+    """A wrong answer; the theorem's row says which mistakes it looks like."""
 
 
 class Judge:
     """Calls an implementation, compares what it returns, and remembers what was found."""
 
     def __init__(self, module, strict: bool = False):
-        """`module` has the functions, or an object `implementation` that has them. The judge is
-        strict if what is right in float32 only does not hold."""
+        """module: has the functions, or an object `implementation` that has them. strict: answers
+        that are right only to float32 fail."""
         self.module = getattr(module, "implementation", module)
         self.rows, self.choices, self.row, self.strict = {}, {}, None, strict
         used = {value.__name__.split(".")[0] for value in vars(module).values()
@@ -42,7 +39,7 @@ class Judge:
         self.numpy = "torch" not in used and "numpy" in used
 
     def run(self, name: str, theorem) -> dict:
-        """Judges one theorem; the row of the table that it gets."""
+        """Judges one theorem. Returns its row of the table."""
         self.row = row = self.rows.setdefault(name, dict(
             statement=" ".join(theorem.__doc__.split()), verdict="holds", known={}, largest=0.0,
             precision="float64", fits=[]))
@@ -52,12 +49,12 @@ class Judge:
             row["verdict"] = "not offered"
         except _Differs:
             row["verdict"] = "fails"
-        except (Exception, SystemExit) as error:           # somebody else's function
+        except (Exception, SystemExit) as error:           # of the implementation
             row["verdict"], row["largest"], row["error"] = "fails", math.inf, said(error)[:120]
         return row
 
     def offered(self, *names: str):
-        """The implementation, if it has these functions; they take and return tensors here."""
+        """The judge, if the implementation has these functions; its methods take tensors."""
         missing = [name for name in names if not hasattr(self.module, name)]
         if missing:
             raise _NotOffered(", ".join(missing))
@@ -76,7 +73,7 @@ class Judge:
         return x.numpy() if self.numpy and isinstance(x, torch.Tensor) else x
 
     def here(self, x):
-        """What the implementation returns, as tensors; anything with __array__ is converted."""
+        """What the implementation returned, as tensors; anything with __array__ is converted."""
         if isinstance(x, (tuple, list)):
             return tuple(map(self.here, x))
         if hasattr(x, "__array__") and not isinstance(x, torch.Tensor):
@@ -91,7 +88,7 @@ class Judge:
         return got.shape == want.shape and bool(((got - want).abs() <= bound).all())
 
     def same(self, got, want, wrong: dict, conditioning=1.0, floor=1e-9) -> None:
-        """Fails unless got is want; `wrong` says what mistakes would give."""
+        """Fails unless got is want; `wrong`: mistake → what it would give."""
         self.choice(got, {"": want}, wrong, conditioning, floor)
 
     def choice(self, got, right: dict, wrong: dict, conditioning=1.0, floor=1e-9) -> None:
@@ -123,7 +120,7 @@ class Judge:
             kept = self.choices.setdefault(id(row), list(right))
             self.choices[id(row)] = row["choices"] = [name for name in kept if name in found]
             if not row["choices"]:
-                raise _Differs(f"{row['statement']}: now {found[0]}, and {kept[0]} before")
+                raise _Differs(f"{row['statement']}: now {found[0]}, before {kept[0]}")
 
     def distance(self, got, want) -> float:
         """The largest |got − want|, relative to the size of want."""
@@ -134,7 +131,6 @@ class Judge:
         return math.inf if math.isnan(value) else value
 
     def table(self) -> str:
-        """The verdicts."""
         lines = [f"{'theorem':44} {'verdict':12} {'deviation':>9}  precision, choices, mistakes"]
         for name, row in self.rows.items():
             note = [row["precision"]] if row["verdict"] == "holds" else []
@@ -153,46 +149,44 @@ class Judge:
 
 
 def short(mistake: str) -> str:
-    """A mistake without the choice beside which it stands."""
+    """A mistake's name without its choice in parentheses."""
     return mistake.split(" (")[0]
 
 
 def said(error: BaseException) -> str:
-    """An error in one line."""
     return ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))
 
 
 def load(name: str):
-    """The module of this name, or of this file, which has its own name and finds its neighbours."""
+    """Imports the module of this name, or the file, which may import its neighbours."""
     path = Path(name)
     if path.suffix == ".py" and not path.is_file():
-        raise Unusable("there is no such file")
+        raise Unusable("no such file")
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             module = _imported(path) if path.suffix == ".py" else importlib.import_module(name)
     except SystemExit as error:
         last = printed.getvalue().strip().split("\n")[-1]
-        raise Unusable(f"it ends the program while it is imported, {said(error)}"
+        raise Unusable(f"it exits when imported: {said(error)}"
                        f"{last and f' ({last})'}") from None
-    except Exception as error:                             # somebody else's file
-        raise Unusable(f"it cannot be imported, {said(error)}") from None
+    except Exception as error:                             # of the implementation
+        raise Unusable(f"it cannot be imported: {said(error)}") from None
     sys.stderr.write(printed.getvalue())
     return module
 
 
 def _imported(path: Path):
-    """The module of a file; its folder comes first in sys.path, so that neighbours are found."""
+    """Imports a file, with its folder first in sys.path, so that it finds its neighbours."""
     sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)              # unless the name is Python's or torch's
+    sys.modules.setdefault(spec.name, module)              # never replaces a loaded module
     spec.loader.exec_module(module)
     return module
 
 
 def judged(module, strict: bool = False) -> Judge:
-    """The judge after all theorems."""
     judge = Judge(module, strict)
     for name, theorem in THEOREMS.items():
         judge.run(name, theorem)

@@ -1,8 +1,5 @@
-"""What computes right answers, for the judge's theorems and for this project's (test_ddpm.py)."""
+"""Computes right answers for the theorems of the judge and of test_ddpm.py."""
 import math
-import warnings
-
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
 from hypothesis import strategies as st
@@ -22,12 +19,10 @@ numbers = st.integers(0, 2 ** 32)  # seeds of tensors: hypothesis draws the case
 
 
 def randn(seed: int, *shape) -> torch.Tensor:
-    """Standard normal numbers of a seed."""
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def at(t: int, n: int = 1) -> torch.Tensor:
-    """The time t for n rows."""
     return torch.full((n,), t)
 
 
@@ -44,12 +39,12 @@ def mean_of_quadratic(f, mean, variance):
 
 
 def mean_log_ratio(q, p):
-    """KL(q ‖ p) = E_q[log q − log p] of two Gaussians (mean, variance): it is quadratic."""
+    """KL(q ‖ p) = E_q[log q − log p] of Gaussians (mean, variance): the log ratio is quadratic."""
     return mean_of_quadratic(lambda x: log_normal(x, *q) - log_normal(x, *p), *q)
 
 
 def log_bin(a: float, b: float) -> float:
-    """log ∫_a^b N(x; 0, 1) dx by quadrature around the integrand's peak, good in any tail."""
+    """log ∫_a^b N(x; 0, 1) dx by quadrature around the integrand's peak, accurate in any tail."""
     peak = min(max(a, 0.0), b)
     reach = 90 / (abs(peak) + math.sqrt(peak ** 2 + 90))   # beyond it the integrand is e^−45
     low, high = max(a, peak - reach), min(b, peak + reach)

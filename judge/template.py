@@ -1,7 +1,7 @@
 """An implementation for the judge to fill in: python -m judge FILE
 
-Leave out what you do not have. Shapes: x0, x_t, eps (B, D), t (B,) int64 in 1 … T;
-`python -m judge` says more. With NumPy write the same with NumPy's arrays.
+Omit what you do not have. Shapes: x0, x_t, eps (B, D), t (B,) int64 in 1 … T; `python -m judge`
+prints the rest. NumPy arrays work, too.
 """
 import torch
 
@@ -13,7 +13,7 @@ def schedule(betas):
 
 
 def at(numbers, t):
-    """The numbers of the times t, to multiply (B, D)."""
+    """The numbers at the times t, to multiply (B, D)."""
     return numbers[t - 1][:, None]
 
 

@@ -1,13 +1,10 @@
-"""What the paper says, of any implementation: one theorem for each statement, in its order.
+"""The paper's statements, in its order, as theorems about any implementation.
 
-A theorem knows nothing of the implementation: right-hand sides begin with β and Eq. 2. An honest
-choice (either σ_t², with or without clipping, a mean or a sum) is found out and said. `wrong` is what
-an easy mistake gives.
+A theorem knows nothing about the implementation: its right-hand sides derive from β and Eq. 2. A
+legitimate choice (either σ_t², clipping or not, mean or sum) is detected and reported. `wrong` maps
+easy mistakes to what they give.
 """
 import math
-import warnings
-
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import hypothesis
 import torch
@@ -18,7 +15,7 @@ from .reference import F64, at, beta_lists, log_bin, log_bin_of, log_normal, mea
 
 
 class Law:
-    """What Eq. 2 makes of x_0: x_t = a_t x_0 + N(0, v_t), and x_t = c_t x_{t−1} + N(0, β_t)."""
+    """What Eq. 2 implies: x_t = a_t x_0 + N(0, v_t), and x_t = c_t x_{t−1} + N(0, β_t)."""
 
     def __init__(self, betas):
         a, v = [1.0], [0.0]
@@ -29,11 +26,11 @@ class Law:
         self.c, self.T, self.betas = (1 - self.beta).sqrt(), len(betas), list(betas)
 
     def at(self, t) -> tuple:
-        """a_t, √v_t, for rows."""
+        """a_t and √v_t, a row per time."""
         return self.a[t], self.v[t].sqrt()
 
     def posterior(self, t, x0, x_t) -> tuple:
-        """Mean and variance of x_{t−1} given x_0 and x_t: the two are jointly Gaussian."""
+        """Mean and variance of x_{t−1} given x_0 and x_t, by conditioning their joint Gaussian."""
         total = self.c[t] ** 2 * self.v[t - 1] + self.beta[t]
         gain, mean = self.c[t] * self.v[t - 1] / total, self.a[t - 1] * x0
         return mean + gain * (x_t - self.c[t] * mean), self.v[t - 1] * self.beta[t] / total
@@ -43,14 +40,14 @@ class Law:
         return (x_t - self.beta[t] / self.v[t].sqrt() * eps) / self.c[t]
 
     def step(self, t, x_t, eps, z, clip, large, last=False, power=0.5):
-        """x_{t−1} of Algorithm 2; `last` adds noise at t = 1 too, `power` 1 is σ² for σ."""
+        """x_{t−1} of Algorithm 2. Mistakes: `last` adds noise at t = 1, power = 1 takes σ² for σ."""
         x0 = (x_t - self.v[t].sqrt() * eps) / self.a[t]
         mean, small = self.posterior(t, x0.clamp(-1, 1) if clip else x0, x_t)
         sigma2 = self.beta[t] if large else small
         return mean + (sigma2 ** power * z if t > 1 or last else 0)
 
     def walk(self, model, x, z, clip, large, first=None, until=1, times=None, **mistake):
-        """Algorithm 2 from t = first (T) to `until`; the network is told times[t]."""
+        """Algorithm 2 from t = first (default: T) to `until`; the network is given times[t]."""
         for t in range(first or self.T, until - 1, -1):
             now = torch.full((len(x),), t if times is None else times[t])
             x = self.step(t, x, model(x, now), z[t], clip, large, **mistake)
@@ -58,20 +55,20 @@ class Law:
 
 
 def linear(x, t):
-    """A network that tells times apart."""
+    """A network whose output depends on t."""
     return 0.4 * x + 0.05 + 0.01 * t.to(x.dtype)[:, None]
 
 
-CLEAR = [0.11, 0.23, 0.17, 0.31, 0.26]  # β that let no mistake hide
+CLEAR = [0.11, 0.23, 0.17, 0.31, 0.26]  # β with which every mistake shows
 TWICE = {(clip, large): f"x̂_0 {'clipped' if clip else 'not clipped'}, σ_t² = {'β_t' if large else 'β̃_t'}"
          for clip in (True, False) for large in (True, False)}
 
 
-THEOREMS: dict = {}  # name: a function of a judge, whose docstring is the statement
+THEOREMS: dict = {}  # name → a function of a judge, whose docstring is the statement
 
 
 def theorem(*strategies, clear=(), examples=50):
-    """A theorem on drawn β, after a clear case; the judge is the first argument."""
+    """A theorem for a clear case and then for drawn β; the judge is its first argument."""
     settings = hypothesis.settings(
         max_examples=examples, derandomize=True, deadline=None, database=None, print_blob=False,
         suppress_health_check=list(hypothesis.HealthCheck),
@@ -85,13 +82,13 @@ def theorem(*strategies, clear=(), examples=50):
 
 
 def rows(law, seed, n=5):
-    """x_0 in [−1, 1], ε, and a time for each row: 1 … T."""
+    """Times 1 … T, one per row, x_0 in [−1, 1], and ε."""
     t = torch.arange(1, law.T + 1)
     return t, randn(seed, law.T, n).clamp(-1, 1), randn(seed + 1, law.T, n)
 
 
 def worst(law, t) -> float:
-    """min(β_t, α_t, 1 − ᾱ_{t−1}): how well float32 tables can do at t."""
+    """min(β_t, α_t, 1 − ᾱ_{t−1}): the conditioning of float32 tables at t."""
     before = [x.item() for x in law.v[t - 1].flatten() if x > 0]
     return min(law.beta[t].min().item(), 1 - law.beta[t].max().item(), *before, 1.0)
 
@@ -106,7 +103,7 @@ def eq04_the_jump_is_iterated_steps(judge, betas, seed):
 
 
 def jumps(law, t, x0, eps) -> tuple:
-    """x_t of Eq. 4, and what mistakes make of it."""
+    """x_t of Eq. 4, and what mistakes give instead."""
     (a, sd), later, T = law.at(t), (t + 1).clamp(max=law.T), torch.full_like(t, law.T)
     beta = law.beta[t]
     return a * x0 + sd * eps, {
@@ -150,7 +147,7 @@ def eq07_posterior_variance(judge, betas, seed):
 
 
 def column(variance, x):
-    """A variance for each row or each number, as the shape of x."""
+    """A variance per row or per element, expanded to the shape of x."""
     variance = torch.as_tensor(variance, dtype=F64)
     return (variance[:, None] if variance.dim() == 1 and len(variance) == len(x) else variance).expand_as(x)
 
@@ -228,7 +225,7 @@ def alg2_sampling(judge, betas, seed):
 
 
 def chains(judge, law, x, z, got, shown, times=None, full=None) -> None:
-    """Algorithm 2 by hand for every honest choice, and with every mistake."""
+    """Compares with Algorithm 2 by hand, for every legitimate choice and every mistake."""
     times = list(range(law.T + 1)) if times is None else times
     judge.same(shown, times[:0:-1], {
         "the network is shown t − 1": [t - 1 for t in times[:0:-1]], "a loop that ends at t = 2": times[:1:-1],
@@ -297,7 +294,7 @@ def eq13_the_outermost_bins_are_open(judge, betas, seed, mean, sigma):
 
 
 def decoded(judge, their, k, mean, sigma) -> None:
-    """Eq. 13 by quadrature, and with mistakes; a number for each dimension, or their sum."""
+    """Compares with Eq. 13 by quadrature and with mistakes, per dimension or summed."""
     x0 = k.to(F64) / 127.5 - 1
     got = their.log_likelihood(x0, torch.full_like(x0, mean), torch.full_like(x0, sigma ** 2))
 
@@ -364,7 +361,7 @@ def eq05_the_last_term(judge, betas, seed):
     k = torch.randint(2, 254, (2, 3), generator=torch.Generator().manual_seed(seed))
     x0, t, sd = k.to(F64) / 127.5 - 1, at(1, 2), law.v[1].sqrt()
     x_1 = law.a[1] * x0 + sd * randn(seed + 1, 2, 3)
-    near = 0.9 * x_1.tanh()                                      # x̂_0, which no clipping changes
+    near = 0.9 * x_1.tanh()                                      # x̂_0, unchanged by clipping
     got = their.vlb_term(their.schedule(betas), lambda x, u: (x - law.a[1] * 0.9 * x.tanh()) / sd, x0, x_1, t)
     right = {}
     for name, sigma2 in (("σ_1² = β_1", betas[0]), ("σ_1² = β̃_2", betas[0] if law.T == 1 else
@@ -378,7 +375,7 @@ def eq05_the_last_term(judge, betas, seed):
 
 
 def shortened(betas, data) -> tuple:
-    """A list of times and the law of the chain that has only these."""
+    """A list of times, the full law, and the law of the chain of only these times."""
     T = len(betas)
     times = [1, 3, 5] if data is None else sorted(data.draw(st.sets(st.integers(1, T), min_size=1)) | {T})
     full = Law(betas)

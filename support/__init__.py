@@ -1,12 +1,12 @@
-"""What any program needs, one subject a file. Import it before torch: it says if torch lacks."""
+"""What every program needs, one subject per file. Imported before torch, it reports its lack."""
 import signal
 import threading
 import warnings
 
-# torch says this once in an environment without NumPy, which nothing here needs.
+# torch warns once if NumPy is not installed; nothing here needs it.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 if interrupts := threading.current_thread() is threading.main_thread():
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the import loses Ctrl-C
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing torch would swallow Ctrl-C
 try:
     import torch  # noqa: F401
 except ImportError:

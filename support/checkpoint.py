@@ -1,4 +1,4 @@
-"""Checkpoints, and a trained network with all that is needed to use it."""
+"""Checkpoints, and a trained network with everything needed to use it."""
 from __future__ import annotations
 
 import copy
@@ -23,8 +23,8 @@ from unet import build_network
 FORMAT = "ddpm checkpoint 2"
 
 def save_checkpoint(path: Path, payload: dict) -> None:
-    """Writes torch.save's bytes and their SHA-256. OSError if it cannot be written; then the
-    checkpoint that was there is still there."""
+    """Writes torch.save's bytes and their SHA-256. OSError if that fails; an existing checkpoint
+    is then unchanged."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **payload}, buffer)
     with written(path) as file:
@@ -32,21 +32,21 @@ def save_checkpoint(path: Path, payload: dict) -> None:
         file.write(hashlib.sha256(buffer.getbuffer()).digest())
 
 def load_checkpoint(path: Path) -> dict:
-    """What `save_checkpoint` wrote. ValueError if a single byte changed."""
+    """Reads what `save_checkpoint` wrote. ValueError if a single byte changed."""
     with reading(path, "a checkpoint of train.py"):
         raw = memoryview(path.read_bytes())
         if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
-            raise ValueError("its checksum does not match, so it is damaged or another file")
+            raise ValueError("its checksum does not match: it is damaged or not a checkpoint")
         payload = torch.load(io.BytesIO(raw[:-32]), map_location="cpu", weights_only=True)
         if payload["format"] != FORMAT:
             raise ValueError(f"its format is {payload['format']}, not {FORMAT}")
     return payload
 
 class Trained(NamedTuple):
-    """A network in evaluation mode, with what is needed to use it."""
+    """A network in evaluation mode, with everything needed to use it."""
     net: nn.Module
     s: ddpm.Schedule
-    settings: dict          # those of train.py
+    settings: dict          # of train.py
     source: str             # where it comes from, in words
 
     @property
@@ -70,18 +70,18 @@ class Trained(NamedTuple):
 
 def load(name: str | Path | None = None, ema: bool = True,
          machine: Machine | None = None) -> Trained:
-    """A trained network on the machine's device (by default the best one here).
+    """A trained network on the machine's device (default: the best one available).
 
-    name: a checkpoint or the folder of its run; by default the run in runs/ that saved last. ema:
-    take its averaged weights. ValueError or OSError if it cannot be used.
+    name: a checkpoint or its run's folder (default: the run in runs/ that saved last). ema: use the
+    averaged weights. ValueError or OSError if that fails.
     """
     machine = machine or start_machine()
     path = newest_checkpoint() if name is None else Path(name)
     file = path / "checkpoint.pt" if path.is_dir() else path
     if not file.exists():
         how = f"python -m extras.weights {path.as_posix()} runs/{path.name}"
-        raise ValueError(f"{file}: there is no such file or folder" + (
-            f"; weights of diffusers are converted first: {how}" if is_diffusers(path) else ""))
+        raise ValueError(f"{file}: no such file or folder" + (
+            f"; convert weights of diffusers first: {how}" if is_diffusers(path) else ""))
     state = load_checkpoint(file)
     settings, kind = state["settings"], "averaged" if ema else "last"
     with reading(file, f"{kind} weights of this network"):
@@ -92,7 +92,7 @@ def load(name: str | Path | None = None, ema: bool = True,
         for name in ("in_channels", "image_size", "channels", "blocks", "multipliers", "attention"):
             for x in known[name] if isinstance(known[name], list) else [known[name]]:
                 operator.index(x)
-    net = build_network(settings)  # whose errors are its own
+    net = build_network(settings)  # outside `reading`: its errors are its own
     with reading(file, f"{kind} weights of this network"):
         net.load_state_dict(weights)
     made = f"from {state['source']}" if "source" in state else f"step {state['step']}"
@@ -100,28 +100,27 @@ def load(name: str | Path | None = None, ema: bool = True,
     return Trained(net, build_schedule(settings), settings, f"{file}, {made}, {kind} weights")
 
 def is_diffusers(path: Path) -> bool:
-    """Whether this is a folder in the layout of diffusers, or may be a model's name on the hub."""
+    """Whether this is a folder in diffusers' layout, or could be a model's name on the hub."""
     return any((path / file).exists() for file in ("config.json", "unet/config.json")) or (
         len(path.parts) == 2 and path.parts[0] != "runs" and path.suffix != ".pt"
         and not path.exists() and not path.parent.is_dir())
 
 def newest_checkpoint(root: Path = Path("runs")) -> Path:
-    """The checkpoint of the run under `root` that saved last."""
+    """The checkpoint saved last by any run under `root`."""
     found = sorted(root.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ValueError(f"no run under {root}/: train one first (python train.py --dataset shapes)"
-                         " or name a --checkpoint")
+                         " or give a --checkpoint")
     return found[-1]
 
 def build_schedule(settings: dict) -> ddpm.Schedule:
-    """The noise schedule of `settings`."""
     return ddpm.make_schedule(settings["timesteps"], settings["schedule"], settings["beta_start"],
                               settings["beta_end"])
 
-@functools.lru_cache(maxsize=1)  # so that the grids of a run compile once
+@functools.lru_cache(maxsize=1)  # a run's sample grids compile once
 def inference_copy(net: nn.Module, machine: Machine, *shape: int) -> tuple[nn.Module, nn.Module]:
-    """A copy of `net` whose layers have the machine's precision; and the same, compiled with
-    --compile for batches of this shape, if one is given."""
+    """A copy of `net` in the machine's precision, and the same compiled for batches of this shape,
+    if a shape and --compile are given."""
     own = copy.deepcopy(net).eval()
     for module in own.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -129,15 +128,15 @@ def inference_copy(net: nn.Module, machine: Machine, *shape: int) -> tuple[nn.Mo
     return own, machine.compiled(own, *shape) if shape else own
 
 def inference_model(model: ddpm.Model, machine: Machine, *shape: int) -> ddpm.Model:
-    """The same p_θ on this machine, for sampling: its weights are cast once, not in every call."""
-    if model.predict == "mean":  # whose x̂_0 magnifies what 16 bits round off
+    """The same p_θ for sampling on this machine: its weights are cast once, not in every call."""
+    if model.predict == "mean":  # its x̂_0 magnifies 16-bit rounding errors
         machine = machine._replace(dtype=torch.float32)
     own, fast = inference_copy(model.net, machine, *shape)
-    own.load_state_dict(model.net.state_dict())  # those of now, should the copy be older
+    own.load_state_dict(model.net.state_dict())  # the copy may be older
     return replace(model, s=model.s.to(machine.device), net=machine.network(fast))
 
 def weights_hash(trained: Trained) -> bytes:
-    """A SHA-256 of the network: of its settings and its weights."""
+    """SHA-256 of the network's settings and weights."""
     settings = trained.settings
     choices = {"predict": settings["predict"], "variance": settings["variance"],
                "clip": settings.get("clip", True)}

@@ -1,6 +1,6 @@
 """The command line: flags, one line for an error, signals, progress, files.
 
-There is one way to read what comes from outside, `reading`, and one to write, `written`.
+`reading` is the one way to read a file from outside, `written` the one way to write a file.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UsageError(ValueError):
     """A mistake in the arguments: exit status 2."""
 
 def between(kind: type, name: str, low: float, high: float) -> Callable:
-    """A type of flags: a number of this kind from `low` to `high`."""
+    """An argparse type: a number of this kind between `low` and `high`."""
     def parse(text: str):
         with contextlib.suppress(ValueError):
             if low <= (value := kind(text)) <= high:
@@ -39,32 +39,32 @@ float_between = functools.partial(between, float, "number")
 positive_int, seed = int_between(1, 10 ** 9), int_between(0, 2 ** 63 - 1)
 
 def nonblank(text: str) -> str:
-    """A type of flags: a text that is not blank, as an unset variable of the shell would be."""
+    """An argparse type: a text that is not blank, as an unset shell variable would be."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is blank")
+        raise argparse.ArgumentTypeError("must not be blank")
     return text
 
-FLAGS = {  # those that several commands have
+FLAGS = {  # shared by several commands
     "--checkpoint": dict(type=nonblank, help="a checkpoint or its folder (default: newest run)"),
-    "--no-ema": dict(action="store_true", help="the last weights, not their average"),
-    "--data-dir": dict(type=nonblank, default="data", help="folder of data (default: data)"),
-    "--steps": dict(type=positive_int, help="network calls per sample, at times evenly spaced from "
+    "--no-ema": dict(action="store_true", help="use the last weights instead of their average"),
+    "--data-dir": dict(type=nonblank, default="data", help="data folder (default: data)"),
+    "--steps": dict(type=positive_int, help="network calls per image, at times evenly spaced from "
                     "T to 1 (default: all T)"),
     "--no-clip": dict(action="store_true", help="do not clip x̂_0 to [−1, 1] (the paper has no "
                       "clipping; the authors' code clips)"),
     "--seed": dict(type=seed, default=0, help="seed of all random numbers (default: 0)"),
-    "--batch-size": dict(type=positive_int, help="images at a time (default: 256 on CUDA, "
+    "--batch-size": dict(type=positive_int, help="images per batch (default: 256 on CUDA, "
                          "else 16)"),
-    "--device": dict(help="cuda, cuda:N, mps or cpu (default: the first that is there)"),
+    "--device": dict(help="cuda, cuda:N, mps or cpu (default: the first that is available)"),
     "--precision": dict(choices=("bf16", "fp16", "tf32", "fp32"), help="of convolutions and matrix "
                         "products (default: bf16 if the hardware has it, else fp16 on CUDA of "
                         "capability 7, tf32 on older CUDA, fp32 elsewhere; for bits/dim fp32)"),
-    "--compile": dict(action=argparse.BooleanOptionalAction, help="use torch.compile (default: for "
-                      "training on CUDA only)"),
+    "--compile": dict(action=argparse.BooleanOptionalAction, help="use torch.compile "
+                      "(default: only for training on CUDA)"),
 }
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors as UsageError. The text at the head of a script begins its --help."""
+    """argparse with errors as UsageError. `text` begins the --help; `flags` are keys of FLAGS."""
 
     def __init__(self, text: str, *flags: str, **options):
         super().__init__(description=text, allow_abbrev=False,
@@ -76,8 +76,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
     def parse_mode(self, argv, mode: Callable, reads: dict[str, str]) -> argparse.Namespace:
-        """The flags. mode(flags) is the name of what they ask for, reads[name] the flags that it
-        reads, without their hyphens; UsageError for another one that was given."""
+        """The flags. mode(flags) names the mode that they select; reads[name] lists the flags that
+        this mode uses, without hyphens. UsageError for any other flag that was given."""
         args, unset = self.parse_args(argv), object()
         seen = vars(self.parse_args(argv, argparse.Namespace(
             **{action.dest: unset for action in self._actions})))
@@ -85,25 +85,24 @@ class Parser(argparse.ArgumentParser):
         for flag in seen:
             if seen[flag] is not unset and flag not in reads[name].split():
                 where = " and ".join(other for other in reads if flag in reads[other].split())
-                raise UsageError(f"--{flag.replace('_', '-')} has no effect on {name}, only on "
-                                 f"{where}")
+                raise UsageError(f"--{flag.replace('_', '-')} has no effect on {name}" + (
+                    f", only on {where}" if where else ": it is in no entry of READS"))
         return args
 
 def own_places(error: BaseException) -> list[traceback.FrameSummary]:
-    """Where an error went through this project's files, or the user's; the last one is nearest."""
+    """The error's frames in files of this project or the user, the innermost last."""
     return [place for place in traceback.extract_tb(error.__traceback__)
             if not Path(place.filename).is_relative_to(LIBRARY)
             and "-packages" not in place.filename]
 
-LIBRARY = Path(os.__file__).parent  # Python's own
+LIBRARY = Path(os.__file__).parent  # Python's standard library
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {*(f"{name}.py" for name in ("ddpm", "unet", "train", "sample", "evaluate")),
         "support", "extras", "judge", "page", "tools"}
 PACKAGES = {"PIL": "pillow", "diffusers": "diffusers", "safetensors": "safetensors"}
 
-def is_foreseen(error: BaseException) -> bool:
-    """Whether a line of this project raised it as a ValueError, and not the user's or a library's.
-    """
+def is_expected(error: BaseException) -> bool:
+    """Whether this project itself raised it as a ValueError, not the user's code or a library."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     path = Path(last.filename).resolve()
     return (isinstance(error, ValueError) and (last.line or "").startswith("raise")
@@ -113,8 +112,8 @@ def command(main: Callable) -> Callable:
     """Wraps main(argv) → exit status, so that every failure prints one line on stderr.
 
     The status is 2 for a mistake in the arguments, 128 + its number for a signal, and 1 for
-    anything else. What was foreseen is a ValueError or an OSError with a text of its own; another
-    exception is named with its place. DDPM_TRACEBACK=1 in the environment shows all of them.
+    anything else. An OSError and this project's own ValueErrors print their text; any other
+    exception is named with its place. DDPM_TRACEBACK=1 in the environment shows the traceback.
     """
     script = Path(main.__code__.co_filename).name
 
@@ -122,7 +121,7 @@ def command(main: Callable) -> Callable:
     def run(argv=None) -> int:
         stop.number, stop.later = 0, False
         sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-        for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 gets ? for ≤
+        for stream in (sys.stdout, sys.stderr):  # print ? for ≤ if it is not UTF-8
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         handlers = {n: signal.signal(n, stop) for n in signals()}
@@ -141,14 +140,14 @@ def command(main: Callable) -> Callable:
                 text = ("this needs a package that is not installed: pip install "
                         f"{PACKAGES[error.name]}")
             elif "out of memory" in text or "can't allocate memory" in text:
-                text = "out of memory: fewer images at a time, or a smaller network, need less"
+                text = "out of memory: use fewer images per batch or a smaller network"
             elif isinstance(error, getattr(dist, "DistError", ())) or "[gloo" in text:
-                text = "another process has ended, and its line says why"
-            elif not (isinstance(error, OSError) or is_foreseen(error)):
+                text = "another process has failed; its own message says why"
+            elif not (isinstance(error, OSError) or is_expected(error)):
                 last = own_places(error)[-1]
                 place = f"{Path(last.filename).name}, line {last.lineno}"
-                text = (f"unforeseen {type(error).__name__} in {place}: {text} "
-                        "(DDPM_TRACEBACK=1 shows all)")
+                text = (f"unexpected {type(error).__name__} in {place}: {text} "
+                        "(DDPM_TRACEBACK=1 shows the traceback)")
             say(f"{script}: {text}")
             return 2 if isinstance(error, UsageError) else 1
         finally:
@@ -159,17 +158,17 @@ def command(main: Callable) -> Callable:
     return run
 
 def signals() -> list[int]:
-    """SIGINT, SIGTERM and SIGHUP, but for those that are ignored (as under nohup); none in a
-    thread, where Python takes no handlers."""
+    """SIGINT, SIGTERM and SIGHUP, except those that are ignored (as under nohup); none outside the
+    main thread, where Python accepts no handlers."""
     if threading.current_thread() is not threading.main_thread():
         return []
     numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
     return [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]
 
 class Stop:
-    """SIGINT, SIGTERM, SIGHUP: the first raises KeyboardInterrupt, a second one ends the process.
+    """The first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt; a second ends the process.
 
-    While `later` is true, the first only sets `number`, for a loop that looks at it.
+    While `later` is true, the first only sets `number`, which the training loop polls.
     """
     number, later = 0, False
 
@@ -185,7 +184,7 @@ class Stop:
 stop = Stop()
 
 def plain(text: str) -> str:
-    """text without control characters, which would move a terminal's cursor, or worse."""
+    """text without control characters, which could move a terminal's cursor, or worse."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 def say(text: str, start: str = "", end: str = "\n") -> None:
@@ -194,13 +193,13 @@ def say(text: str, start: str = "", end: str = "\n") -> None:
         print(start + plain(text), end=end, file=sys.stderr, flush=True)
 
 def one_line(error: BaseException) -> str:
-    """The text of an error on one line, printable and short, or the name of its class."""
+    """An error's text on one line, printable and short; if it has none, the name of its class."""
     return plain(" ".join(str(error).split()) or type(error).__name__)[:280]
 
 class Progress:
-    """A line on stderr with what is done, the rate and the time left.
+    """A line on stderr: work done, rate and time left.
 
-    It is drawn anew twice a second on a terminal, and printed every 10 seconds elsewhere.
+    It is redrawn twice a second on a terminal, and printed every 10 seconds elsewhere.
     """
 
     def __init__(self, total: float, unit: str, done: float = 0, quiet: bool = False):
@@ -209,16 +208,16 @@ class Progress:
         self.started = self.shown = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time to draw the line again."""
+        """Whether the line should be redrawn."""
         return not self.quiet and time.monotonic() - self.shown >= (0.5 if self.terminal else 10)
 
     def update(self, done: float, note: str = "") -> None:
-        """Draws the line if it is due or the last one, which stays."""
+        """Draws the line if it is due, or the last one, which stays on the screen."""
         if self.quiet or not (done >= self.total or self.due()):
             return
         self.shown = time.monotonic()
         line = f"{done:.0f}/{self.total:.0f} {self.unit} {note}"
-        if done > self.first:  # before that nobody knows the rate
+        if done > self.first:  # otherwise the rate is unknown
             rate = (done - self.first) / max(self.shown - self.started, 1e-9)
             speed = f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{1 / rate:.0f} s each"
             line += f" {speed}, {timedelta(seconds=round((self.total - done) / rate))} left"
@@ -227,14 +226,14 @@ class Progress:
 
 @contextlib.contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """Whatever goes wrong in the block becomes "PATH cannot be read as WHAT: …", a ValueError.
+    """Turns any error in the block into the ValueError "PATH cannot be read as WHAT: …".
 
-    So nobody who reads a file from outside checks what its parser checks. A library that is missing
-    keeps its ImportError. What is no ordinary file (a pipe may never end) is refused.
+    So no caller repeats the checks of a parser. The ImportError of a missing package passes. Only a
+    regular file is read, because a pipe may never end.
     """
     try:
         if not Path(path).is_file():
-            raise ValueError("it is no file" if Path(path).exists() else "there is no such file")
+            raise ValueError("not a regular file" if Path(path).exists() else "no such file")
         yield
     except ImportError:
         raise
@@ -243,16 +242,16 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which becomes `path` when the block ends without an error.
+    """Yields a file that becomes `path` when the block succeeds.
 
-    Until then it has a name that nobody can foresee, and after an error nothing of it is left. It
-    is on the disk before it gets its name, so that a power cut cannot leave a file with holes. The
-    block may hold hours of work: a place that cannot be written is an error before it.
+    Until then it has a random name; on an error it is deleted. It is flushed to the disk before it
+    is renamed, so that a power cut cannot leave a file with holes. A path that cannot be written
+    fails before the block, which may be hours of work.
     """
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         if path.exists() and not path.is_file():
-            kind = "a folder" if path.is_dir() else "no regular file"
+            kind = "a folder" if path.is_dir() else "not a regular file"
             raise OSError(f"cannot write {path}: it is {kind}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "xb") as file:  # x: it must not exist, not even as a link
@@ -260,22 +259,22 @@ def written(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        if os.name == "posix":  # the folder's entry, too
+        if os.name == "posix":  # flush the folder's entry, too
             folder = os.open(path.parent, os.O_RDONLY)
-            with lacking(path.parent, "flushing of folders"):
+            with lacking(path.parent, "flushing folders"):
                 os.fsync(folder)
             os.close(folder)
-    except OSError as error:  # of writing, not of the work in the block
+    except OSError as error:  # of this file, not of the work in the block
         if error.errno is None or error.filename not in (None, str(part), str(path.parent)):
             raise
         raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        with contextlib.suppress(OSError):  # the first error is the one to report
+        with contextlib.suppress(OSError):  # so that the first error is reported
             part.unlink(missing_ok=True)
 
 @contextlib.contextmanager
 def lacking(folder: Path, what: str) -> Iterator[None]:
-    """A warning, once, if the block fails as the file system of the folder has no such thing."""
+    """Turns an error into one warning if the folder's file system does not support `what`."""
     try:
         yield
     except OSError as error:
@@ -283,22 +282,23 @@ def lacking(folder: Path, what: str) -> Iterator[None]:
             raise
         if what not in WARNED:
             WARNED.add(what)
-            say(f"warning: the file system of {folder} has no {what} ({error.strerror})")
+            say(f"warning: the file system of {folder} does not support {what} "
+                f"({error.strerror})")
 
 WARNED: set[str] = set()
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Locks the folder while the block runs; ValueError if another process has. Not on Windows.
+    """Locks the folder during the block; ValueError if another process holds it. Not on Windows.
 
-    A folder that is empty at the end is removed.
+    If the folder is empty at the end, it is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
         with contextlib.suppress(ImportError):
             import fcntl
             try:
-                with lacking(folder, "locks, so see to it yourself that one process uses it"):
+                with lacking(folder, "locks: let only one process use it"):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ValueError(f"another process uses {folder}: give another --out") from error

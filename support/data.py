@@ -1,4 +1,4 @@
-"""Images as 8-bit tensors: the data sets of the paper, images of one's own, pictures written.
+"""Images as 8-bit tensors: the paper's data sets, your own images, and writing pictures.
 
     images, about = load("cifar10")    # uint8 (50000, 3, 32, 32), "train split"
     x0 = to_model(images[:128])        # float32 in [−1, 1]
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from support.command import one_line, reading, say, written
 
-FILES = {  # name → folder of the address; name and SHA-256 of the training and the test images
+FILES = {  # name → base address; file and SHA-256 of the training and of the test images
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", 2 * [("cifar-10-binary.tar.gz",
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")]),
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", [("train-images-idx3-ubyte.gz",
@@ -43,16 +43,16 @@ FILES = {  # name → folder of the address; name and SHA-256 of the training an
 }
 NAMES = (*FILES, "shapes")
 VAL = ("val", "valid", "validation")
-SPLITS = {"train": ("train",), "test": ("test", *VAL), "val": VAL}  # folders: the first there is
+SPLITS = {"train": ("train",), "test": ("test", *VAL), "val": VAL}  # the first subfolder
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "AVIF", "HEIF")
-COPIES = ("__MACOSX", "@eaDir")  # folders that systems make, left out like hidden ones
+COPIES = ("__MACOSX", "@eaDir")  # folders made by the system, skipped like hidden ones
 
 def to_model(images: Tensor) -> Tensor:
     """{0 … 255} → [−1, 1], linearly: uint8 in, float32 out.   [DDPM §3.3]"""
     return images.float() / 127.5 - 1
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[−1, 1] → {0 … 255}, the inverse of `to_model`: clamped, scaled and rounded.
+    """[−1, 1] → {0 … 255}, the inverse of `to_model`: clamps, scales and rounds.
 
     ValueError if x is not finite: NaN would become black.
     """
@@ -61,13 +61,13 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 def shape(name: str, image_size: int | None = None) -> tuple[int, int, int]:
-    """C, H, W of the images that `load` gives, before anything is downloaded or decoded."""
+    """C, H, W of the images that `load` returns, before anything is downloaded or decoded."""
     if name in FILES:
         return 3 if name == "cifar10" else 1, 32, 32
     if name.endswith(".pt"):
         return tuple(read_tensor(Path(name)).shape[1:])
     if name != "shapes" and not Path(name).is_dir():
-        raise ValueError(f"no data set is called {name!r}: choose {', '.join(NAMES)}, a .pt file "
+        raise ValueError(f"unknown data set {name!r}: choose {', '.join(NAMES)}, a .pt file "
                          "or a folder of pictures")
     side = image_size or (16 if name == "shapes" else 256)
     return 3, side, side
@@ -76,12 +76,11 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
          image_size: int | None = None, skip_bad: bool = False) -> tuple[Tensor, str]:
     """The images of `name`: one of NAMES, a .pt file with a uint8 tensor, or a folder of pictures.
 
-    In memory or mapped from disk, uint8 N×C×H×W, C = 1 or 3; and what they are, in words.
-    split: one of SPLITS. A .pt file has no such parts, and a folder only if it has subfolders, in
-    any case, train/ and beside it test/ or val/ (a class may be called train, too). image_size:
-    side of the images of a folder (256 unless given) and of shapes (16). skip_bad: go on without
-    the pictures of a folder that cannot be read. ValueError if the data are not what they should
-    be, OSError if they cannot be had.
+    Returns them, uint8 N×C×H×W, C = 1 or 3, in memory or mapped from disk, and what they are, in
+    words. split: one of SPLITS. A .pt file has no splits; a folder has them if it has subfolders
+    train/ and test/ or val/, in upper or lower case (train/ alone may be a class). image_size: side
+    of the images of a folder (default: 256) and of shapes (16). skip_bad: skip the pictures of a
+    folder that cannot be read. ValueError for invalid data, OSError if they cannot be obtained.
     """
     about, side = f"{split} split", shape(name, image_size)[1]
     if name in NAMES and split == "val":
@@ -92,7 +91,7 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
         address, files = FILES[name]
         file, sha256 = files[split == "test"]
         path, own = Path(data_dir, file), Path(data_dir, name, file)
-        # MNIST and Fashion-MNIST share file names: a folder of one is not taken for the other.
+        # MNIST and Fashion-MNIST share file names: never take a folder of one for the other.
         other = name != "cifar10" and ("fashion" in path.resolve().parent.name.lower()) != (
             name == "fashion_mnist")
         if own.exists() or other or not path.exists():
@@ -108,31 +107,31 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
         folder = next((parts[part] for part in SPLITS[split] if part in parts), folder / split)
         about = f"{folder.name} split"
     return (read_folder(folder, Path(data_dir), side, skip_bad),
-            f"{about}, the middle square of each in RGB")
+            f"{about}, centre-cropped, in RGB")
 
 def fetch(address: str, path: Path, sha256: str | None = None) -> Path:
-    """Downloads `address` to `path`, unless it is there. OSError says where to put it by hand."""
+    """Downloads `address` to `path`, unless it exists. OSError says where to put it by hand."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         say(f"downloading {address}")
         try:
             torch.hub.download_url_to_file(address, str(path), sha256)
-        except Exception as error:  # of the network, or RuntimeError for another SHA-256
-            raise OSError(f"cannot download {address} ({one_line(error)}); get the file by other "
-                          f"means and put it at {path}") from error
+        except Exception as error:  # of the network, or RuntimeError for a wrong SHA-256
+            raise OSError(f"cannot download {address} ({one_line(error)}); download the file "
+                          f"yourself and put it at {path}") from error
     return path
 
-@functools.lru_cache(maxsize=1)  # it may be minutes for a folder, and is asked twice
+@functools.lru_cache(maxsize=1)  # it can take minutes for a folder, and is needed twice
 def fingerprint(images: Tensor) -> str:
-    """A hash of all pixels and of the shape."""
+    """A hash of the pixels and the shape."""
     found = hashlib.blake2b(digest_size=32)
-    for part in images.split(-(-2 ** 22 // images[0].numel())):  # never a copy of all
+    for part in images.split(-(-2 ** 22 // images[0].numel())):  # never copies all of them
         found.update(raw_bytes(part))
     found.update(f"{tuple(images.shape)}".encode())
     return found.hexdigest()
 
 def raw_bytes(x: Tensor) -> bytes:
-    """The bytes of a tensor as they lie in memory, without the help of NumPy."""
+    """The bytes of a tensor as they lie in memory, without NumPy."""
     x = x.cpu().contiguous()
     return ctypes.string_at(x.data_ptr(), x.nbytes)
 
@@ -143,7 +142,7 @@ def read_cifar10(path: Path, split: str = "train") -> Tensor:
     """
     files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     with reading(path, "CIFAR-10's binary archive"):
-        content = gzip.open(path).read(2 ** 28)  # all of it, so that its checksum is verified
+        content = gzip.open(path).read(2 ** 28)  # to the end, which verifies its checksum
         archive = tarfile.open(fileobj=io.BytesIO(content), mode="r:")
         raw = b"".join(archive.extractfile("cifar-10-batches-bin/" + f).read() for f in files)
         records = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, 3073)
@@ -162,6 +161,9 @@ def read_idx(path: Path) -> Tensor:
 def read_tensor(path: Path) -> Tensor:
     """A tensor saved by `torch.save`: uint8 N×C×H×W, C = 1 or 3. ValueError for anything else."""
     with reading(path, "images, a uint8 tensor N×C×H×W with C = 1 or 3"):
+        with open(path, "rb") as file:
+            if (start := file.read(4)) != b"PK\3\4":
+                raise ValueError(f"it begins with {start}: it is not in torch.save's format")
         x = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(x, Tensor):
             keys = f" of {', '.join(map(str, x))}" if isinstance(x, dict) else ""
@@ -169,14 +171,14 @@ def read_tensor(path: Path) -> Tensor:
         if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] not in (1, 3) or not x.numel():
             raise ValueError(f"it holds {x.dtype} {tuple(x.shape)}")
         if 0 in x.stride():
-            raise ValueError("its images are one and the same")
-        raw_bytes(x[:1])  # an error if no pixels are stored, as in a sparse tensor
+            raise ValueError("its images are all the same one")
+        raw_bytes(x[:1])  # an error if there are no pixels, as in a sparse tensor
     return x
 
 def listing(source: Path) -> tuple[list[Path], Counter]:
-    """The pictures of a folder and of the folders in it, in order; and what is left out, by kind.
+    """The pictures in a folder and its subfolders, sorted; and the skipped files, counted by kind.
 
-    Links are followed, and no folder is read twice. OSError for one that cannot be read.
+    Follows links, and reads no folder twice. OSError for a folder that cannot be read.
     """
     def fail(error: OSError):
         raise error
@@ -193,12 +195,12 @@ def listing(source: Path) -> tuple[list[Path], Counter]:
         for file in (Path(folder, name) for name in {*names} - hidden):
             if (end := file.suffix.lower()) in endings and file.is_file():
                 files.append(file)
-            else:  # a link to nothing, or a pipe, has an ending, too
-                out["no file" if end in endings else end or "without an ending"] += 1
+            else:  # a broken link, or a pipe, may have the suffix of a picture
+                out["not a regular file" if end in endings else end or "without a suffix"] += 1
     return sorted(files), +out
 
 def read_samples(path: Path, cache: str | Path) -> Tensor:
-    """Images made before: a .pt file, or a folder of pictures of the size of its first."""
+    """Existing samples: a .pt file, or a folder of pictures, resized to the first one's height."""
     if not path.is_dir():
         return read_tensor(path)
     files, _ = listing(path)
@@ -209,15 +211,15 @@ def read_samples(path: Path, cache: str | Path) -> Tensor:
     return read_folder(path, Path(cache), side)
 
 def read_folder(source: Path, cache: Path, size: int, skip_bad: bool = False) -> Tensor:
-    """A folder of pictures, the middle square of each resized: uint8 (N, 3, size, size).
+    """A folder of pictures, centre-cropped and resized: uint8 (N, 3, size, size).
 
-    They are decoded once with Pillow into a file in `cache`, which is mapped and not read, so that
-    a set larger than memory works. Its name is a hash of what the folder holds: after a change of
-    the folder everything is decoded again. It ends with the fingerprint of the images.
+    Pillow decodes them once into a file in `cache`, which is memory-mapped, so the data may exceed
+    memory. Its name has a hash of the folder's listing: after a change all is decoded again.
+    The file ends with the fingerprint of the images.
     """
     files, out = listing(source)
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in out.most_common(20)) or "nothing"
-    text = f"{source}: {len(files):,} pictures; left out: {kinds}"
+    text = f"{source}: {len(files):,} pictures; skipped: {kinds}"
     if not files:
         raise ValueError(text)
     known = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
@@ -240,12 +242,12 @@ def read_folder(source: Path, cache: Path, size: int, skip_bad: bool = False) ->
             n = len(files) - notes["cannot be read"]
             if n < len(files) and not (n and skip_bad):
                 raise ValueError(f"{len(files) - n} of {len(files)} pictures cannot be read "
-                                 f"(--skip-bad goes on without them): {bad}")
+                                 f"(--skip-bad skips them): {bad}")
             found.update(f"{(n, 3, size, size)}".encode())
             target.write(found.hexdigest().encode())
         for what, n in notes.items():
             say(f"{n:,} of them {what}")
-    with reading(path, "pictures decoded before: delete it"), open(path, "rb") as file:
+    with reading(path, "decoded pictures: delete it"), open(path, "rb") as file:
         raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         x = torch.frombuffer(raw, dtype=torch.uint8)[:-64].view(-1, 3, size, size)
         if fingerprint(x).encode() != raw[-64:]:
@@ -253,7 +255,7 @@ def read_folder(source: Path, cache: Path, size: int, skip_bad: bool = False) ->
     return x
 
 def pillow():
-    """Pillow's two modules, which refuse a picture of more than 89 million pixels."""
+    """Pillow's Image and ImageOps, set to refuse a picture of more than 89 million pixels."""
     import PIL
     from PIL import Image, ImageOps, PngImagePlugin
     if tuple(map(int, PIL.__version__.split(".")[:2])) < (10, 1):
@@ -262,23 +264,23 @@ def pillow():
     with contextlib.suppress(ImportError):
         import pillow_heif
         pillow_heif.register_heif_opener()
-    PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # a long text is no reason to refuse its picture
+    PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # accept a picture with a long text
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     return Image, ImageOps
 
 def decode(file: Path, size: int, notes: Counter) -> Tensor:
-    """A picture as it is meant to be seen, its middle square resized: uint8 (3, size, size).
+    """A picture as it is meant to be seen, centre-cropped and resized: uint8 (3, size, size).
 
-    It is turned as its EXIF data say, grey of up to 16 bits is scaled to 8, what is transparent
-    becomes white, and the colours of a profile become those of sRGB. notes: counts what is odd.
+    Applies the EXIF rotation, scales grey of up to 16 bits to 8, puts transparent pixels on white
+    and converts colour profiles to sRGB. notes: counts oddities.
     """
     Image, ImageOps = pillow()
     formats = [kind for kind in FORMATS if kind in Image.OPEN]
     with reading(file, "a picture"), Image.open(file, formats=formats) as opened:
         opened.load()
         picture, tags = opened, getattr(opened, "tag_v2", {})  # of TIFF
-        with contextlib.suppress(Exception):  # what is wrong with metadata
+        with contextlib.suppress(Exception):  # ignore invalid metadata
             ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode[:4] == "I;16" or picture.mode == "I" and opened.format in ("PNG", "PPM"):
             scale = 255 / (2 ** tags.get(258, [16])[0] - 1)  # BitsPerSample
@@ -286,7 +288,7 @@ def decode(file: Path, size: int, notes: Counter) -> Tensor:
             if tags.get(262) == 0:  # PhotometricInterpretation: white is zero
                 picture = ImageOps.invert(picture)
         if picture.mode in ("I", "F"):
-            raise ValueError("grey of 32 bits has no known range")
+            raise ValueError("32-bit grey has no known range")
         mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")
         if picture.has_transparency_data:
             white = Image.new("RGBA", picture.size, "white")
@@ -298,22 +300,22 @@ def decode(file: Path, size: int, notes: Counter) -> Tensor:
                 ends = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
                 picture = ImageCms.profileToProfile(picture, *ends, outputMode="RGB")
             except Exception:
-                notes["have a colour profile that cannot be used"] += 1
+                notes["have an unusable colour profile"] += 1
         with contextlib.suppress(Exception):  # of the second frame
             if opened.format != "MPO" and opened.is_animated:
-                notes["have several frames: the first is taken"] += 1
+                notes["have several frames: the first is used"] += 1
         return pixels(picture.convert("RGB"))
 
 def pixels(picture) -> Tensor:
-    """A picture of Pillow, grey (L) or RGB: uint8 (1 or 3, H, W)."""
+    """The pixels of a Pillow image in mode L or RGB: uint8 (1 or 3, H, W)."""
     raw = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return raw.view(*picture.size[::-1], -1).permute(2, 0, 1)
 
 def png(image: Tensor) -> bytes:
-    """uint8 (1 or 3, H, W) as an 8-bit PNG, each line as its difference to the one above."""
+    """uint8 (1 or 3, H, W) as an 8-bit PNG, each row as its difference from the one above."""
     c, height, width = image.shape
     x = image.permute(1, 2, 0).reshape(height, c * width).int()
-    lines = F.pad(x.diff(dim=0, prepend=0 * x[:1]) % 256, (1, 0), value=2)  # 2: that difference
+    lines = F.pad(x.diff(dim=0, prepend=0 * x[:1]) % 256, (1, 0), value=2)  # 2: this filter
     header = struct.pack(">IIBBBBB", width, height, 8, c - 1, 0, 0, 0)
     body, content = zlib.compress(raw_bytes(lines.to(torch.uint8)), 9), b"\x89PNG\r\n\x1a\n"
     for chunk in (b"IHDR" + header, b"IDAT" + body, b"IEND"):
@@ -321,14 +323,14 @@ def png(image: Tensor) -> bytes:
     return content
 
 def is_png(path: Path, shape: tuple[int, int, int]) -> bool:
-    """Whether `png` wrote the file for an image of this shape, to its end."""
+    """Whether the file is a complete PNG that `png` wrote for an image of this shape."""
     content = path.read_bytes() if path.is_file() else b""
     whole = png(torch.zeros(shape, dtype=torch.uint8))
     return content[:33] == whole[:33] and content[-12:] == whole[-12:]
 
 def tiled(images: Tensor, columns: int | None = None) -> Tensor:
-    """uint8 (N, C, H, W) → one picture (C, …) in rows of `columns`, as square as possible unless
-    given; each pixel becomes a square, so that the picture is about 480 pixels wide, or wider."""
+    """uint8 (N, C, H, W) → one picture (C, …) with `columns` per row (default: about square); each
+    pixel is repeated so that the picture is at least about 480 pixels wide."""
     n, c, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows, k = math.ceil(n / columns), max(1, round(480 / (columns * width)))
@@ -338,7 +340,7 @@ def tiled(images: Tensor, columns: int | None = None) -> Tensor:
     return picture.repeat_interleave(k, 1).repeat_interleave(k, 2)
 
 def plot(path: Path, draw: Callable) -> bool:
-    """draw(axes) as a picture, if matplotlib is there; whether it is. No plot ends a run."""
+    """Writes draw(axes) as a PNG; an error is only printed. Returns whether matplotlib exists."""
     try:
         from matplotlib.figure import Figure
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -346,17 +348,16 @@ def plot(path: Path, draw: Callable) -> bool:
         figure.axes[0].grid(alpha=0.3)
         with written(path) as file:
             figure.savefig(file, dpi=120, format="png")
-        return True
     except ImportError:
         return False
     except Exception as error:
-        say(f"{path} is not drawn: {one_line(error)}")
-        return False
+        say(f"cannot draw {path}: {one_line(error)}")
+    return True
 
 def shapes(n: int, size: int = 16, split: str = "train") -> Tensor:
-    """A data set made here: one disc, square, triangle or ring on black: uint8 (n, 3, …).
+    """A synthetic data set: a disc, square, triangle or ring on black: uint8 (n, 3, size, size).
 
-    Its hue and its place are random. The same n, size and split are the same images, always.
+    Hue and position are random, but a function of n, size and split.
     """
     g = torch.Generator().manual_seed({"train": 1, "test": 2}[split])
     hue, x, y = torch.rand(3, n, generator=g)
@@ -364,16 +365,16 @@ def shapes(n: int, size: int = 16, split: str = "train") -> Tensor:
     colour = 1 - 0.8 * torch.minimum(k, 4 - k).clamp(0, 1)              # (n, 3), saturation 0.8
     kind = torch.randint(4, (n,), generator=g)
     parts = []
-    for i in torch.arange(n).split(256):  # all of them at once would take gigabytes
+    for i in torch.arange(n).split(256):  # all at once would take gigabytes
         cover = covers(0.4 * x[i] - 0.2, 0.4 * y[i] - 0.2, torch.full_like(x[i], 0.65), size)
         cover = cover[kind[i], torch.arange(len(i)), None]
         parts.append(to_uint8(2 * colour[i, :, None, None] * cover - 1))
     return torch.cat(parts)
 
 def covers(x: Tensor, y: Tensor, radius: Tensor, size: int) -> Tensor:
-    """How much of each pixel a disc, a square, a triangle, a ring covers: (4, n, size, size).
+    """Coverage of each pixel by a disc, square, triangle, ring: (4, n, size, size) in [0, 1].
 
-    x, y, radius: (n,), where the side of the image is 2 and its centre is 0.
+    x, y, radius: (n,), where the image has side 2 and centre 0.
     """
     axis = (torch.arange(size) + 0.5) * 2 / size - 1
     u, v, r = axis - x[:, None, None], axis[:, None] - y[:, None, None], radius[:, None, None]

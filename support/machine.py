@@ -18,12 +18,12 @@ from support.command import UsageError, one_line, say
 BACKEND = "inductor"  # of torch.compile
 
 class Machine(NamedTuple):
-    """The device and precision of this process, and its place among the processes of torchrun."""
+    """The device and precision of this process, and its rank among the processes of torchrun."""
     device: torch.device
     dtype: torch.dtype  # of convolutions and matrix products
     rank: int = 0
-    world: int = 1      # how many processes there are
-    compiles: bool | None = None    # --compile or --no-compile, if one was given
+    world: int = 1      # number of processes
+    compiles: bool | None = None    # --compile or --no-compile, if given
 
     @property
     def is_main(self) -> bool:
@@ -32,11 +32,11 @@ class Machine(NamedTuple):
 
     @property
     def share(self) -> slice:
-        """Which pieces of work this process does: every world-th one."""
+        """The items that this process handles: every world-th one."""
         return slice(self.rank, None, self.world)
 
     def gather(self, mine: Tensor, n: int) -> Tensor:
-        """The n rows of all processes, each of which has those of its `share`; on the CPU."""
+        """All n rows, on the CPU, of which each process has those of its `share`."""
         if self.world == 1:
             return mine.cpu()
         rows = torch.zeros(n, *mine.shape[1:], dtype=mine.dtype)
@@ -46,7 +46,7 @@ class Machine(NamedTuple):
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the block first: it downloads a file, and the others find it."""
+        """The main process runs the block first: it downloads a file that the others then find."""
         patient = None if self.world == 1 else dist.new_group(
             backend="gloo", timeout=timedelta(days=1))
         if not self.is_main:
@@ -56,18 +56,17 @@ class Machine(NamedTuple):
             dist.barrier(patient)
 
     def agree(self, on: str, *what) -> None:
-        """ValueError in every process unless all of them call it with the same. `on` names it; of
-        a function its result counts, which one process alone does not compute."""
+        """ValueError in every process unless all pass the same `what`; `on` names it. A callable
+        counts by its result, and is not called in a single process."""
         if self.world == 1:
             return
         what = [x() if callable(x) else x for x in what]
         mine = torch.tensor([seed_of(on, *what, str(self.dtype), torch.__version__)])
         if len(self.gather(mine, self.world).unique()) > 1:
-            raise ValueError(f"the processes do not agree on the {on}, the precision or the version"
-                             " of torch: all need the same")
+            raise ValueError(f"the processes differ in {on}, precision or torch version")
 
     def network(self, net: Callable) -> Callable[[Tensor, Tensor], Tensor]:
-        """`net` computed in this machine's precision, with a float32 result."""
+        """`net` in this machine's precision, with float32 output."""
         def call(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
                 out = net(x, t)
@@ -79,35 +78,35 @@ class Machine(NamedTuple):
     def compiled(self, net: nn.Module, *shape: int, default: bool = False) -> nn.Module:
         """`net` through torch.compile for batches of this shape, with --compile or by default.
 
-        It is tried once, forward and, in training, backward. If that fails, as without a compiler,
-        a line says so, and all processes go on without it: with another program on one of them
-        they would not meet in the same exchanges.
+        It is tried once, forward and, in training, backward. If that fails in any process (without
+        a C compiler, say), all go on without it: one that ran another program would wait for
+        exchanges that the others do not make.
         """
         if not (default if self.compiles is None else self.compiles):
             return net
         try:
             fast = torch.compile(net, backend=BACKEND, dynamic=False)
             x = torch.zeros(shape, device=self.device)
-            alone = getattr(net, "no_sync", contextlib.nullcontext)  # the others may have failed
+            alone = getattr(net, "no_sync", contextlib.nullcontext)  # others may have failed
             with alone():
                 y = self.network(fast)(x, torch.ones(len(x), device=self.device).long())
                 if y.requires_grad:
                     y.sum().backward()
             works = True
-        except Exception as error:  # the compilers raise many kinds of error
-            say(f"without torch.compile: {one_line(error)}")
+        except Exception as error:  # compilers raise many kinds of error
+            say(f"warning: torch.compile failed, going on without it: {one_line(error)}")
             works = False
         return fast if self.gather(torch.tensor([works]).int(), self.world).all() else net
 
 def start_machine(device: str | None = None, precision: str | None = None,
                   compiles: bool | None = None) -> Machine:
-    """The machine that the flags ask for, its processes joined by torchrun.
+    """The machine that the flags select, connected to the other processes of torchrun.
 
-    The precision is by default bfloat16 where the hardware has it, else float16 on CUDA of
-    capability 7 (V100, T4), else float32. UsageError if the machine is not there.
+    The default precision is bfloat16 where the hardware has it, else float16 on CUDA of capability
+    7 (V100, T4), TF32 on older CUDA, float32 elsewhere. UsageError if there is no such machine.
     """
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
-        raise UsageError("RANK and WORLD_SIZE go together: torchrun sets both")
+        raise UsageError("RANK and WORLD_SIZE must be set together: torchrun sets both")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
         mps = torch.backends.mps.is_available()
@@ -115,9 +114,9 @@ def start_machine(device: str | None = None, precision: str | None = None,
     if device == "cuda" and world > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
     try:
-        found = torch.zeros(1, device=device).device  # of a tensor: it has its index, "cuda:0"
-    except Exception as error:  # each kind of device has its own
-        raise UsageError(f"--device {device}: there is none here ({one_line(error)})") from error
+        found = torch.zeros(1, device=device).device  # a tensor's device has its index, "cuda:0"
+    except Exception as error:  # each kind of device raises its own
+        raise UsageError(f"--device {device} is not available: {one_line(error)}") from error
     if cuda := found.type == "cuda":
         torch.cuda.set_device(found)
         major, _ = torch.cuda.get_device_capability(found)
@@ -129,16 +128,16 @@ def start_machine(device: str | None = None, precision: str | None = None,
         cpu = getattr(torch.cpu, "get_capabilities", dict)() if found.type == "cpu" else {}
         best = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
     if precision == "tf32" and not cuda:
-        raise UsageError("--precision tf32 is a format of NVIDIA GPUs: use bf16 or fp32 here")
+        raise UsageError("--precision tf32 needs an NVIDIA GPU: use bf16 or fp32")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or best, torch.float32)
     if world > 1 and not dist.is_initialized():
-        # Waiting for the others happens in C++, where a handler of Python is not heard.
+        # The wait for the others is in C++, where Python's signal handlers do not run.
         handlers = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                     timeout=timedelta(minutes=10))
         except RuntimeError as error:
-            raise OSError(f"{world} processes do not find each other: {one_line(error)}") from error
+            raise OSError(f"{world} processes cannot connect: {one_line(error)}") from error
         for n, handler in handlers.items():
             signal.signal(n, handler)
     return Machine(found, dtype, rank, world, compiles)
@@ -146,22 +145,21 @@ def start_machine(device: str | None = None, precision: str | None = None,
 def seed_of(*keys) -> int:
     """63 bits, hashed from what the seed is for, such as (seed, "step", 17).
 
-    With a sum, seed + step, the runs of neighbouring seeds would share their random numbers. (Of
-    these bits torch's CPU generator uses 32.) An integer means its value, of whatever type it is.
+    With a sum, seed + step, runs with neighbouring seeds would share random numbers. (torch's CPU
+    generator uses 32 of these bits.) Integers of all types count by their value.
     """
     keys = integers(keys)
     return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "big") >> 1
 
 def integers(key):
-    """The key with all integers in it, such as those of NumPy or torch, as Python's."""
+    """The key with all its integers, such as those of NumPy or torch, as Python's."""
     if isinstance(key, (tuple, list)):
         return type(key)(map(integers, key))
     return operator.index(key) if hasattr(key, "__index__") else key
 
 def mixed(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64, a bijection in which each bit depends on all.
-
-    Products are modulo 2^64. [Steele, Lea, Flood 2014]
+    """splitmix64's finaliser on int64: a bijection in which every output bit depends on every input
+    bit. Products are modulo 2^64. [Steele, Lea, Flood 2014]
     """
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - 2 ** 64)   # >> copies the sign
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - 2 ** 64)
@@ -169,10 +167,10 @@ def mixed(x: Tensor) -> Tensor:
 
 class Noise:
     """z ~ N(0, I), (B, …), counter-based, not sequential: z of image i at time t is a function of
-    (seed, i, t, element) alone. So it is the same in any batch, process and kind of device.
+    (seed, i, t, element) alone, so it is the same in any batch and process, on any device.
 
-    indices: the i, numbers or other names. noise(t) is the z of `ddpm.p_sample_loop`, where t is
-    one number, or one for each image; noise(0) is x_T.
+    indices: the i, numbers or other names. noise(t) is the z of `ddpm.p_sample_loop`, t one number
+    or one per image; noise(0) is x_T.
     """
 
     def __init__(self, seed: int, indices, shape: tuple[int, ...], device="cpu"):
@@ -184,11 +182,11 @@ class Noise:
 
     def __call__(self, t: int | Tensor = 0) -> Tensor:
         if isinstance(t, Tensor) and t.dim() and not t.is_floating_point():
-            t = t.to(self.images)  # int64, as sums of int32 would overflow
-        else:                      # as_tensor would wait for the device
+            t = t.to(self.images)  # int64: int32 would overflow
+        else:                      # torch.as_tensor would wait for the device
             t = torch.full_like(self.images, operator.index(t))
         streams = mixed(self.images + (2 * t + 1) * (0x9E3779B97F4A7C15 - 2 ** 64))
         bits = mixed(streams[:, None] ^ self.elements)
-        # 52 bits, because with 53 the largest of them would be rounded to u = 1.
+        # 52 bits: with 53 the largest would round to u = 1.
         u = ((bits >> 12 & (1 << 52) - 1).double() + 0.5) / 2 ** 52      # uniform on (0, 1)
         return torch.special.ndtri(u).float().view(-1, *self.shape).to(self.device)

@@ -44,6 +44,15 @@ def test_a_mistyped_flag_is_named():
             parser.parse_args(words.split())
 
 
+def test_a_flag_without_effect_is_refused():
+    """The line names the modes that use it, or says that no entry of READS does."""
+    parser, reads = command.Parser("text", "--steps", "--seed"), {"samples": "", "figures": "steps"}
+    for words, end in (("--steps 3", "samples, only on figures"), ("--seed 3", "samples: it is in no entry of READS")):
+        with pytest.raises(UsageError, match=f"^{words[:-2]} has no effect on {end}$"):
+            parser.parse_mode(words.split(), lambda args: "samples", reads)
+    assert parser.parse_mode(["--steps", "3"], lambda args: "figures", reads).steps == 3
+
+
 def test_help_shows_the_text_of_the_script_line_by_line():
     text = "One.\n\n    two   three\n"
     parser = command.Parser(text, prog="x.py")
@@ -101,7 +110,7 @@ def ends(with_error) -> int:
 
 
 class Odd(Exception):
-    """What nobody has foreseen."""
+    """An error that nobody expects."""
 
 
 MORE = ["DDPM_TRACEBACK=1"]
@@ -109,8 +118,8 @@ MORE = ["DDPM_TRACEBACK=1"]
 
 @pytest.mark.parametrize("error, status, said", [
     (None, 0, []), (3, 3, []), (SystemExit(4), 4, []), (SystemExit(None), 0, []),
-    (UsageError("flag 5"), 2, ["flag 5"]), (ValueError("value 5\nmore"), 1, [*MORE, "unforeseen ValueError", "value 5 more"]),
-    (OSError("file 5"), 1, ["file 5"]), (KeyError("key 5"), 1, [*MORE, "unforeseen KeyError", "key 5"]),
+    (UsageError("flag 5"), 2, ["flag 5"]), (ValueError("value 5\nmore"), 1, [*MORE, "unexpected ValueError", "value 5 more"]),
+    (OSError("file 5"), 1, ["file 5"]), (KeyError("key 5"), 1, [*MORE, "unexpected KeyError", "key 5"]),
     (ModuleNotFoundError("No module named 'PIL'", name="PIL"), 1, ["pip install pillow"]),
     (ModuleNotFoundError("No module named 'diffusers'", name="diffusers"), 1, ["pip install diffusers"]),
     (ImportError("cannot import name 'Nett' from 'mynet'", name="mynet"), 1, ["ImportError", "Nett"]),
@@ -118,11 +127,11 @@ MORE = ["DDPM_TRACEBACK=1"]
     (RuntimeError("CUDA out of memory. 5"), 1, ["fewer images"]),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, ["fewer images"]),
     (KeyboardInterrupt(), 128 + signal.SIGINT, []),
-    *((Odd(text), 1, [*MORE, "unforeseen Odd"]) for text in ("first\nsecond", "x" * 5000, "\x1b[2J\x07", "")),
-    *((error, 1, [*MORE, f"unforeseen {type(error).__name__}"]) for error in (
+    *((Odd(text), 1, [*MORE, "unexpected Odd"]) for text in ("first\nsecond", "x" * 5000, "\x1b[2J\x07", "")),
+    *((error, 1, [*MORE, f"unexpected {type(error).__name__}"]) for error in (
         AssertionError(), ZeroDivisionError("by 0"), RecursionError("deep")))])
 def test_the_status_tells_how_a_command_ended(error, status, said, capsys, monkeypatch):
-    """One short line that begins with the name of the script; of what was not foreseen its kind, its text, and
+    """One short line that begins with the name of the script; of an unexpected error its kind, its text, and
     how to see more. DDPM_TRACEBACK lets errors through."""
     monkeypatch.delenv("DDPM_TRACEBACK", raising=False)
     assert ends(error) == status
@@ -157,7 +166,7 @@ class Net(nn.Module):
     ("return self.nothing", "net.py, line 7", "AttributeError in {}: 'Net' object has no attribute 'nothing'"),
     ("return x @ x[:, :, 1:]", "net.py, line 7", "RuntimeError in {}: "),
     ("x * 2", "machine.py, line", "TypeError in {}"), ("return x, t", "machine.py, line", "the network returned tuple"),
-    ("return x[..., 1:]", "", "(1, 3, 8, 8) torch.float32 meets (1, 3, 8, 7) torch.float32")])
+    ("return x[..., 1:]", "", "(1, 3, 8, 8) torch.float32 and (1, 3, 8, 7) torch.float32")])
 def test_an_error_of_ones_own_network_is_told_with_its_place(line, place, said, in_a_folder_of_its_own, capsys, monkeypatch):
     """Also where Python's own library raises it, or it is a ValueError; and what no tensor of this shape is."""
     monkeypatch.delenv("DDPM_TRACEBACK", raising=False)
@@ -304,8 +313,8 @@ def test_what_is_no_file_is_not_read(tmp_path):
 
 
 def test_a_file_has_its_name_when_it_is_whole(tmp_path):
-    """Until the block ends the old content is there, and another file beside it whose name nobody
-    can foresee; afterwards the new content alone. Folders on the way are made."""
+    """Until the block ends the old content is there, and another file beside it whose name is
+    random; afterwards the new content alone. Folders on the way are made."""
     path, names = tmp_path / "new" / "folder" / "file", set()
     for old, new in ((None, b"first"), (b"first", b"second")):
         with command.written(path) as file:
@@ -413,7 +422,7 @@ def test_a_place_that_cannot_be_written_is_an_error_before_the_work(capsys):
         with hooked(nn.Module, lambda *_: calls.append(1)):
             assert main(flags.split()) == 1 and not calls, flags
         assert "file" in (line := said(capsys)) or "folder.png" in line
-        assert "unforeseen" not in line
+        assert "unexpected" not in line
 
 
 # --------------------------------------------------------------------------------------- odd inputs
@@ -556,7 +565,7 @@ def test_a_pipe_is_not_waited_for(place, main, flags):
         ended.set()
         thread.join()
         os.unlink("pipe.pt")
-    assert len(lines) == 1 and "pipe.pt" in lines[0] and "unforeseen" not in lines[0]
+    assert len(lines) == 1 and "pipe.pt" in lines[0] and "unexpected" not in lines[0]
 
 
 def test_an_error_of_the_work_is_not_one_of_writing(place, server, monkeypatch):
@@ -624,7 +633,7 @@ def test_a_file_system_without_locks_or_flushing_of_folders(tmp_path):
     done = subprocess.run([sys.executable, HERE / "train.py", *SHORT], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "LD_PRELOAD": f"{tmp_path}/lacks.so", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and (tmp_path / "r" / "checkpoint.pt").exists(), done.stderr
-    assert done.stderr.count("has no locks") == done.stderr.count("has no flushing of folders") == 1
+    assert done.stderr.count("does not support locks") == done.stderr.count("does not support flushing folders") == 1
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
@@ -667,11 +676,11 @@ def test_a_closed_stderr_is_no_error(tmp_path):
     assert (tmp_path / "r" / "samples-0000002.png").exists()
 
 
-def test_nothing_replaces_what_is_no_regular_file(tmp_path):
+def test_nothing_replaces_what_is_not_a_regular_file(tmp_path):
     """A pipe, as a device would be, stays what it is."""
     if not hasattr(os, "mkfifo"):
         pytest.skip("Windows has no pipes in folders")
     os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(OSError, match="x.png.*no regular file"), command.written(tmp_path / "x.png"):
+    with pytest.raises(OSError, match="x.png.*not a regular file"), command.written(tmp_path / "x.png"):
         pytest.fail("the block was begun")
     assert (tmp_path / "x.png").is_fifo()

@@ -16,10 +16,10 @@ from hypothesis import given, strategies as st
 
 import ddpm
 from extras import compress
-from helpers import cells, flags_of, HERE, random_run, read_png
+from helpers import cells, flags_of, HERE, hooked, random_run, read_png
 from support import checkpoint, data
 from support.checkpoint import Trained
-from unet import build_network
+from unet import build_network, UNet
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -552,6 +552,15 @@ def test_a_mistake_is_one_line(run, capsys, line, status, said):
     assert compress.main(line.split()) == status
     captured = capsys.readouterr().err
     assert said in captured and captured.count("\n") == 1 and sorted(os.listdir()) == before
+
+
+def test_an_error_of_the_network_is_not_blamed_on_the_file(run, capsys):
+    """It is told with its place, not as a file that cannot be read."""
+    Path("a.ddpm").write_bytes(compress.encode(checkpoint.load("runs/images"), picture(3), 1))
+    for line in ("encode picture.png b.ddpm", "decode a.ddpm b.png"):
+        with hooked(UNet, lambda *_: 1 / 0):
+            assert compress.main(line.split()) == 1
+        assert "unexpected ZeroDivisionError in test_compress.py" in (err := capsys.readouterr().err) and "cannot" not in err
 
 
 def test_too_few_bytes_are_one_line(run, capsys):

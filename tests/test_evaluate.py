@@ -188,6 +188,14 @@ def test_plot_of_rate_and_distortion(capsys):
     assert "rate" in axes.get_xlabel() and "distortion" in axes.get_ylabel()
 
 
+def test_a_plot_that_fails_is_one_line(capsys):
+    """Which does not recommend the matplotlib that is there."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    Path("folder.png").mkdir()
+    evaluate.rate_distortion(randn(0, 4, 20, 2).abs(), torch.zeros(4, 3, 2, 2, dtype=torch.uint8), Path("folder.png"), io.BytesIO())
+    assert "folder.png" in (err := capsys.readouterr().err) and "pip" not in err and err.count("\n") == 1
+
+
 def test_without_matplotlib_a_line_says_what_is_missing(capsys):
     """The numbers are there all the same."""
     hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "matplotlib"}
@@ -264,8 +272,6 @@ def test_inception_score_of_uniform_and_of_one_hot():
     mean, deviation = evaluate.inception_score(mixed)
     assert mean == pytest.approx(4.5) and deviation == pytest.approx(3.5)
     assert evaluate.inception_score(sure[:10]) == (1, 0)      # a split of one image knows no other
-    with pytest.raises(ValueError, match="10 images"):
-        evaluate.inception_score(sure[:9])
 
 
 # --------------------------------------------------------------------------------- the command
@@ -311,7 +317,7 @@ def test_inception_network_is_fetched_once_and_checked(network, server, monkeypa
     assert Path("new/net.pt").read_bytes() == raw
     for other in (raw + b"more", b"no TorchScript"):
         Path("folder/net.pt").write_bytes(other)
-        with pytest.raises(ValueError, match="net.pt.*its SHA-256 is another"):
+        with pytest.raises(ValueError, match="net.pt.*wrong SHA-256"):
             evaluate.load_inception(None, "folder", CPU)
     server.files["/some/net.pt"] = raw + b"more"
     with pytest.raises(OSError, match="net.pt"):
@@ -411,7 +417,7 @@ def test_flags_that_contradict_each_other(capsys, flags, parts):
     """Or that are out of range: the line names them, and the status is 2."""
     assert evaluate.main(flags.split()) == 2
     line = said(capsys)
-    assert all(part in line for part in parts.split()) and "unforeseen" not in line, line
+    assert all(part in line for part in parts.split()) and "unexpected" not in line, line
 
 
 def test_defaults_of_the_flags(capsys):
@@ -695,5 +701,5 @@ def test_mistakes_are_one_line(run, capsys, flags, parts):
     with hooked(UNet, lambda *_: calls.append(1)):
         assert evaluate.main(["--device", "cpu", *flags.split()]) == 1 and not calls
     line = said(capsys)
-    assert all(part in line for part in parts.split()) and "unforeseen" not in line, line
+    assert all(part in line for part in parts.split()) and "unexpected" not in line, line
     assert sorted(Path().rglob("*")) == before

@@ -255,17 +255,17 @@ def test_the_command_judges_the_template_and_without_a_file_prints_the_interface
     assert all(f"    {name}({arguments})" in done.stdout for name, (arguments, _) in INTERFACE.items())
 
 
-ENDS, LACKS = "it ends the program while it is imported, SystemExit", "no theorem can be judged, as it offers "
+ENDS, LACKS = "it exits when imported: SystemExit", "nothing to judge: it has "
 UNUSABLE = [  # a file's source, what is said of it; the first four as a user runs the command
-    (None, "there is no such file"),
-    ("x = (", "it cannot be imported, SyntaxError: '(' was never closed (mine.py, line 1)"),
+    (None, "no such file"),
+    ("x = (", "it cannot be imported: SyntaxError: '(' was never closed (mine.py, line 1)"),
     ("import argparse; argparse.ArgumentParser().parse_args()", f"{ENDS}: 2 ("),
     ("", f"{LACKS}no function of the interface"),
-    ("x = \0", "it cannot be imported, "),
-    ("import nowhere", "it cannot be imported, ModuleNotFoundError: No module named 'nowhere'"),
-    ("raise ValueError('one\\ntwo')", "it cannot be imported, ValueError: one two"),
+    ("x = \0", "it cannot be imported: "),
+    ("import nowhere", "it cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
+    ("raise ValueError('one\\ntwo')", "it cannot be imported: ValueError: one two"),
     ("import sys; print('why', file=sys.stderr); sys.exit()", f"{ENDS} (why)"),
-    ("def schedule(betas): return betas", f"{LACKS}schedule alone of the interface")]
+    ("def schedule(betas): return betas", f"{LACKS}only schedule of the interface")]
 
 
 @pytest.mark.parametrize("source, said", UNUSABLE)

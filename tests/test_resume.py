@@ -412,7 +412,7 @@ def test_kept_weights_have_no_last_weights(capsys):
     trains("--steps", 1, "--keep", 1)
     for name, status in (("ema-0000001.pt", 1), ("checkpoint.pt", 0)):
         assert sample.main(["--checkpoint", f"runs/images/{name}", "--no-ema", "--n", "1", "--steps", "2"]) == status
-        assert name in (line := capsys.readouterr().err) and "unforeseen" not in line
+        assert name in (line := capsys.readouterr().err) and "unexpected" not in line
 
 
 # ---------------------------------------------------------------------------------- nothing is lost

@@ -548,7 +548,7 @@ def test_mistakes_are_one_line(run, capsys, flags, status, parts):
     before = sorted(Path().rglob("*"))
     assert sample.main(flags.split()) == status
     line = said(capsys)
-    assert all(part in line for part in parts.split()) and "unforeseen" not in line, line
+    assert all(part in line for part in parts.split()) and "unexpected" not in line, line
     assert sorted(Path().rglob("*")) == before
 
 

@@ -250,7 +250,7 @@ def test_what_is_compiled_on_a_gpu(monkeypatch, capsys):
                 (train.main, [*words, *grids, "--out", "c", "--no-compile"], 0), (sample.main, drawn, 0),
                 (sample.main, [*drawn, "--compile"], 1)):
             capsys.readouterr()
-            assert main(flags) == 0 and capsys.readouterr().err.count("without torch.compile: ") == tries
+            assert main(flags) == 0 and capsys.readouterr().err.count("torch.compile failed, going on without it: ") == tries
 
 
 # ----------------------------------------------------------------------------------------- sample.py

@@ -64,11 +64,11 @@ def converted(folder) -> pathlib.Path:
 
 
 def refuses(*argv, status=1) -> str:
-    """The one line in which the command says why not. Nothing of it is unforeseen."""
+    """The one line in which the command says why not. It is no unexpected error."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert weights.main([*map(str, argv)]) == status
     line, = said.getvalue().splitlines()
-    assert line.startswith("weights.py: ") and "unforeseen" not in line
+    assert line.startswith("weights.py: ") and "unexpected " not in line
     return line
 
 
@@ -153,6 +153,13 @@ class Code:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def test_an_error_of_build_network_is_not_blamed_on_the_folder(folder, monkeypatch, capsys):
+    """One's own network there may be wrong: it is told with its place."""
+    monkeypatch.setattr(weights, "build_network", lambda settings: 1 / 0)
+    assert weights.main([str(folder), str(folder / "run")]) == 1
+    assert "unexpected ZeroDivisionError in test_weights.py" in capsys.readouterr().err
 
 
 def test_no_pickled_code_is_run(folder, tmp_path):
@@ -245,7 +252,7 @@ def test_what_is_no_hub_name(tmp_path, monkeypatch, name):
     Kills: `runs/cifra10` asked for on the hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    refused(name, f"{pathlib.Path(name)}: there is no such file or folder")
+    refused(name, f"{pathlib.Path(name)}: no such file or folder")
     with pytest.raises(ValueError, match="no such file or folder$") as error:
         checkpoint.load(name, machine=CPU)
     assert str(error.value).startswith(str(pathlib.Path(name)))
@@ -262,7 +269,7 @@ def test_the_other_commands_say_how_to_convert(folder, tmp_path, monkeypatch):
         assert str(error.value).endswith(way)
     (tmp_path / "empty").mkdir()
     assert "empty has neither" in refuses("empty", "new") and not pathlib.Path("new").exists()
-    with pytest.raises(ValueError, match="checkpoint.pt: there is no such file or folder$"):
+    with pytest.raises(ValueError, match="checkpoint.pt: no such file or folder$"):
         checkpoint.load("empty", machine=CPU)
 
 
@@ -323,7 +330,7 @@ def test_a_name_of_the_hub_is_downloaded_into_the_data_folder(folder, tmp_path):
     gone, later = convert("someone/else", str(tmp_path / "no")), convert("someone/model", str(tmp_path / "again"))
     for failed in (unknown, gone):
         line, = failed.stderr.splitlines()
-        assert failed.returncode == 1 and "someone/else is not here" in line and "unforeseen" not in line
+        assert failed.returncode == 1 and "someone/else is not here" in line and "unexpected" not in line
         assert "Cannot load" not in line            # which the library says of its cache; the cause is named
     assert later.returncode == 0 and not (tmp_path / "no").exists(), later.stderr
     for run in ("run", "again"):
@@ -398,7 +405,7 @@ def test_the_commands_take_what_is_converted(folder, tmp_path, capsys):
         before = files()
         assert train.main([*flags, *more, "--out", str(official)]) == 1
         line, = capsys.readouterr().err.splitlines()
-        assert f"--init {official}" in line and "unforeseen" not in line
+        assert f"--init {official}" in line and "unexpected" not in line
         assert files() == before
     flags += ["--init", str(official)]
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0

@@ -1,15 +1,15 @@
-"""Speed: images/s in training, milliseconds an image and network call in sampling, and the limit.
+"""Speed: images/s in training, milliseconds per image and network call in sampling, the limit.
 
     python tools/bench.py                              the paper's CIFAR-10 network, batch 8
     python tools/bench.py --batch-size 32 --precision fp32
-    python tools/bench.py --vs diffusers               UNet2DModel in the same loops, in turn
+    python tools/bench.py --vs diffusers               UNet2DModel in the same loops, alternately
     python tools/bench.py --vs pytorch-ddpm --clones FOLDER    and networks of other reproductions
 
 FOLDER has clones of github.com/pesser/pytorch_diffusion, w86763777/pytorch-ddpm, tqch/ddpm-torch.
 
-A training step is forward, backward, clipping, Adam and averaging. Both networks run in the same
-precision, under torch.autocast with channels_last, and for sampling both have their weights cast
-once. The limit is the speed of the U-Net's own convolutions alone, in that precision.
+A training step is forward, backward, clipping, Adam and averaging. All networks run in the same
+precision, under torch.autocast with channels_last; for sampling their weights are cast once. The
+limit is the speed of the U-Net's convolutions alone, in that precision.
 """
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ import ddpm
 import unet
 
 class From0(nn.Module):
-    """A network whose times begin at 0, as a function of the paper's t."""
+    """A network whose times start at 0, as a function of the paper's t."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -44,7 +44,7 @@ class From0(nn.Module):
         return getattr(out, "sample", out)
 
 def diffusers(c: int, m: list[int]) -> nn.Module:
-    """UNet2DModel with c channels and the multipliers m, as are those below."""
+    """UNet2DModel with c channels and the multipliers m, like those below."""
     from diffusers import UNet2DModel
     down = [f"{'Attn' if level == 1 else ''}DownBlock2D" for level in range(len(m))]
     return UNet2DModel(sample_size=32, block_out_channels=[c * k for k in m],
@@ -65,7 +65,7 @@ def pytorch_ddpm(c: int, m: list[int]) -> nn.Module:
 
 def ddpm_torch(c: int, m: list[int]) -> nn.Module:
     """tqch's network."""
-    package = sys.modules["ddpm_torch"] = types.ModuleType("ddpm_torch")  # its own needs more
+    package = sys.modules["ddpm_torch"] = types.ModuleType("ddpm_torch")  # theirs needs more
     package.__path__ = [f"{sys.path[-1]}/ddpm_torch"]
     from ddpm_torch.models.unet import UNet
     return UNet(3, c, 3, m, 2, [level == 1 for level in range(len(m))], drop_rate=0.1)
@@ -128,7 +128,7 @@ def limits(net: unet.UNet, machine: Machine, x: torch.Tensor) -> tuple:
     return both_ways, forward
 
 def seconds(job, machine: Machine) -> float:
-    """How long a job takes, the queue of the device emptied before and after."""
+    """How long a job takes, with the device synchronized before and after."""
     def wait():
         if machine.device.type != "cpu":
             getattr(torch, machine.device.type).synchronize()
@@ -139,7 +139,7 @@ def seconds(job, machine: Machine) -> float:
     return time.perf_counter() - start
 
 def saved_memory(job) -> float:
-    """GiB that a training step keeps from the forward for the backward pass, weights included."""
+    """GiB that the forward pass keeps for the backward pass, weights included."""
     kept = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,6 @@ def saved_memory(job) -> float:
 
 @command
 def main(argv=None) -> int:
-    """Measures: see the text at the head of this file."""
     parser = Parser(__doc__, "--device", "--precision")
     parser.add_argument("--batch-size", type=positive_int, default=8, help="(default: 8)")
     parser.add_argument("--repeat", type=positive_int, default=5, help="rounds (default: 5)")
@@ -177,7 +176,7 @@ def main(argv=None) -> int:
     memory = {name: saved_memory(train) for name, (train, _) in rivals.items()}
     times = {(name, what): [] for name in rivals for what in (0, 1)}
     progress = Progress(args.repeat + 1, "rounds")
-    for turn in range(args.repeat + 1):  # in turn, so that a noisy minute slows all of them
+    for turn in range(args.repeat + 1):  # alternately, so that a noisy minute slows all
         for name, what in times:
             took = seconds(rivals[name][what], machine)
             if turn:
@@ -190,14 +189,14 @@ def main(argv=None) -> int:
     elif info.exists():
         name = info.read_text().split("model name\t: ")[-1].splitlines()[0]
     print(f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}; "
-          f"{str(machine.dtype)[6:]}; batch {n}; {gflop:.2f} GFLOP forward an image; medians of "
+          f"{str(machine.dtype)[6:]}; batch {n}; {gflop:.2f} GFLOP forward per image; medians of "
           f"{args.repeat} (lowest – highest)")
     for (name, what), took in times.items():
         values = sorted((n / t, 1e3 * t / n)[what] for t in took)
         speed = (3, 1)[what] * n * gflop / statistics.median(took)
         ratio = statistics.median(t / own for t, own in zip(took, times["ours", what]))
         print(f"{name:17} {('train', 'sample')[what]:6} {statistics.median(values):8.2f} "
-              f"{('images/s', 'ms an image')[what]:11} ({values[0]:.2f} – {values[-1]:.2f})  "
+              f"{('images/s', 'ms per image')[what]:12} ({values[0]:.2f} – {values[-1]:.2f})  "
               f"{speed:6.0f} GFLOP/s  {ratio:.2f} × the time of ours")
     print("kept for the backward pass: " + ", ".join(f"{name} {size:.2f} GiB"
                                                      for name, size in memory.items()))

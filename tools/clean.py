@@ -3,10 +3,9 @@
     python tools/clean.py runs/shapes                  samples of this network
     python tools/clean.py samples.pt                   images of sample.py --out samples.pt
 
-A sample is accepted if a picture of the generator's own family (one outline of any kind, place and
-size, in one colour, on a ground of another) fits it: the root mean square error is below LIMIT
-levels, and below a tenth of the distance of the two colours. The generator's own test images are
-judged too, as a check.
+A sample is accepted if a picture of the generator's family (one outline of any kind, position and
+size, in one colour on another) fits it: the root mean square error is below LIMIT levels, and below
+a tenth of the distance between the two colours. The generator's test images are checked, too.
 """
 from __future__ import annotations
 
@@ -27,10 +26,10 @@ from support import data
 LIMIT = 7.0   # of 255 levels
 
 def fit(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The best fit of shape, place, size and two colours: its RMS error, and the RMS distance of
-    the two colours, both in levels of 255, (N,).
+    """The best fit of shape, position, size and two colours: its RMS error and the RMS distance
+    between the colours, both in levels of 255, (N,).
 
-    A grid of all shapes, places and sizes is searched, then ever finer grids around its best.
+    Searches a grid of all shapes, positions and sizes, then finer and finer grids around the best.
     """
     n, c, size, _ = images.shape
     pixels = images.double().flatten(2)                                      # (N, 3, P)
@@ -51,7 +50,7 @@ def fit(images: Tensor) -> tuple[Tensor, Tensor]:
             masks = masks - masks.mean(1, keepdim=True)
             length = masks.square().sum(1).sqrt().clamp(min=1e-9)
             masks = masks / length[:, None]
-            # Two free colours: what a mask explains is the squared projection on it, per channel.
+            # Two free colours: a mask explains the squared projection on it, per channel.
             rows = pixels[i:i + 1] if level else pixels
             explained = (rows @ masks.T).square().sum(1)                     # (N or 1, 4K)
             value, index = explained.max(1)
@@ -61,19 +60,17 @@ def fit(images: Tensor) -> tuple[Tensor, Tensor]:
             better = error < best[rows]
             best[rows] = torch.where(better, error, best[rows])
             place[rows] = torch.where(better[:, None], found, place[rows])
-            # The projection on a mask of this length is `length` times the distance of the colours.
+            # The projection on a mask is its length times the distance between the colours.
             distance = (value / c).sqrt() / length[index]
             contrast[rows] = torch.where(better, distance, contrast[rows])
     return (best.clamp(min=0) / (c * size * size)).sqrt(), contrast
 
-def clean(images: Tensor) -> Tensor:
-    """Which of the images are one clean shape: (N,) bool."""
-    error, contrast = fit(images)
+def clean(error: Tensor, contrast: Tensor) -> Tensor:
+    """Which images are one clean shape, by the results of `fit`: (N,) bool."""
     return (error < LIMIT) & (error < contrast / 10)
 
 @command
 def main(argv=None) -> int:
-    """Judges samples: see the text at the head of this file."""
     parser = Parser(__doc__, "--steps", "--seed", "--device", "--precision")
     parser.add_argument("what", help="a run's folder, a checkpoint, or a .pt file of images")
     parser.add_argument("--n", type=positive_int, default=200, help="(default: 200)")
@@ -88,9 +85,10 @@ def main(argv=None) -> int:
     real = data.shapes(args.n, images.shape[2], "test")
     for name, some in (("samples", images), ("real test images", real)):
         error, contrast = fit(some)
-        print(f"{clean(some).double().mean():.1%} of {len(some)} {name} are one clean shape "
-              f"(error: median {error.median():.1f}, 95 % below {error.quantile(0.95):.1f} levels; "
-              f"distance of the colours: 95 % above {contrast.quantile(0.05):.1f})")
+        part = clean(error, contrast).double().mean()
+        print(f"{part:.1%} of {len(some)} {name} are one clean shape (error: median "
+              f"{error.median():.1f}, 95 % below {error.quantile(0.95):.1f} levels; distance "
+              f"between the colours: 95 % above {contrast.quantile(0.05):.1f})")
     return 0
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Algorithm 2 as a film: x_t of 16 samples on their way from noise to the data.
+"""Algorithm 2 as a film: x_t of 16 samples, from noise to images.
 
     pip install pillow
     python tools/film.py runs/shapes --out film.png
@@ -20,9 +20,9 @@ from sample import choose_sampler
 
 @command
 def main(argv=None) -> int:
-    """Draws the samples with all T steps, and writes every so many of them as an animated PNG."""
+    """Draws samples with all T steps and writes evenly spaced ones as an animated PNG."""
     parser = Parser(__doc__, "--seed", "--device", "--precision")
-    parser.add_argument("checkpoint", help="the run")
+    parser.add_argument("checkpoint", help="a checkpoint or its folder")
     parser.add_argument("--n", type=positive_int, default=16, help="samples (default: 16)")
     parser.add_argument("--frames", type=positive_int, default=28, help="frames (default: 28)")
     parser.add_argument("--out", type=Path, default=Path("film.png"), help="(default: film.png)")
@@ -44,7 +44,7 @@ def main(argv=None) -> int:
                 picture = picture[:, ::2, ::2]
                 frame = picture.expand(3, -1, -1).permute(1, 2, 0)
                 frames.append(Image.frombytes("RGB", frame.shape[1::-1], data.raw_bytes(frame)))
-        # The samples come first, too, for whoever sees a still picture.
+        # The first frame, too, shows the samples: some viewers show no other.
         frames[-1].save(file, format="PNG", save_all=True, append_images=frames, loop=0,
                         optimize=True, duration=[900, *[70] * (len(frames) - 1), 2500])
     say(f"{args.out} has {len(frames)} frames")

@@ -1,16 +1,16 @@
-"""What a GPU does with this program: one command, under nine minutes, that the next one continues.
+"""Tests and measures the program on a GPU, in under nine minutes; the next call continues.
 
-    python tools/gpu.py --out gpu                      all parts that have no result in gpu/ yet
-    python tools/gpu.py --again tests "train bf16"     these once more
+    python tools/gpu.py --out gpu                      all parts without a result in gpu/
+    python tools/gpu.py --again tests "train bf16"     repeat these
     python tools/gpu.py --train 8 --data-dir data      8 minutes of the paper's network on
-                                                       Fashion-MNIST, which the next call continues,
-                                                       and some more for its samples and scores
+                                                       Fashion-MNIST, then its samples and scores;
+                                                       the next call continues the training
     python tools/gpu.py --rehearse                     the same code on a CPU, with tiny networks
 
-The results are kept in gpu.json, and as a table for the README in gpu.md. After --train, the
-averaged weights lie in bfloat16 in part-00, part-01, …; `cat part-?? > weights.pt` makes a file of
-them that sample.py --checkpoint and train.py --init take. If the run's checkpoint is not there, the
-training starts from them, with a new Adam and a new warm-up.
+The results are kept in gpu.json, and as a table in gpu.md. --train writes the averaged weights in
+bfloat16 to part-00, part-01, …; `cat part-?? > weights.pt` makes a file of them for sample.py
+--checkpoint and train.py --init. If the run has no checkpoint, the training starts from them, with
+a new Adam and a new warm-up.
 """
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ import train
 import unet
 from support import data
 
-PAPER_STEPS, PAPER_SECONDS, GFLOP = 21, 17, 12.44  # TPU v3-8; of 256 samples; forward an image
+PAPER_STEPS, PAPER_SECONDS, GFLOP = 21, 17, 12.44  # TPU v3-8: steps/s, s per 256 samples; forward
 TESTED = ["tests/test_machine.py"]
 OURS = functools.partial(unet.UNet, 3, 3)  # channels, multipliers
 TINY = dict(channels=32, multipliers=[1], timesteps=4)
 
 def run(*words, limit: float = 240) -> str:
-    """A Python command in a process of its own → its last line. ValueError if it fails."""
+    """Runs a Python command in its own process. Returns its last line; ValueError if it fails."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, timeout=limit, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     last = (done.stdout.strip() or "no output").splitlines()[-1]
@@ -61,14 +61,13 @@ def run(*words, limit: float = 240) -> str:
     return last
 
 def call(main, *words) -> str:
-    """What a command of this program prints. ValueError if it fails."""
+    """Returns what a command of this program prints. ValueError if it fails."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
         if status := main([*map(str, words)]):
-            raise ValueError(f"{main.__module__}.py ends with {status}")
+            raise ValueError(f"{main.__module__}.py exited with {status}")
     return text.getvalue()
 
 def card(args) -> dict:
-    """What this machine is."""
     found = {"torch": torch.__version__, "CUDA": torch.version.cuda}
     if args.cuda:
         about = torch.cuda.get_device_properties(args.device)
@@ -80,7 +79,7 @@ def card(args) -> dict:
     return found
 
 def matmul(args) -> dict:
-    """TFLOP/s of a large matrix product, in each precision."""
+    """TFLOP/s of a large matrix product in each precision."""
     def rate(precision: str, n: int) -> float:
         machine = start_machine(args.device, precision)
         a, b = torch.randn(2, n, n, device=machine.device, dtype=machine.dtype)
@@ -90,7 +89,7 @@ def matmul(args) -> dict:
     return {precision: rate(precision, args.pick(8192, 128)) for precision in some}
 
 def measure(net, machine, x, compiled: bool, repeat: int) -> dict:
-    """Training steps of a network: the first one, which may compile, the others, the memory."""
+    """Training steps of a network: the first two, which may compile, the rate, the memory."""
     torch._dynamo.reset()
     if cuda := machine.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -102,7 +101,7 @@ def measure(net, machine, x, compiled: bool, repeat: int) -> dict:
     return {"steps/s": 1 / each, "GiB": memory, "s of the first two steps": first}
 
 def training(precision: str, who: str, compiled: bool, args) -> dict:
-    """The paper's network at batch 128, or diffusers' with the same settings."""
+    """The paper's network at batch 128, or that of diffusers with the same settings."""
     machine, batch = start_machine(args.device, precision), args.pick(128, 2)
     shape = args.pick((128, (1, 2, 2, 2)), (32, (1,)))
     net = OURS(*shape) if who == "ours" else bench.From0(bench.diffusers(*shape))
@@ -113,7 +112,7 @@ def training(precision: str, who: str, compiled: bool, args) -> dict:
     return found | {"times a TPU v3-8": found["steps/s"] / PAPER_STEPS}
 
 def sampling(compiled: bool, args) -> dict:
-    """Algorithm 2 with 1,000 calls for 256 images; what it draws does not change its speed."""
+    """Algorithm 2 with 1,000 calls for 256 images, by an untrained network: as fast as any."""
     machine, n = start_machine(args.device, None, compiled), args.pick(256, 2)
     settings = {name: default for name, (default, *_) in train.SETTINGS.items()} | {
         "in_channels": 3, "image_size": 32} | args.pick({}, TINY)
@@ -126,7 +125,7 @@ def sampling(compiled: bool, args) -> dict:
             "s of the first two calls": first, "times a TPU v3-8": PAPER_SECONDS / took * n / 256}
 
 def resume(flag: str, args) -> dict:
-    """A run in one go and one in two, with --deterministic: the same bits."""
+    """Whether a run in two parts equals an uninterrupted one, with --deterministic."""
     folder, k = args.out / "resume", args.pick(20, 2)
     shutil.rmtree(folder, ignore_errors=True)
     for name, n in (("whole", 2 * k), ("parts", k), ("parts", 2 * k)):
@@ -142,7 +141,7 @@ def resume(flag: str, args) -> dict:
     return {f"steps {k} + {k} equal {2 * k}": "to the bit"}
 
 def tests(args) -> dict:
-    """The tests that know the device."""
+    """The tests that use the device."""
     words = args.pick(TESTED, ["tests/test_unet.py", "-k", "embedded"])
     return {"pytest": run("-m", "pytest", "-q", "-p", "no:cacheprovider", *words)}
 
@@ -154,7 +153,7 @@ def large(args) -> dict:
     return measure(OURS(*size, image_size=side, dropout=0.0), machine, x, False, 2)
 
 def profile(args) -> dict:
-    """The five dearest operations of a training step in milliseconds, without their parts."""
+    """The five slowest operations of a training step: milliseconds without nested calls."""
     machine, n = start_machine(args.device), args.pick(3, 1)
     x = torch.randn(args.pick(128, 2), 3, 32, 32, device=machine.device)
     job, _ = bench.jobs_of(OURS(*args.pick((), (32, (1,)))), machine, x, False)
@@ -172,14 +171,14 @@ PARTS = {"card": card, "matmul": matmul,
          "resume": functools.partial(resume, "--no-compile"), "large": large, "profile": profile,
          "sample": functools.partial(sampling, False),
          "resume compiled": functools.partial(resume, "--compile")}
-for precision in ("bf16", "tf32", "fp32", "fp16"):  # the less important ones come last
+for precision in ("bf16", "tf32", "fp32", "fp16"):  # the less important ones last
     for who in ("diffusers", "ours"):
         for compiled in (False, True):
             name = f"{'train' if who == 'ours' else who} {precision}{' compiled' * compiled}"
             PARTS.setdefault(name, functools.partial(training, precision, who, compiled))
 
 def fashion(args) -> dict:
-    """Trains for some minutes, then looks at the averaged weights; resumes from what it left."""
+    """Trains for --train minutes, then evaluates the averaged weights; the next call resumes."""
     folder, joined, flags = args.out / "fashion", args.out / "weights.pt", []
     parts = sorted(args.out.glob("part-??"))
     if args.rehearse:  # a few images of noise
@@ -194,16 +193,16 @@ def fashion(args) -> dict:
         flags = ["--channels", 32, "--multipliers", 1, "--timesteps", 4, "--batch-size", 2]
     if parts and not (folder / "checkpoint.pt").exists():
         joined.write_bytes(b"".join(part.read_bytes() for part in parts))
-        flags = [*flags[4:], "--init", joined]  # which has its own channels and multipliers
+        flags = [*flags[4:], "--init", joined]  # --init has its channels and multipliers
         say("no checkpoint: this run starts from the joined weights, with a new Adam and warm-up")
     words = ["train.py", "--dataset", "fashion_mnist", "--data-dir", args.data_dir, "--out", folder,
              "--save-every", 1000, "--device", args.device, *flags]
     process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(60 * args.train)
-    process.send_signal(signal.SIGINT)  # it finishes its step, and saves
+    process.send_signal(signal.SIGINT)  # it finishes its step and saves
     if process.wait(300) not in (0, 128 + signal.SIGINT):
-        raise ValueError(f"train.py ended with {process.returncode}")
+        raise ValueError(f"train.py exited with {process.returncode}")
     state = load_checkpoint(folder / "checkpoint.pt")
     small = {name: x.bfloat16() if x.is_floating_point() else x for name, x in state["ema"].items()}
     save_checkpoint(joined, {"settings": state["settings"], "step": state["step"], "ema": small})
@@ -234,7 +233,6 @@ def fashion(args) -> dict:
     return found
 
 def report(args) -> None:
-    """Keeps the results, as JSON and as a table."""
     with written(args.out / f"{args.name}.json") as file:
         file.write(json.dumps(args.results, indent=2, ensure_ascii=False).encode())
     rows = [f"| {part} | " + "; ".join(f"{key}: {value:.4g}" if isinstance(value, float) else
@@ -245,18 +243,17 @@ def report(args) -> None:
 
 @command
 def main(argv=None) -> int:
-    """Runs the parts: see the text at the head of this file."""
     parser = Parser(__doc__, "--data-dir", "--device")
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder (default: gpu)")
     parser.add_argument("--again", nargs="+", default=[], choices=PARTS, metavar="PART",
-                        help=f"run these once more: {', '.join(PARTS)}")
-    parser.add_argument("--minutes", type=float_between(0, 1e4), default=7, help="no part begins "
+                        help=f"repeat these: {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float_between(0, 1e4), default=7, help="start no part "
                         "later than this (default: 7)")
     parser.add_argument("--train", type=float_between(0, 1e4), metavar="MINUTES", help="train on "
-                        "Fashion-MNIST for so long, instead of the parts")
+                        "Fashion-MNIST for so long instead of running parts")
     parser.add_argument("--part-mb", type=positive_int, default=20, help="size of a part in MB "
                         "(default: 20)")
-    parser.add_argument("--rehearse", action="store_true", help="tiny networks, on the CPU")
+    parser.add_argument("--rehearse", action="store_true", help="tiny networks on the CPU")
     args = parser.parse_args(argv)
     args.device = args.device or ("cpu" if args.rehearse else "cuda")
     args.cuda = start_machine(args.device).device.type == "cuda"
@@ -282,7 +279,7 @@ def main(argv=None) -> int:
             args.results[name] = part(args)
             report(args)
             say(f"{name}: {args.results[name]}, {time.monotonic() - started:.0f} s")
-        except Exception as error:  # the other parts go on
+        except Exception as error:  # continue with the other parts
             failed += 1
             say(f"{name} failed after {time.monotonic() - started:.0f} s: {one_line(error)}")
     if args.results:

@@ -1,12 +1,12 @@
-"""Memory: what a training step of the paper's two networks needs on a CUDA GPU, at its peak.
+"""Peak memory of a training step of the paper's two networks on a CUDA GPU.
 
-    python tools/memory.py                             a table in Markdown, in some minutes on a CPU
+    python tools/memory.py                             a table in Markdown; minutes on a CPU
 
-It is computed and not measured: torch's MemTracker follows the step of train.py on fake tensors,
-which have a shape and no data. They hold the weights, their gradients and three averages (Adam's
-two, and the EMA), the batch, and all that the forward and the backward pass keep. Not counted are
-the data set (0.14 GiB for CIFAR-10), the allocator's rounding, what cuDNN and other kernels need
-while they run, the CUDA context of some 0.5 GiB, and what torch.compile, the default, saves.
+It is computed, not measured: torch's MemTracker follows the step of train.py on fake tensors, which
+have a shape and no data. Counted are the weights, their gradients and three averages (Adam's two
+and the EMA), the batch, and all that the forward and backward passes keep. Not counted are the data
+set (0.14 GiB for CIFAR-10), the allocator's rounding, the workspaces of cuDNN and other kernels,
+the CUDA context of about 0.5 GiB, and what torch.compile, the default, saves.
 """
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ import train
 from unet import build_network
 
 class LikeCuda(TorchFunctionMode):
-    """Keeps what CUDA keeps (fake tensors of CUDA itself need a torch with CUDA): group norm a copy
-    in NCHW, dropout a mask of bytes, and the softmax under autocast its result in float32."""
+    """Keeps what CUDA keeps (fake CUDA tensors need a torch with CUDA): group norm a copy in NCHW,
+    dropout a mask of bytes, and softmax under autocast its result in float32."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.dropout and kwargs["p"]:
@@ -42,7 +42,7 @@ class LikeCuda(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 def peak(size: int, n: int, dtype: torch.dtype) -> float:
-    """GiB of a training step with n images of this side, once Adam has its averages."""
+    """GiB of a training step with n images of this side, after Adam has its averages."""
     device, images = torch.device("cpu"), torch.empty(n, 3, size, size, dtype=torch.uint8)
     settings = train.settle(train.defaults("cifar10", size), {"batch_size": n}, images.shape[1:])
     s, tracker = build_schedule(settings), MemTracker()
@@ -64,7 +64,6 @@ def peak(size: int, n: int, dtype: torch.dtype) -> float:
 
 @command
 def main(argv=None) -> int:
-    """Prints the table: see the text at the head of this file."""
     Parser(__doc__).parse_args(argv)
     print("| images | batch | bfloat16 | float32 |\n|---|---|---|---|")
     for size, n in ((32, 128), (32, 64), (32, 32), (256, 4), (256, 2), (256, 1)):

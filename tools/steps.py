@@ -1,12 +1,11 @@
-"""Fewer network calls: which sampler makes the best pictures from 20, 50 and 100 of them?
+"""Which sampler makes the best pictures from 20, 50 and 100 network calls?
 
     python tools/steps.py --checkpoint runs/fashion_mnist --data-dir data
 
-The quality is the Fréchet distance between 2,000 samples and the 10,000 test images in the features
-of a small classifier, which is trained here on the labels of Fashion-MNIST in two minutes. It is no
-FID: only its differences within one table mean something. Error bars are the standard deviation
-over 200 bootstrap samples. The samples of each sampler are kept in --out, so a stopped run
-continues, and steps.png is drawn if matplotlib is there.
+Quality is the Fréchet distance between 2,000 samples and the 10,000 test images in the features of
+a small classifier, trained here on the labels of Fashion-MNIST in two minutes. It is not FID:
+compare it only within one table. Error bars are the standard deviation over 200 bootstrap samples.
+The samples are kept in --out, so that a stopped run continues; steps.png needs matplotlib.
 """
 from __future__ import annotations
 
@@ -32,12 +31,12 @@ import sample
 from support import data
 
 N = 2000
-SAMPLERS = {  # Algorithm 2 with one of its variances, or the steps of `ddpm.ddim_loop`
+SAMPLERS = {  # Algorithm 2 with one of its variances, or `ddpm.ddim_loop`
     "β_t": {"variance": "fixed_large"}, "β̃_t": {"variance": "fixed_small"},
     "η = 0.5": {"eta": 0.5}, "η = 0": {"eta": 0.0}}
 
 def labels(folder: Path, split: str) -> Tensor:
-    """The labels of Fashion-MNIST: an IDX file of bytes with a header of 8."""
+    """The labels of Fashion-MNIST: an IDX file with an 8-byte header and a byte per label."""
     name = f"{'train' if split == 'train' else 't10k'}-labels-idx1-ubyte.gz"
     places = [folder / "fashion_mnist" / name, folder / name]
     path = next((place for place in places if place.exists()), places[0])
@@ -58,7 +57,6 @@ class Classifier(nn.Module):
         return self.body(data.to_model(images))
 
 def classifier(images: Tensor, wanted: Tensor, epochs: int = 3) -> Classifier:
-    """A classifier of the images, trained with Adam."""
     torch.manual_seed(0)
     net = Classifier()
     adam = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -81,7 +79,7 @@ def distance(features: Tensor, real: Tensor) -> tuple[float, float]:
     return evaluate.frechet_distance(features, real), torch.tensor(several).std().item()
 
 def draw(rows: list[dict], axes) -> None:
-    """Distance against seconds an image, one curve for each sampler."""
+    """Distance against seconds per image, a curve per sampler."""
     for name in SAMPLERS:
         some = [row for row in rows if row["sampler"] == name]
         axes.errorbar([row["seconds"] for row in some], [row["distance"] for row in some],
@@ -89,12 +87,11 @@ def draw(rows: list[dict], axes) -> None:
         for row in some if name == "β̃_t" else ():
             axes.annotate(f"{row['steps']} calls", (row["seconds"], row["distance"]), fontsize=8,
                           xytext=(4, -12), textcoords="offset points")
-    axes.set(xscale="log", yscale="log", xlabel="seconds an image", ylabel="Fréchet distance")
+    axes.set(xscale="log", yscale="log", xlabel="seconds per image", ylabel="Fréchet distance")
     axes.legend()
 
 @command
 def main(argv=None) -> int:
-    """Prints the table and draws the curve: see the text at the head of this file."""
     parser = Parser(__doc__, "--checkpoint", "--data-dir", "--device", "--precision")
     parser.add_argument("--out", type=Path, default=Path("steps"), help="folder (default: steps)")
     parser.add_argument("--steps", type=positive_int, nargs="+", default=[20, 50, 100],
@@ -133,7 +130,7 @@ def main(argv=None) -> int:
             value, error = distance(made, features["test"])
             rows.append({"steps": steps, "sampler": name, "distance": value, "error": error})
             print(f"{steps:4} calls, {name:8} {value:8.3f} ± {error:.3f}", flush=True)
-    for _ in range(3):  # in turn, so that a noisy minute slows all of them
+    for _ in range(3):  # alternately, so that a noisy minute slows all
         for row in rows:
             started = time.monotonic()
             sample.draw_samples(trained, 16, 0, 16, machine, steps=row["steps"],
@@ -141,7 +138,7 @@ def main(argv=None) -> int:
             row.setdefault("times", []).append((time.monotonic() - started) / 16)
     for row in rows:
         row["seconds"] = statistics.median(row.pop("times"))
-        print(f"{row['steps']:4} calls, {row['sampler']:8} {row['seconds']:.3f} s an image")
+        print(f"{row['steps']:4} calls, {row['sampler']:8} {row['seconds']:.3f} s per image")
     (args.out / "steps.json").write_text(json.dumps(rows), encoding="utf-8")
     data.plot(args.out / "steps.png", functools.partial(draw, rows))
     return 0
