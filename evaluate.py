@@ -19,8 +19,8 @@ from pathlib import Path
 
 from support import data
 from support.checkpoint import Trained, inference_model, load, weights_hash
-from support.command import (Parser, Progress, UsageError, command, nonblank, plain, positive_int,
-                             reading, say, written)
+from support.command import (Parser, Progress, UsageError, command, nonblank, one_line, path_of,
+                             plain, positive_int, reading, say, written)
 from support.machine import Machine, Noise, seed_of, start_machine
 
 import torch
@@ -181,13 +181,19 @@ def inception_outputs(net, images: Tensor, machine: Machine, batch: int, what: s
     progress = Progress(len(images), what, quiet=not machine.is_main)
     for i in range(0, len(mine), batch):
         x = images[list(mine[i:i + batch])].to(machine.device).expand(-1, 3, -1, -1)
-        rows.append([net(x, **{flag: True}).cpu().double() for flag in wanted])
-        if any(y.shape[:1] != x.shape[:1] or y.dim() != 2 or not y.isfinite().all()
-               for y in rows[-1]):
-            raise ValueError("the Inception network must return a finite row of numbers per image: "
-                             "this is another network")
+        try:
+            rows.append([net(x, **{flag: True}).cpu() for flag in wanted])
+            for flag, y in zip(wanted, rows[-1]):
+                if (y.shape[:1] != x.shape[:1] or y.dim() != 2 or not y.is_floating_point()
+                        or not y.isfinite().all()):
+                    raise ValueError(f"{flag} does not give a finite row of numbers per image")
+                if flag == "no_output_bias" and (
+                        y.min() < 0 or (y.double().sum(1) - 1).abs().max() > 1e-3):
+                    raise ValueError(f"{flag} does not give probabilities")
+        except Exception as error:  # of somebody's TorchScript
+            raise ValueError(f"this network is not Inception: {one_line(error)}") from error
         progress.update(min((i + len(x)) * machine.world, len(images)))
-    return [machine.gather(torch.cat(x), len(images)) for x in zip(*rows)]
+    return [machine.gather(torch.cat(x).double(), len(images)) for x in zip(*rows)]
 
 def scores(net, made: Tensor, images: Tensor, about: str, machine: Machine, args) -> None:
     """Prints the Inception score of the samples `made`, and their FID against `images`."""
@@ -229,13 +235,13 @@ def parse(argv):
                         "with --fid, of samples (default: 50,000)")
     parser.add_argument("--terms", type=positive_int, help="estimate the bound from L_0 and one "
                         "t in each of this many ranges of t (default: compute all T terms)")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for "
+    parser.add_argument("--out", type=path_of, default=Path("."), help="folder for "
                         "rate-distortion.csv (default: the current one)")
     parser.add_argument("--fid", action="store_true", help="FID and Inception score")
-    parser.add_argument("--samples", type=Path, help="with --fid: existing samples, a .pt file "
+    parser.add_argument("--samples", type=path_of, help="with --fid: existing samples, a .pt file "
                         "of sample.py or a folder of pictures (default: draw them)")
-    parser.add_argument("--inception", help="with --fid: the TorchScript file (default: "
-                        "download it)")
+    parser.add_argument("--inception", type=nonblank, help="with --fid: the TorchScript file "
+                        "(default: download it)")
     def mode(args) -> str:
         if args.fid and args.samples:
             return f"--fid of --samples{' and --dataset' * bool(args.dataset)}"
@@ -253,7 +259,7 @@ def main(argv=None) -> int:
     machine.agree("command line", vars(args))
     args.batch_size = args.batch_size or (256 if machine.device.type == "cuda" else 16)
     trained, settings = None, {}
-    made = data.read_samples(args.samples, args.data_dir) if args.samples else None
+    made = (data.read_samples(args.samples, args.data_dir, args.skip_bad) if args.samples else None)
     if made is None or not args.dataset:
         trained = load(args.checkpoint, not args.no_ema, machine)
         settings = trained.settings

@@ -28,7 +28,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 from support import data
 from support.checkpoint import Trained, inference_model, load, weights_hash
 from support.command import (Parser, Progress, UsageError, command, float_between, locked, nonblank,
-                             positive_int, reading, say, written)
+                             path_of, positive_int, reading, say, written)
 from support.machine import Machine, Noise, seed_of, start_machine
 
 import torch
@@ -192,8 +192,8 @@ def parse(argv):
     parser.add_argument("--variance", choices=("fixed_large", "fixed_small"),
                         help="σ_t² of Algorithm 2: β_t or β̃_t (default: as trained)")
     parser.add_argument("--eta", type=float_between(0, 1), help="η of DDIM (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png file, a .pt "
-                        "file for a uint8 tensor, or a folder for PNGs (default: samples.png)")
+    parser.add_argument("--out", type=path_of, default=Path("samples.png"), help="a .png file, a "
+                        ".pt file for a uint8 tensor, or a folder for PNGs (default: samples.png)")
     figure = parser.add_mutually_exclusive_group()
     for flag, function, what in (
             ("--progressive", progressive, "Figure 6: x̂_0 over time"),

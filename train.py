@@ -27,7 +27,8 @@ from support import data
 from support.checkpoint import (Trained, build_schedule, load, load_checkpoint, save_checkpoint,
                                 weights_hash)
 from support.command import (Parser, Progress, UsageError, command, float_between, int_between,
-                             locked, nonblank, positive_int, reading, say, seed, stop, written)
+                             locked, nonblank, path_of, positive_int, reading, say, seed, stop,
+                             written)
 from support.machine import Machine, seed_of, start_machine
 
 import torch
@@ -58,7 +59,7 @@ SETTINGS = {
     "warmup": (5000, int_between(0, 10 ** 9), "steps in which the learning rate rises from 0"),
     "decay": (0.0, float_between(0, 1), "the last part of --steps in which the rate falls to 0"),
     "grad_clip": (1.0, float_between(1e-12, 1e9), "maximum norm; larger gradients are rescaled"),
-    "ema": (0.9999, float_between(0, 1 - 1e-9), "decay of the average of the weights, for sampling"),
+    "ema": (0.9999, float_between(0, 1 - 1e-9), "decay of the averaged weights, for sampling"),
     "ema_ramp": (True, bool, "warm the EMA decay up: (1 + k)/(10 + k) in step k, at most --ema"),
     "dropout": (0.1, float_between(0, 0.99), "probability of dropout in each residual block"),
     "channels": (128, int_between(1, 4096), "width of the U-Net's first level, a multiple of 32"),
@@ -329,10 +330,14 @@ def restore(run: Run, state: dict) -> int:
 def note(run: Run, entry: dict) -> None:
     """Appends an entry to log.jsonl, flushed before the checkpoint that relies on it."""
     run.entries.append(entry)
-    with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path = run.folder / "log.jsonl"
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # such as a full disk
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 def log(run: Run, step: int, records: list[tuple], seconds: float) -> None:
     """Appends the means of the records, over the images of all processes, to log.jsonl."""
@@ -406,7 +411,7 @@ def parse(argv) -> dict:
         text = meaning if default is None else f"{meaning} (default: {default})"
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
                             **options)
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATASET)")
+    parser.add_argument("--out", type=path_of, help="folder of the run (default: runs/DATASET)")
     parser.add_argument("--init", type=nonblank, default=argparse.SUPPRESS, help="start from these "
                         "weights (whatever sample.py --checkpoint accepts)")
     parser.add_argument("--rescue", action="store_true", help="go on from the checkpoint with "

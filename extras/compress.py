@@ -24,8 +24,8 @@ from pathlib import Path
 
 from support import data
 from support.checkpoint import Trained, load, weights_hash
-from support.command import (Parser, Progress, UsageError, command, int_between, positive_int,
-                             reading, say, written)
+from support.command import (Parser, Progress, UsageError, command, int_between, path_of,
+                             positive_int, reading, say, written)
 from support.machine import seed_of, start_machine
 
 import torch
@@ -265,8 +265,8 @@ def measure(trained: Trained, images: Tensor, b: int) -> Tensor:
 def main(argv=None) -> int:
     parser = Parser(__doc__, "--checkpoint", "--data-dir")
     parser.add_argument("action", choices=("encode", "decode", "measure"))
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="the one to read and "
-                        "the one to write: a .png and a compressed file, or the reverse")
+    parser.add_argument("files", nargs="*", type=path_of, metavar="FILE", help="the one to read "
+                        "and the one to write: a .png and a compressed file, or the reverse")
     parser.add_argument("--b", type=int_between(1, 16), help="2^b candidates (default: 12)")
     parser.add_argument("--bytes", type=positive_int, help="decode only the first N bytes")
     parser.add_argument("--n", type=positive_int, help="images to measure (default: 20)")
@@ -280,6 +280,10 @@ def main(argv=None) -> int:
     for flag, actions in {"b": "encode measure", "bytes": "decode", "n": "measure"}.items():
         if getattr(args, flag) and args.action not in actions:
             raise UsageError(f"--{flag} has no effect on {args.action}")
+    if args.action == "encode" and target.suffix.lower() == ".png" or (
+            args.action == "decode" and target.suffix.lower() != ".png"):
+        raise UsageError(f"{args.action} {source} {target}: "
+                         f"decode writes a .png, encode none")
     trained = load(args.checkpoint, True, start_machine("cpu"))
     if trained.settings["variance"] == "learned":
         raise ValueError("a network with learned variance needs all T steps: too many bits")

@@ -34,8 +34,8 @@ class Judge:
         that are right only to float32 fail."""
         self.module = getattr(module, "implementation", module)
         self.rows, self.choices, self.row, self.strict = {}, {}, None, strict
-        used = {value.__name__.split(".")[0] for value in vars(module).values()
-                if isinstance(value, type(sys))}
+        used = {(getattr(value, "__name__" if isinstance(value, type(sys)) else "__module__", None)
+                 or type(value).__module__).split(".")[0] for value in vars(module).values()}
         self.numpy = "torch" not in used and "numpy" in used
 
     def run(self, name: str, theorem) -> dict:
@@ -67,10 +67,13 @@ class Judge:
         return lambda *given: self.here(function(*map(self.there, given)))
 
     def there(self, x):
-        """A tensor, or a function of tensors, as the implementation takes it."""
-        if callable(x) and not isinstance(x, torch.Tensor) and self.numpy:
+        """A tensor, or a function of tensors, as the implementation takes it: copies, because it
+        may compute in place."""
+        if type(x).__module__ == "builtins" and callable(x):  # a function, but no schedule
             return lambda *given: self.there(x(*map(self.here, given)))
-        return x.numpy() if self.numpy and isinstance(x, torch.Tensor) else x
+        if isinstance(x, torch.Tensor):
+            return x.clone().numpy() if self.numpy else x.clone()
+        return x
 
     def here(self, x):
         """What the implementation returned, as tensors; anything with __array__ is converted."""
@@ -160,12 +163,15 @@ def said(error: BaseException) -> str:
 def load(name: str):
     """Imports the module of this name, or the file, which may import its neighbours."""
     path = Path(name)
-    if path.suffix == ".py" and not path.is_file():
+    is_python = path.suffix.lower() == ".py"
+    if is_python and not path.is_file():
         raise Unusable("no such file")
+    if not is_python and (path.is_file() or not all(map(str.isidentifier, name.split(".")))):
+        raise Unusable("give a Python file, or the name of a module")
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            module = _imported(path) if path.suffix == ".py" else importlib.import_module(name)
+            module = _imported(path) if is_python else importlib.import_module(name)
     except SystemExit as error:
         last = printed.getvalue().strip().split("\n")[-1]
         raise Unusable(f"it exits when imported: {said(error)}"

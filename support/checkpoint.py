@@ -84,6 +84,8 @@ def load(name: str | Path | None = None, ema: bool = True,
             f"; convert weights of diffusers first: {how}" if is_diffusers(path) else ""))
     state = load_checkpoint(file)
     settings, kind = state["settings"], "averaged" if ema else "last"
+    if not ema and "net" not in state:
+        raise ValueError(f"{file} has the averaged weights alone: omit --no-ema")
     with reading(file, f"{kind} weights of this network"):
         weights = state["ema" if ema else "net"]
         if not all(x.isfinite().all() for x in weights.values()):
@@ -118,6 +120,7 @@ def build_schedule(settings: dict) -> ddpm.Schedule:
                               settings["beta_end"])
 
 @functools.lru_cache(maxsize=1)  # a run's sample grids compile once
+@torch.inference_mode(False)     # a copy made of inference tensors could not be changed later
 def inference_copy(net: nn.Module, machine: Machine, *shape: int) -> tuple[nn.Module, nn.Module]:
     """A copy of `net` in the machine's precision, and the same compiled for batches of this shape,
     if a shape and --compile are given."""

@@ -44,6 +44,10 @@ def nonblank(text: str) -> str:
         raise argparse.ArgumentTypeError("must not be blank")
     return text
 
+def path_of(text: str) -> Path:
+    """An argparse type: a path that is not blank; Path("") would be the current folder."""
+    return Path(nonblank(text))
+
 FLAGS = {  # shared by several commands
     "--checkpoint": dict(type=nonblank, help="a checkpoint or its folder (default: newest run)"),
     "--no-ema": dict(action="store_true", help="use the last weights instead of their average"),
@@ -126,7 +130,12 @@ def command(main: Callable) -> Callable:
                 stream.reconfigure(errors="replace")
         handlers = {n: signal.signal(n, stop) for n in signals()}
         try:
-            return main(argv) or 0
+            status = main(argv) or 0
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:  # `| head` has read enough; Python would flush once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+            return 0
         except SystemExit as end:  # --help
             return end.code if isinstance(end.code, int) else 0
         except KeyboardInterrupt:
@@ -264,6 +273,8 @@ def written(path: Path) -> Iterator[BinaryIO]:
             with lacking(path.parent, "flushing folders"):
                 os.fsync(folder)
             os.close(folder)
+    except BrokenPipeError:  # of what the block prints
+        raise
     except OSError as error:  # of this file, not of the work in the block
         if error.errno is None or error.filename not in (None, str(part), str(path.parent)):
             raise
@@ -293,7 +304,11 @@ def locked(folder: Path) -> Iterator[None]:
 
     If the folder is empty at the end, it is removed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        kind = "a link to nothing" if os.path.islink(error.filename) else "a file, not a folder"
+        raise ValueError(f"--out {folder}: {error.filename} is {kind}") from error
     with open(folder / ".lock", "a") as file:
         with contextlib.suppress(ImportError):
             import fcntl

@@ -45,7 +45,8 @@ NAMES = (*FILES, "shapes")
 VAL = ("val", "valid", "validation")
 SPLITS = {"train": ("train",), "test": ("test", *VAL), "val": VAL}  # the first subfolder
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "AVIF", "HEIF")
-COPIES = ("__MACOSX", "@eaDir")  # folders made by the system, skipped like hidden ones
+COPIES = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found",
+          "System Volume Information")  # made by the system, skipped like hidden folders
 
 def to_model(images: Tensor) -> Tensor:
     """{0 … 255} → [−1, 1], linearly: uint8 in, float32 out.   [DDPM §3.3]"""
@@ -104,8 +105,11 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
     folder, about = Path(name), "all pictures"
     parts = {part.name.lower(): part for part in folder.iterdir() if part.is_dir()}
     if "train" in parts and parts.keys() & SPLITS["test"]:
-        folder = next((parts[part] for part in SPLITS[split] if part in parts), folder / split)
-        about = f"{folder.name} split"
+        beside = sum(file.suffix.lower() in picture_endings() for file in folder.iterdir())
+        folder = next((parts[part] for part in SPLITS[split] if part in parts), None)
+        if folder is None:
+            raise ValueError(f"{name} has no {split}/: choose another --split")
+        about = f"{folder.name} split" + f", without {beside} pictures beside it" * (beside > 0)
     return (read_folder(folder, Path(data_dir), side, skip_bad),
             f"{about}, centre-cropped, in RGB")
 
@@ -164,7 +168,10 @@ def read_tensor(path: Path) -> Tensor:
         with open(path, "rb") as file:
             if (start := file.read(4)) != b"PK\3\4":
                 raise ValueError(f"it begins with {start}: it is not in torch.save's format")
-        x = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            x = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # whose text gives advice on unsafe loading
+            raise ValueError("it is cut off, or holds more than tensors") from error
         if not isinstance(x, Tensor):
             keys = f" of {', '.join(map(str, x))}" if isinstance(x, dict) else ""
             raise ValueError(f"it holds a {type(x).__name__}{keys}")
@@ -175,6 +182,10 @@ def read_tensor(path: Path) -> Tensor:
         raw_bytes(x[:1])  # an error if there are no pixels, as in a sparse tensor
     return x
 
+def picture_endings() -> set[str]:
+    """The suffixes of the pictures that Pillow reads, in lower case."""
+    return {end for end, kind in pillow()[0].registered_extensions().items() if kind in FORMATS}
+
 def listing(source: Path) -> tuple[list[Path], Counter]:
     """The pictures in a folder and its subfolders, sorted; and the skipped files, counted by kind.
 
@@ -182,8 +193,7 @@ def listing(source: Path) -> tuple[list[Path], Counter]:
     """
     def fail(error: OSError):
         raise error
-    endings = {end for end, kind in pillow()[0].registered_extensions().items() if kind in FORMATS}
-    files, out, seen = [], Counter(), set()
+    endings, files, out, seen = picture_endings(), [], Counter(), set()
     for folder, folders, names in os.walk(source, onerror=fail, followlinks=True):
         if (place := os.path.realpath(folder)) in seen:
             folders[:], names = [], []
@@ -199,16 +209,27 @@ def listing(source: Path) -> tuple[list[Path], Counter]:
                 out["not a regular file" if end in endings else end or "without a suffix"] += 1
     return sorted(files), +out
 
-def read_samples(path: Path, cache: str | Path) -> Tensor:
-    """Existing samples: a .pt file, or a folder of pictures, resized to the first one's height."""
+def read_samples(path: Path, cache: str | Path, skip_bad: bool = False) -> Tensor:
+    """Existing samples: a .pt file, or a folder of square pictures of one size.
+
+    ValueError for other sizes: resized, a grid among the samples would be scored like one.
+    """
     if not path.is_dir():
         return read_tensor(path)
-    files, _ = listing(path)
-    if not files:
-        raise ValueError(f"{path} holds no pictures")
-    with reading(files[0], "a picture"), pillow()[0].open(files[0], formats=FORMATS) as picture:
-        side = picture.size[1]
-    return read_folder(path, Path(cache), side)
+    sizes = {}
+    for file in listing(path)[0]:
+        with contextlib.suppress(ValueError):  # `read_folder` reports or skips it
+            with reading(file, "a picture"), opened(file) as picture:
+                sizes.setdefault(picture.size, file)
+    if len(sizes) != 1 or len({*[*sizes][0]}) != 1:
+        found = ", ".join(f"{file.name} {w}×{h}" for (w, h), file in [*sizes.items()][:3])
+        raise ValueError(f"{path}: samples are squares of one size, not {found or 'no pictures'}")
+    return read_folder(path, Path(cache), [*sizes][0][0], skip_bad)
+
+def opened(file: Path):
+    """The picture, by a format of FORMATS that this Pillow has."""
+    Image, _ = pillow()
+    return Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])
 
 def read_folder(source: Path, cache: Path, size: int, skip_bad: bool = False) -> Tensor:
     """A folder of pictures, centre-cropped and resized: uint8 (N, 3, size, size).
@@ -220,6 +241,8 @@ def read_folder(source: Path, cache: Path, size: int, skip_bad: bool = False) ->
     files, out = listing(source)
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in out.most_common(20)) or "nothing"
     text = f"{source}: {len(files):,} pictures; skipped: {kinds}"
+    if out[".heic"] and ".heic" not in picture_endings():
+        text += " (pip install pillow-heif reads .heic)"
     if not files:
         raise ValueError(text)
     known = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
@@ -276,13 +299,12 @@ def decode(file: Path, size: int, notes: Counter) -> Tensor:
     and converts colour profiles to sRGB. notes: counts oddities.
     """
     Image, ImageOps = pillow()
-    formats = [kind for kind in FORMATS if kind in Image.OPEN]
-    with reading(file, "a picture"), Image.open(file, formats=formats) as opened:
-        opened.load()
-        picture, tags = opened, getattr(opened, "tag_v2", {})  # of TIFF
+    with reading(file, "a picture"), opened(file) as original:
+        original.load()
+        picture, tags = original, getattr(original, "tag_v2", {})  # of TIFF
         with contextlib.suppress(Exception):  # ignore invalid metadata
             ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode[:4] == "I;16" or picture.mode == "I" and opened.format in ("PNG", "PPM"):
+        if picture.mode[:4] == "I;16" or picture.mode == "I" and original.format in ("PNG", "PPM"):
             scale = 255 / (2 ** tags.get(258, [16])[0] - 1)  # BitsPerSample
             picture = picture.convert("I").point(lambda level: level * scale + 0.5).convert("L")
             if tags.get(262) == 0:  # PhotometricInterpretation: white is zero
@@ -294,7 +316,7 @@ def decode(file: Path, size: int, notes: Counter) -> Tensor:
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
         picture = ImageOps.fit(picture.convert(mode), (size, size), Image.Resampling.LANCZOS)
-        if profile := opened.info.get("icc_profile"):
+        if profile := original.info.get("icc_profile"):
             try:
                 from PIL import ImageCms
                 ends = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
@@ -302,7 +324,7 @@ def decode(file: Path, size: int, notes: Counter) -> Tensor:
             except Exception:
                 notes["have an unusable colour profile"] += 1
         with contextlib.suppress(Exception):  # of the second frame
-            if opened.format != "MPO" and opened.is_animated:
+            if original.format != "MPO" and original.is_animated:
                 notes["have several frames: the first is used"] += 1
         return pixels(picture.convert("RGB"))
 

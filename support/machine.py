@@ -107,7 +107,12 @@ def start_machine(device: str | None = None, precision: str | None = None,
     """
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
         raise UsageError("RANK and WORLD_SIZE must be set together: torchrun sets both")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError as error:
+        raise UsageError(f"RANK and WORLD_SIZE are numbers: {error}") from error
+    if not 0 <= rank < world:
+        raise UsageError(f"RANK={rank} is not one of WORLD_SIZE={world} processes")
     if device is None:
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -136,7 +141,7 @@ def start_machine(device: str | None = None, precision: str | None = None,
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                     timeout=timedelta(minutes=10))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: MASTER_ADDR is missing
             raise OSError(f"{world} processes cannot connect: {one_line(error)}") from error
         for n, handler in handlers.items():
             signal.signal(n, handler)
@@ -174,7 +179,7 @@ class Noise:
     """
 
     def __init__(self, seed: int, indices, shape: tuple[int, ...], device="cpu"):
-        self.shape, self.device = tuple(shape), torch.device(device)
+        self.shape, self.device, seed = tuple(shape), torch.device(device), operator.index(seed)
         place = "cpu" if self.device.type == "mps" else device  # MPS has no float64
         images = [seed_of(seed, "image", i) for i in indices]
         self.images = torch.tensor(images, dtype=torch.int64, device=place)

@@ -175,7 +175,7 @@ def test_what_is_loaded_of_a_checkpoint(small):
         assert not any(module.training for module in trained.net.modules())
         assert trained.net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(trained.s.alpha_bars, small.s.alpha_bars)
-    with pytest.raises(ValueError, match="ema-0000012.pt"):
+    with pytest.raises(ValueError, match="ema-0000012.pt has the averaged weights alone: omit --no-ema"):
         checkpoints.load(kept, ema=False, machine=CPU)
 
 

@@ -10,6 +10,7 @@ import inspect
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -147,6 +148,36 @@ def test_the_status_tells_how_a_command_ended(error, status, said, capsys, monke
         assert seen.value is error
     else:
         assert ends(error) == status
+
+
+@pytest.mark.parametrize("flags, status, said", [("--out ''", 2, "blank"), ("--out images.pt", 1, "a file, not a folder"),
+                                                 ("--out link/run", 1, "link is a link to nothing")])
+def test_a_folder_that_cannot_be_one_is_said(flags, status, said, in_a_folder_of_its_own, capsys):
+    """Kills: a run in the current folder because a variable of the shell was not set."""
+    os.symlink("nowhere", "link")
+    before = sorted(os.listdir())
+    assert train.main([*ONE_STEP, *shlex.split(flags)]) == status
+    assert said in (line := capsys.readouterr().err) and "--out" in line and sorted(os.listdir()) == before
+
+
+def test_whoever_reads_no_more_ends_the_output_without_a_word(tmp_path):
+    """As `| head` does: no second error at the end of the program, and the file that was written is there."""
+    (tmp_path / "mine.py").write_text("""
+from pathlib import Path
+from support.command import command, written
+@command
+def main(argv=None):
+    with written(Path("file")) as file:
+        file.write(b"1")
+    print("x" * 100_000)
+raise SystemExit(main())
+""")
+    reading_end, end = os.pipe()
+    os.close(reading_end)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, stdout=end, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    os.close(end)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "file").read_bytes() == b"1"
 
 
 NETWORK = """

@@ -546,7 +546,7 @@ def test_what_cannot_be_shown_is_grey_but_a_file_that_is_wrong_is_an_error(capsy
     ("decode --n 9 a b", 2, "--n"), ("encode --n 9 a b", 2, "--n"), ("measure --bytes 9", 2, "--bytes"),
     ("encode --b 17 a b", 2, "17"), ("encode --b 0 a b", 2, "0"), ("encode picture.png runs", 1, "runs"),
     ("decode no.ddpm b.png", 1, "no.ddpm"), ("decode picture.png b.png", 1, "picture.png"),
-    ("squeeze a b", 2, "squeeze"), ("encode --checkpoint none.pt a b", 1, "none.pt")])
+    ("squeeze a b", 2, "squeeze"), ("encode picture.png other.png", 2, ".png"), ("decode a.ddpm b.jpg", 2, ".png"), ("encode --checkpoint none.pt a b", 1, "none.pt")])
 def test_a_mistake_is_one_line(run, capsys, line, status, said):
     before = sorted(os.listdir())
     assert compress.main(line.split()) == status

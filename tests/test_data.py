@@ -681,13 +681,16 @@ def test_a_folder_has_splits_if_train_and_another_lie_in_it(decoded):
             fill(f"{folder}/{part}", a_png=i + 1)
         for split, want in zip(("train", "test", "val"), found.split()):
             if want == "no":
-                with pytest.raises(OSError, match=re.escape(os.path.join(folder, split))):
+                with pytest.raises(ValueError, match=f"{folder} has no {split}/"):
                     data.load(folder, "cache", split, 1)
                 continue
             images, about = data.load(folder, "cache", split, 1)
             assert "+".join(map(str, sorted(images[:, 0, 0, 0].tolist()))) == want
             assert ("split" in about) == ("+" not in want) and "centre-cropped" in about and "RGB" in about
             assert "+" in want or parts[int(want) - 1] in about
+    fill("photos", a_png=1, b_txt=1)
+    fill("photos/train", a_png=1), fill("photos/test", a_png=2)
+    assert "without 1 pictures beside it" in data.load("photos", "cache", "test", 1)[1]
     for name in data.NAMES:
         with pytest.raises(ValueError, match=f"{name} has no val split"):
             data.load(name, "cache", "val")
@@ -711,15 +714,33 @@ def test_one_line_says_how_many_pictures_there_are_and_what_is_left_out(decoded,
     """By kind, the most frequent first; of hidden folders the content does not count."""
     fill("p", a_png=1, b_JPG=2, c_mov=3, d_MOV=4, e_mov=5, f_eps=6, _DS=7, __a_png=8)
     fill("p/b", name=7)
-    for folder in ("__MACOSX", "@eaDir", ".thumbnails", "b/.git"):
+    for folder in ("__MACOSX", "$RECYCLE.BIN", "@Recycle", "lost+found", ".thumbnails", "b/.git"):
         fill(f"p/{folder}", a_png=9, b_png=9)
     data.load("p", "cache", image_size=1)
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("p: 2 pictures; skipped: 6 hidden, 3 .mov, 1 ") and len(said) == 2
+    assert said[0].startswith("p: 2 pictures; skipped: 8 hidden, 3 .mov, 1 ") and len(said) == 2
     assert {*said[0].split("3 .mov, ")[1].split(", ")} == {"1 .eps", "1 without a suffix"}
     fill("q", a_mov=1)
     with pytest.raises(ValueError, match=r"^q: 0 pictures; skipped: 1 \.mov$"):
         data.load("q", "cache")
+
+
+def test_samples_of_a_folder_have_one_size(decoded):
+    """A grid among them, or pictures that are no squares, would be resized and scored like samples."""
+    fill("one", a_png=1, b_png=2)
+    assert data.read_samples(Path("one"), "cache").shape == (2, 3, 1, 1)
+    for name, shape in (("grid", (3, 4, 4)), ("wide", (3, 1, 2))):
+        Path(f"one/{name}.png").write_bytes(data.png(torch.zeros(shape, dtype=torch.uint8)))
+        with pytest.raises(ValueError, match=f"squares of one size, not a.png 1×1, {name}.png"):
+            data.read_samples(Path("one"), "cache")
+        Path(f"one/{name}.png").unlink()
+    Path("one/0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="--skip-bad"):
+        data.read_samples(Path("one"), "cache")
+    assert data.read_samples(Path("one"), "cache", True).shape == (2, 3, 1, 1)
+    fill("none", a_txt=1)
+    with pytest.raises(ValueError, match="no pictures"):
+        data.read_samples(Path("none"), "cache")
 
 
 def test_an_unreadable_folder_is_an_error(decoded):

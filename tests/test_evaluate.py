@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import shlex
 import signal
 import struct
 import sys
@@ -337,6 +338,36 @@ def test_inception_network_that_is_named(network, tmp_path):
             evaluate.load_inception(bad, "nowhere", CPU)
 
 
+class WithoutFlags(torch.nn.Module):
+    def forward(self, img):
+        return img.float().mean([2, 3])
+
+
+class Logits(Inception):
+    def forward(self, img, return_features: bool = False, no_output_bias: bool = False):
+        return img.to(torch.float32).mean([2, 3])
+
+
+class Integers(Inception):
+    def forward(self, img, return_features: bool = False, no_output_bias: bool = False):
+        return img.to(torch.int64).sum([2, 3])
+
+
+class OneRow(Inception):
+    def forward(self, img, return_features: bool = False, no_output_bias: bool = False):
+        return torch.softmax(img.to(torch.float32).mean([0, 2, 3]), 0)[None]
+
+
+@pytest.mark.parametrize("kind, said", [(WithoutFlags, "expected at most 2"), (Logits, "no_output_bias does not give probabilities"),
+                                        (Integers, "return_features does not give"), (OneRow, "return_features does not give")])
+def test_another_network_than_inception_is_refused(kind, said, network, capsys):
+    """Its score would be a number, or the error one of TorchScript."""
+    torch.jit.script(kind()).save("other.pt")
+    assert evaluate.main([*SCORE, "--inception", "other.pt"]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not Inception" in line and said in line and "unexpected" not in line
+
+
 def test_fid_needs_two_images_and_the_inception_score_ten(network, capsys):
     """On either side, whatever the size of the batches."""
     for made, images in ((2, 5), (5, 2), (9, 5), (10, 5)):
@@ -412,10 +443,11 @@ def test_samples_drawn_here_are_those_of_sample_py(run, capsys, flags):
     ("--samples a.pt", "--samples --fid"), ("--inception a.pt", "--inception --fid"), ("--steps 3", "--steps --fid"),
     ("--fid --terms 3", "--terms --fid"), ("--fid --samples a.pt --steps 3", "--steps --samples"),
     ("--fid --samples a.pt --n 3", "--n --samples"), ("--split valid", "--split valid"), ("--n 0", "--n 0"),
-    ("--terms 0", "--terms 0")])
+    ("--terms 0", "--terms 0"), *((f"--fid {flag} ''", f"{flag} blank") for flag in ("--samples", "--inception")),
+    ("--out ''", "--out blank")])
 def test_flags_that_contradict_each_other(capsys, flags, parts):
     """Or that are out of range: the line names them, and the status is 2."""
-    assert evaluate.main(flags.split()) == 2
+    assert evaluate.main(shlex.split(flags)) == 2
     line = said(capsys)
     assert all(part in line for part in parts.split()) and "unexpected" not in line, line
 

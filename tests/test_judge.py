@@ -134,6 +134,21 @@ def test_a_file_from_the_paper_holds_with_its_choices():
     assert rows["eq14_the_loss"]["choices"] == ["sum over dimensions"]
 
 
+def test_computing_in_place_changes_no_verdict():
+    """What is given to the file is a copy. Kills: a wrong function that holds as it has changed t, a right one that
+    fails as it has changed x_0."""
+    body = "    return at(s[1], t).sqrt() * x0 + (1 - at(s[1], t)).sqrt() * eps\n\ndef q_p"
+    assert STUDENT.count(body) == 1
+    name = "eq04_the_jump_is_iterated_steps"
+    for new, verdict in (("    t -= 1\n    return 0 * x0\n\ndef q_p", "fails"),
+                         ("    x0 *= at(s[1], t).sqrt()\n    eps *= (1 - at(s[1], t)).sqrt()\n    return x0.add_(eps)\n\ndef q_p", "holds")):
+        assert judged(STUDENT.replace(body, new), name)[name]["verdict"] == verdict
+    z, name = "mean + (variance.sqrt() * noise(t) if t > 1 else 0)", "alg2_sampling"
+    assert STUDENT.count(z) == 1
+    in_place = STUDENT.replace(z, "mean + (noise(t).mul_(variance.sqrt()) if t > 1 else 0)")
+    assert judged(in_place, name)[name]["verdict"] == "holds"
+
+
 @pytest.mark.parametrize("right, wrong, theorem, name", MISTAKES)
 def test_a_typical_mistake_is_caught_and_named(right, wrong, theorem, name):
     """The theorem fails, and the mistake's own symptom is the first or second that fits."""
@@ -266,6 +281,15 @@ UNUSABLE = [  # a file's source, what is said of it; the first four as a user ru
     ("raise ValueError('one\\ntwo')", "it cannot be imported: ValueError: one two"),
     ("import sys; print('why', file=sys.stderr); sys.exit()", f"{ENDS} (why)"),
     ("def schedule(betas): return betas", f"{LACKS}only schedule of the interface")]
+
+
+@pytest.mark.parametrize("name", ["notebook.ipynb", "../mine", ".", "text.txt", "a b"])
+def test_what_is_no_python_file_is_one_line(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for file in ("notebook.ipynb", "text.txt"):
+        Path(file).write_text("{}")
+    assert main([name]) == 2
+    assert capsys.readouterr().err == f"judge: {name}: give a Python file, or the name of a module\n"
 
 
 @pytest.mark.parametrize("source, said", UNUSABLE)

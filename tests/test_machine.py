@@ -225,6 +225,26 @@ def test_rank_and_world_size_go_together(monkeypatch):
         with pytest.raises(UsageError, match="RANK and WORLD_SIZE must be set together"):
             start_machine("cpu")
         monkeypatch.delenv(name)
+    for rank, world in (("1", "1"), ("-1", "2"), ("2", "2"), ("0", "0"), ("a", "2"), ("", "")):
+        monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(UsageError, match="WORLD_SIZE"):
+            start_machine("cpu")
+
+
+def test_processes_without_an_address_say_so(monkeypatch):
+    """As RANK and WORLD_SIZE of a scheduler, without torchrun."""
+    monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(OSError, match="2 processes cannot connect.*MASTER_ADDR"):
+        start_machine("cpu")
+
+
+def test_a_seed_is_an_integer():
+    """What looks like 3 would draw other images than 3."""
+    for bad in (3.0, "3", None, 1.5):
+        with pytest.raises(TypeError):
+            machine.Noise(bad, [0], (2,))
+    assert torch.equal(machine.Noise(torch.tensor(3), [0], (2,))(1), machine.Noise(3, [0], (2,))(1))
 
 
 def test_one_process_alone_waits_for_nobody():

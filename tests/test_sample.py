@@ -440,6 +440,13 @@ def test_two_processes_fill_one_folder(small, capsys):
     assert contents("f0")["000001.png"] == data.png(sample.draw_samples(small, 2, 7, 1, CPU, steps=2)[1])
 
 
+def test_drawing_in_inference_mode_leaves_the_network_usable(small):
+    """Its copy for sampling is kept, and the weights of now are loaded into it each time."""
+    with torch.inference_mode():
+        first = sample.draw_samples(small, 2, 0, 2, CPU, steps=2)
+    assert torch.equal(first, sample.draw_samples(small, 2, 0, 2, CPU, steps=2))
+
+
 def test_unknown_choices_from_python_are_refused(small):
     """A sampler by another name is no Algorithm 2; no number of steps means another."""
     for how, part in (({"sampler": "DDIM"}, "DDIM"), ({"sampler": "euler"}, "euler"), ({"steps": 0}, "0"), ({"steps": 1}, "1"),
