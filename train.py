@@ -476,7 +476,7 @@ def decide(given: dict, shape: tuple, stored: dict, machine: Machine) -> tuple:
 def begin(decided: tuple, images: Tensor, machine: Machine, folder: Path) -> Run:
     """The run that `decide` has decided, before its first step."""
     settings, s, net = decided
-    net = net.to(machine.device, memory_format=torch.channels_last)
+    net = machine.placed(net)
     network = nn.parallel.DistributedDataParallel(net) if machine.world > 1 else net
     part = settings["batch_size"] // machine.world
     part = min(part, settings["micro_batch"] or part)

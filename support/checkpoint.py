@@ -98,8 +98,8 @@ def load(name: str | Path | None = None, ema: bool = True,
     with reading(file, f"{kind} weights of this network"):
         net.load_state_dict(weights)
     made = f"from {state['source']}" if "source" in state else f"step {state['step']}"
-    net = net.to(machine.device, memory_format=torch.channels_last).eval()
-    return Trained(net, build_schedule(settings), settings, f"{file}, {made}, {kind} weights")
+    return Trained(machine.placed(net).eval(), build_schedule(settings), settings,
+                   f"{file}, {made}, {kind} weights")
 
 def is_diffusers(path: Path) -> bool:
     """Whether this is a folder in diffusers' layout, or could be a model's name on the hub."""

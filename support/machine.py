@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from support import winograd
 from support.command import UsageError, one_line, say
 
 BACKEND = "inductor"  # of torch.compile
@@ -64,6 +65,10 @@ class Machine(NamedTuple):
         mine = torch.tensor([seed_of(on, *what, str(self.dtype), torch.__version__)])
         if len(self.gather(mine, self.world).unique()) > 1:
             raise ValueError(f"the processes differ in {on}, precision or torch version")
+
+    def placed(self, net: nn.Module) -> nn.Module:
+        """`net` itself on this device, in the layout and with the convolutions that are fast."""
+        return winograd.fast(net).to(self.device, memory_format=torch.channels_last)
 
     def network(self, net: Callable) -> Callable[[Tensor, Tensor], Tensor]:
         """`net` in this machine's precision, with float32 output."""

@@ -75,7 +75,6 @@ RIVALS = {"diffusers": diffusers, "pytorch_diffusion": pytorch_diffusion,
 
 def jobs_of(net: nn.Module, machine: Machine, x: torch.Tensor, compile: bool) -> tuple:
     """A training step, and one network call of the sampler."""
-    net = net.to(machine.device, memory_format=torch.channels_last)
     t = torch.randint(1, 1001, (len(x),), device=machine.device)
     params = list(net.parameters())
     averages = [p.detach().clone() for p in params]
@@ -167,10 +166,11 @@ def main(argv=None) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(x[:1].cpu(), torch.ones(1, dtype=torch.int64))
     gflop = counter.get_total_flops() / 1e9
-    rivals = {"ours": jobs_of(net, machine, x, args.compile)}
+    rivals = {"ours": jobs_of(machine.placed(net), machine, x, args.compile)}
     for name in args.vs:
         sys.path.append(str(args.clones / name))
         theirs = From0(RIVALS[name](args.channels, args.multipliers))
+        theirs = theirs.to(machine.device, memory_format=torch.channels_last)
         rivals[name] = jobs_of(theirs, machine, x, args.compile)
     rivals["convolutions"] = limits(net, machine, x)
     memory = {name: saved_memory(train) for name, (train, _) in rivals.items()}

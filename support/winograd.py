@@ -1,0 +1,102 @@
+"""3×3 convolutions with fewer multiplications, for float32 on a CPU.   [Lavin and Gray 2016]
+
+    y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A        F(4×4, 3×3)
+
+g is a filter of 3×3 weights, d a tile of 6×6 inputs, y the 4×4 outputs that it gives. ⊙ takes 36
+products where the direct sum takes 144. Summed over the input channels, each of the 36 is a matrix
+product. Written with (X ⊗ X) vec(d) = vec(X d Xᵀ), the transforms are matrix products, too.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+B_T = torch.tensor([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
+                    [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]).double()
+G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4],
+                  [1, 2, 4], [1, -2, 4], [0, 0, 24]]).double() / 24
+A_T = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0],
+                    [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]).double()
+BB, GG, AA = (torch.kron(x, x) for x in (B_T, G, A_T))
+PIXELS = 2048  # at a time, so that their tiles stay in the cache
+
+def filters(weight: Tensor) -> Tensor:
+    """G g Gᵀ: (K, C, 3, 3) → (36, C, K)."""
+    k, c = weight.shape[:2]
+    return (GG.to(weight.dtype) @ weight.permute(2, 3, 1, 0).reshape(9, c * k)).view(36, c, k)
+
+def tiles(x: Tensor, side: int) -> Tensor:
+    """All tiles of side × side pixels, 4 apart: (n, H, W, C) → (side², n · tiles · C)."""
+    (n, h, w, c), s = x.shape, x.contiguous().stride()
+    shape = side, side, n, (h - side) // 4 + 1, (w - side) // 4 + 1, c
+    strides = s[1], s[2], s[0], 4 * s[1], 4 * s[2], 1
+    return x.contiguous().as_strided(shape, strides).reshape(side * side, -1)
+
+def inputs(x: Tensor) -> Tensor:
+    """Bᵀ d B of the tiles of x, padded by one pixel: (n, H, W, C) → (36, n · tiles, C)."""
+    return (BB.to(x.dtype) @ tiles(F.pad(x, (0, 0, 1, 1, 1, 1)), 6)).view(36, -1, x.shape[3])
+
+def parts(x: Tensor) -> list[slice]:
+    """The images of x (n, H, W, C), some at a time."""
+    step = max(1, PIXELS // (x.shape[1] * x.shape[2]))
+    return [slice(i, i + step) for i in range(0, len(x), step)]
+
+def convolve(x: Tensor, u: Tensor) -> Tensor:
+    """Aᵀ [u ⊙ (Bᵀ d B)] A: (n, C, H, W), H and W divisible by 4, and (36, C, K) → (n, K, H, W)."""
+    x, k = x.permute(0, 2, 3, 1), u.shape[2]
+    n, h, w, _ = x.shape
+    y = x.new_empty(n, h // 4, 4, w // 4, 4, k)
+    for part in parts(x):
+        out = AA.to(x.dtype) @ (inputs(x[part]) @ u).view(36, -1)
+        y[part] = out.view(4, 4, -1, h // 4, w // 4, k).permute(2, 3, 0, 4, 1, 5)
+    return y.view(n, h, w, k).permute(0, 3, 1, 2)
+
+class Winograd(torch.autograd.Function):
+    """x (n, C, H, W), weight (K, C, 3, 3), bias (K,) → F.conv2d(x, weight, bias, padding=1)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, u: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return convolve(x, filters(weight) if u is None else u).add_(bias[:, None, None])
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        dx = convolve(dy, filters(weight.flip(2, 3).transpose(0, 1)))
+        (k, c), x, dy = weight.shape[:2], x.permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1)
+        du = x.new_zeros(36, c, k)
+        for part in parts(x):
+            dm = (AA.T.to(x.dtype) @ tiles(dy[part], 4)).view(36, -1, k)
+            du.baddbmm_(inputs(x[part]).transpose(1, 2), dm)
+        dw = (GG.T.to(x.dtype) @ du.view(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)
+        return dx, dw, dy.sum((0, 1, 2)), None
+
+class Conv(nn.Conv2d):
+    """The same convolution, by Winograd's algorithm in float32 on a CPU, at 16×16 or more."""
+    u: tuple = (None, None)  # of sampling: the version of the weights, and their filters
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (x.dtype != torch.float32 or x.device.type != "cpu" or self.weight.dtype != x.dtype
+                or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+                or min(x.shape[2:]) < 16 or x.shape[2] % 4 or x.shape[3] % 4):
+            return super().forward(x)
+        if torch.is_grad_enabled():
+            return Winograd.apply(x, self.weight, self.bias)
+        version = None if self.weight.is_inference() else self.weight._version
+        if version is None or self.u[0] != version:
+            self.u = version, filters(self.weight)
+        return convolve(x, self.u[1]).add_(self.bias[:, None, None])
+
+def fast(net: nn.Module) -> nn.Module:
+    """`net` itself, whose 3×3 convolutions of 128 channels or more become `Conv`.
+
+    Which ones use the algorithm depends on channels and sides alone, not on the batch. With fewer
+    channels or smaller sides it is slower for some batches (docs/measurements.md).
+    """
+    for conv in net.modules():
+        if (type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+                == ((3, 3), (1, 1), (1, 1), 1) and min(conv.in_channels, conv.out_channels) >= 128
+                and conv.bias is not None and conv.dilation == (1, 1)):
+            conv.__class__ = Conv
+    return net
