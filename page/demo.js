@@ -133,25 +133,27 @@ function normal(seed, t, length) {
   return z;
 }
 
-const FRAME = 1.6;  // the largest coordinate that a picture shows
+const FRAME = 1.3;  // the largest coordinate that a picture shows
+const USUAL = {T: 1000, rescaled: true, steps: 100, sampler: "fixed_small", eta: 0.5};
 
 function described(x) {  // what the caption of a picture says of its points
-  const far = [];
-  let out = 0;
+  const far = new Float64Array(x.length / 2).fill(Infinity), n = far.length;
+  let squares = 0, out = 0;
   for (let j = 0; j < x.length; j += 2) {
-    far.push(min(...MX.map((mx, k) => Math.hypot(x[j] - mx, x[j + 1] - MY[k]))));
+    for (let k = 0; k < 64; k++)
+      far[j / 2] = min(far[j / 2], (x[j] - MX[k]) ** 2 + (x[j + 1] - MY[k]) ** 2);
+    squares += x[j] ** 2 + x[j + 1] ** 2;
     out += !(abs(x[j]) <= FRAME && abs(x[j + 1]) <= FRAME);  // what is not finite is outside, too
   }
-  if (out > far.length / 2) return `${out} of ${far.length} points are outside`;
-  const median = far.sort((a, b) => a - b)[far.length / 2];
-  return `median distance to the spiral ${median.toFixed(3)}`;
+  return out > n / 2 ? `${out} of ${n} points are outside`
+    : `median distance to the spiral ${sqrt(far.sort()[n / 2]).toFixed(3)}, `
+      + `root mean square ${sqrt(squares / n).toFixed(2)}`;
 }
 
 const demo = document.getElementById("demo");
 if (demo) {
   const COUNTS = [10, 20, 50, 100, 200, 500, 1000], ETAS = [0, 0.25, 0.5, 0.75, 1], POINTS = 400;
-  const usual = {T: 1000, rescaled: true, steps: 100, sampler: "fixed_small", eta: 0.5};
-  const chosen = {...usual, seed: "1", mistake: "square"};
+  const chosen = {...USUAL, seed: "1", mistake: "square"};
   const number = n => n.toLocaleString("en");
 
   // Two pictures, and the time below them.
@@ -162,7 +164,7 @@ if (demo) {
   });
   const draw = ({kind, canvas, caption}, x, time, said) => {
     const pen = canvas.getContext("2d"), style = getComputedStyle(demo);
-    const place = v => 320 + 320 / FRAME * max(-FRAME, min(FRAME, v));  // at the rim: outside
+    const place = v => 320 + 308 / FRAME * max(-FRAME, min(FRAME, v));  // at the rim: outside
     pen.clearRect(0, 0, 640, 640);
     pen.fillStyle = style.getPropertyValue("--soft");
     MX.forEach((mx, k) => pen.fillRect(place(mx) - 1, place(-MY[k]) - 1, 2, 2));
@@ -200,8 +202,8 @@ if (demo) {
     control.box.append(play.button);
     times.replaceChildren(control.box);
     if (moving) play.button.click();  // without motion it shows the end
-    warning.textContent = s.bars[n] <= 1e-3 ? "" : `ᾱ_T = ${s.bars[n].toFixed(2)}: x_T still shows `
-      + "the data, and N(0, I) is the wrong place to start. make_schedule refuses this schedule.";
+    warning.textContent = s.bars[n] <= 1e-3 ? "" : "make_schedule refuses this schedule: what is "
+      + `left of the data at t = T is ᾱ_T = ${s.bars[n].toFixed(2)}, and should be almost nothing.`;
   };
 
   // The controls.
@@ -234,9 +236,11 @@ if (demo) {
   const warning = make("p", {className: "numbers"}), lines = make("div", {className: "lines"});
   lines.setAttribute("role", "status");
   const mistakes = [...demo.querySelectorAll("[data-mistake]")];
+  const copied = e => [...e.childNodes].map(node => node.cloneNode(true));
+  const variance = kind => copied(demo.querySelector(`[data-variance=${kind}]`));
   const choose = () => {  // a mistake sets the controls on which it depends
     const one = mistakes.find(e => e.dataset.mistake === chosen.mistake);
-    Object.assign(chosen, usual, JSON.parse(one.dataset.set));
+    Object.assign(chosen, USUAL, JSON.parse(one.dataset.set));
     quiet = true;
     for (const name of ["T", "steps"]) sliders[name].set(COUNTS.indexOf(chosen[name]));
     sliders.eta.set(ETAS.indexOf(chosen.eta));
@@ -245,25 +249,22 @@ if (demo) {
     scaled.checked = chosen.rescaled;
     change();
     quiet = false;
-    const {steps, T, sampler, eta} = chosen;
     lines.replaceChildren(one, make("p", {className: "numbers"},
-      `The controls are set for it: ${number(steps)} of T = ${number(T)} steps, `
-      + (sampler === "ddim" ? `DDIM with η = ${eta}.` : "Algorithm 2.")));
+      `It sets the controls to ${number(chosen.steps)} of T = ${number(chosen.T)} steps and `,
+      ...(chosen.sampler === "ddim" ? [`DDIM with η = ${chosen.eta}.`] : [...variance("fixed_small"), "."])));
     load(true);
   };
-  const sigma = beta => ["σ", make("sub", {}, "t"), make("sup", {}, "2"), ` = ${beta}`,
-                         make("sub", {}, "t")];
-  demo.append(make("div", {className: "live"},
+  demo.querySelector(".unseen").before(make("div", {className: "live"},
     make("div", {className: "pictures"},
       make("div", {className: "pair"}, ...panels.map(panel => panel.figure)), times),
-    choice("mistake", "The wrong line", mistakes.map(e => [e.dataset.mistake,
-      ...[...e.querySelector("a").childNodes].map(node => node.cloneNode(true))])),
+    choice("mistake", "The wrong line", mistakes.map(e => [
+      e.dataset.mistake, ...copied(e.querySelector("a"))])),
     lines,
     make("div", {className: "settings"},
       ranged("steps", "steps", COUNTS, number), ranged("T", "T", COUNTS, number),
       make("label", {}, scaled, make("span", {}, "β multiplied by 1000/T")), warning,
-      choice("sampler", "sampler", [["fixed_small", ...sigma("β̃")], ["fixed_large", ...sigma("β")],
-                                    ["ddim", "DDIM"]]),
+      choice("sampler", "sampler", [
+        ...["fixed_small", "fixed_large"].map(kind => [kind, ...variance(kind)]), ["ddim", "DDIM"]]),
       ranged("eta", "η of DDIM", ETAS, String),
       choice("seed", "noise", [["1", "one draw"], ["2", "another"]]))));
   choose();

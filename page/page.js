@@ -78,7 +78,7 @@ const symbol = e => {
   for (let p = e.closest?.("msub, msup, msubsup, mover, mi"); p; p = p.parentElement?.closest("msub, msup, msubsup, mover")) {
     const text = p.textContent, base = p.firstElementChild?.textContent ?? text;
     const found = known[text] ?? known[base + "_"];
-    if (found && !p.closest("a, summary")) return found;
+    if (found && !p.closest("a, summary, label")) return found;
   }
 };
 document.addEventListener("pointerover", event => {

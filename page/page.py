@@ -4,8 +4,8 @@
 
 The page is made of the files themselves: ddpm.py, Algorithm 1 of train.py and unet.py give
 docstrings and code, PAPER.md the statements, the derivations and what one sees of a mistake, the
-test files the theorems, page/mistakes.py the wrong lines, page/figures.py the pictures. Nothing
-is written twice. Formulas become MathML. The page fetches nothing, and is whole without its script.
+test files the theorems, page/mistakes.py the wrong lines, page/figures.py the pictures, and
+page/demo.js draws the points of the first screen. Nothing is written twice. Formulas become MathML. The page fetches nothing, and is whole without its script.
 """
 from __future__ import annotations
 
@@ -873,13 +873,14 @@ class Page:
             wrong += (f"<div data-mistake={key} data-set='{json.dumps(chosen)}'><p>"
                       f"{link(place, what)}: {prose(seen)}</p>"
                       f"{diff(whole_lines('ddpm.py', replacements))}</div>")
+        for kind, beta in (("fixed_small", "β̃_t"), ("fixed_large", "β_t")):
+            wrong += f"<span data-variance={kind}>{formula(f'σ_t² = {beta}')}</span>"
         unseen = " and ".join(link(f"mistake-{slug(what)}", what) for what in UNSEEN)
         return (
             f"<section id=demo><h2>{anchor('demo')}Break it yourself</h2>"
-            "<p>Algorithm 2 draws 400 points from the same noise, on the left with the right lines "
-            "and on the right with a wrong one. The data are 64 narrow Gaussians along a spiral, "
-            f"for which the best {formula('ε_θ')} is known, so that what you see comes from the "
-            "sampler alone.</p>"
+            "<p>Algorithm 2 draws 400 points from noise, with the right lines and with a wrong "
+            "one. The data are 64 narrow Gaussians along a spiral. The best "
+            f"{formula('ε_θ')} for them is known, so what you see comes from the sampler alone.</p>"
             f"<figure class=still><div class=row>{panels}</div><figcaption>Points that Algorithm 2 "
             "has drawn with the right lines, and with three wrong ones.</figcaption></figure>"
             f"<div hidden>{wrong}</div><p class=unseen>Points do not show everything: {unseen} "
@@ -1108,7 +1109,7 @@ DEMO = {
         ("noise(t) if t > 1 else torch.zeros_like(x_t)", "torch.zeros_like(x_t)")], {},
         "without noise all points go to the same place."),
     "last": ("noise at the last step", "", [], {"T": 50, "steps": 50},
-             "the spiral is blurred, and all the more, the fewer steps there are."),
+             "the spiral is blurred, and the more so, the smaller T is."),
     "early": ("a loop that ends at t = 2", "", [], {"T": 50, "steps": 50},
               "what is shown is x_1, with its noise."),
     "plus": ("+ε instead of −ε in Eq. 15", "predict_x0_from_eps", [
@@ -1123,8 +1124,8 @@ DEMO = {
                   "each step adds x̂_0 with the small weight of one step of many, and all points "
                   "end near the middle."),
     "time": ("the network given i instead of τ_i", "", [], {"steps": 50},
-             "the network takes the points for less noisy than they are; they are scattered, and "
-             "most of them outside."),
+             "the network takes the points for less noisy than they are; they end scattered, most "
+             "of them about the outer turns."),
     "ddim": ("DDIM's noise and direction not balanced", "", [],
              {"steps": 50, "sampler": "ddim", "eta": 0.5},
              "too much noise is left in every step, and the inner turns stay empty."),
