@@ -5,7 +5,8 @@
 The page is made of the files themselves: ddpm.py, Algorithm 1 of train.py and unet.py give
 docstrings and code, PAPER.md the statements, the derivations and what one sees of a mistake, the
 test files the theorems, page/mistakes.py the wrong lines, page/figures.py the pictures, and
-page/demo.js draws the points of the first screen. Nothing is written twice. Formulas become MathML. The page fetches nothing, and is whole without its script.
+page/demo.js draws the points of the first screen. Nothing is written twice. Formulas become
+MathML. The page fetches nothing, and is whole without its script.
 """
 from __future__ import annotations
 
