@@ -264,7 +264,8 @@ if (demo) {
       ranged("steps", "steps", COUNTS, number), ranged("T", "T", COUNTS, number),
       make("label", {}, scaled, make("span", {}, "β multiplied by 1000/T")), warning,
       choice("sampler", "sampler", [
-        ...["fixed_small", "fixed_large"].map(kind => [kind, ...variance(kind)]), ["ddim", "DDIM"]]),
+        ["fixed_small", "Algorithm 2, ", ...variance("fixed_small")],
+        ["fixed_large", "Algorithm 2, ", ...variance("fixed_large")], ["ddim", "DDIM"]]),
       ranged("eta", "η of DDIM", ETAS, String),
       choice("seed", "noise", [["1", "one draw"], ["2", "another"]]))));
   choose();
