@@ -98,7 +98,7 @@ class Firefox:
         number = next(self.numbers)
         self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while True:
-            answer = json.loads(self.socket.recv(timeout=60))
+            answer = json.loads(self.socket.recv(timeout=300))
             if answer.get("method") == "network.beforeRequestSent":
                 self.asked.append(answer["params"]["request"]["url"])
             if answer.get("method") == "log.entryAdded" and answer["params"]["level"] == "error":
@@ -584,7 +584,11 @@ def test_no_motion_where_none_is_wanted(built, playwright):
     one.close()
 
 def test_no_errors(window):
-    """Nothing that was done in the windows above has left an error in the console."""
+    """Nothing that was done in the windows above has left an error in the console.
+
+    Of a formula whose end has not arrived yet Firefox says "Invalid markup"; so its parts are counted."""
     for one in (window(), window(360), window(820)):
-        one.run("return 0;")
-        assert one.errors == []
+        parts = one.run("""return ['msub', 'msup', 'munder', 'mover', 'mfrac', 'msubsup', 'munderover'].map(tag =>
+            [...new Set([...document.querySelectorAll(tag)].map(e => e.children.length))]);""")
+        assert parts == [[2], [2], [2], [2], [2], [3], [3]]
+        assert [error for error in one.errors if not error.startswith("Invalid markup")] == []
