@@ -557,6 +557,8 @@ def test_the_controls_of_the_demo(window):
     focus(".pictures input")
     one.press("ArrowLeft")
     assert one.run(outputs)[0] == "t = 1"
+    one.run("""const range = document.querySelector('#demo .pictures input');
+        range.value = 0; range.dispatchEvent(new Event('input'));""")
     focus("button")
     one.press("Enter")
     assert one.run("return document.querySelector('#demo button').textContent;") == "Stop"
