@@ -4,15 +4,15 @@
 
 Written to page/images, where page/page.py finds them: the chain in both directions (the
 paper's Figure 2), x_t with what the network says of it, the beginnings of files, some
-terms of the bound, the loss by thirds of t, and points in two dimensions (`paths`).
+terms of the bound, the loss by thirds of t, and points in two dimensions (`paths`, `demo`).
 """
 from __future__ import annotations
 
 import argparse
-import base64
 import functools
 import json
 import sys
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import ddpm
+import mistakes
 import sample
 import train
 from extras import compress
@@ -117,35 +118,49 @@ class Spiral:
         r = (-away.square().sum(2) / (2 * variance)).softmax(1)
         return (1 - bar).sqrt() * (r[:, :, None] * away).sum(1) / variance
 
-def paths(n: int = 400) -> tuple[dict, Tensor]:
-    """n points from noise to the data: for each sampler and number of steps the frames of x_t.
+def panel(x: Tensor) -> Tensor:
+    """Points (n, 2) as a picture of 120×120, from −1.2 to 1.2."""
+    shown = torch.full((1, 120, 120), 255, dtype=torch.uint8)
+    i, j = ((x.clamp(-1.19, 1.19) + 1.2) * 50).long().unbind(1)
+    shown[0, 119 - j, i] = 0
+    return shown
 
-    A frame is its largest coordinate and a byte for each coordinate. The picture has a row for each
-    number of steps and a column for each sampler, with the points at the end.
-    """
-    s = ddpm.make_schedule()
-    frames, panels, loop, ddim = {}, [], ddpm.p_sample_loop, ddpm.ddim_loop
+def paths(n: int = 400) -> Tensor:
+    """n points that were drawn; a row for each number of steps and a column for each sampler."""
+    s, panels, loop, ddim = ddpm.make_schedule(), [], ddpm.p_sample_loop, ddpm.ddim_loop
     samplers = {"β_t": (loop, "fixed_large"), "β̃_t": (loop, "fixed_small"),
                 "η = 0.5": (functools.partial(ddim, eta=0.5), "fixed_small"),
                 "η = 0": (ddim, "fixed_small")}
     x_T = torch.randn(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for steps in STEPS:
-        few = ddpm.respace(s, steps)
-        for name, (loop, variance) in samplers.items():
-            model = ddpm.Model(few, Spiral(s), variance=variance)
-            g, kept = torch.Generator().manual_seed(1), []
+        for loop, variance in samplers.values():
+            model = ddpm.Model(ddpm.respace(s, steps), Spiral(s), variance=variance)
+            g = torch.Generator().manual_seed(1)
             noise = lambda t, g=g: torch.randn(n, 2, generator=g, dtype=torch.float64)
-            for t, x, _ in loop(model, x_T, noise):
-                if t % (steps // 25 or 1) == 0:
-                    top = x.abs().max()
-                    kept.append([int(few.times[t]), round(top.item(), 4), base64.b64encode(
-                        data.raw_bytes((x / top * 127 + 128).round().to(torch.uint8))).decode()])
-            frames[f"{name}, {steps}"] = kept
-            panel = torch.full((1, 120, 120), 255, dtype=torch.uint8)
-            i, j = ((x.clamp(-1.19, 1.19) + 1.2) * 50).long().unbind(1)
-            panel[0, 119 - j, i] = 0
-            panels.append(panel)
-    return frames, tiled(torch.stack(panels), len(samplers))
+            *_, end = loop(model, x_T, noise)
+            panels.append(panel(end.x_t))
+    return tiled(torch.stack(panels), len(samplers))
+
+def with_lines(replacements: list) -> types.ModuleType:
+    """ddpm.py with wrong lines instead of right ones."""
+    sys.modules["wrong"] = module = types.ModuleType("wrong")  # where dataclasses look for types
+    exec(mistakes.wrong_source("ddpm.py", replacements), vars(module))
+    return module
+
+def demo(n: int = 400) -> Tensor:
+    """Where page/demo.js does not run: n points that the right lines and three wrong ones draw."""
+    g = torch.Generator().manual_seed(0)
+    x_T, *z = torch.randn(1001, n, 2, generator=g, dtype=torch.float64)
+    panels = []
+    for name, steps in ((None, 1000), ("σ_t² instead of σ_t", 1000), (
+            "√ᾱ_t instead of √α_t in Eq. 7", 1000), ("the network given i instead of τ_i", 50)):
+        program = with_lines(mistakes.MISTAKES[name][2] if name else [])
+        s = program.make_schedule()
+        model = program.Model(program.respace(s, steps), Spiral(s), variance="fixed_small",
+                              clip=False)
+        *_, end = program.p_sample_loop(model, x_T, lambda t: z[t - 1])
+        panels.append(panel(end.x_t))
+    return tiled(torch.stack(panels), len(panels))
 
 @command
 @torch.no_grad()
@@ -166,16 +181,15 @@ def main(argv=None) -> int:
                "loss": [[e["step"], *(float(f"{x:.4g}") for x in e["loss_thirds"])]
                         for e in train.log_entries(args.checkpoint)],
                **terms(trained, model, data.to_model(images[:32]))}
-    frames, panels = paths()
     files, numbers["bytes"] = beginnings(trained, some[:4])
     pictures = {"chain": chain(trained, model, x0), "forward": forward(trained, model, x0[[0, 6]]),
-                "progress": over_time(trained, model, machine), "files": files, "paths": panels}
+                "progress": over_time(trained, model, machine), "files": files, "paths": paths(),
+                "demo": demo()}
     for name, picture in pictures.items():
         with written(OUT / f"{name}.png") as file:
             file.write(data.png(picture))
-    for name, content in (("numbers", numbers), ("paths", frames)):
-        with written(OUT / f"{name}.json") as file:
-            file.write(json.dumps(content, ensure_ascii=False).encode())
+    with written(OUT / "numbers.json") as file:
+        file.write(json.dumps(numbers, ensure_ascii=False).encode())
     say(f"{OUT} holds the pictures of the page")
     return 0
 

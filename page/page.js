@@ -1,4 +1,4 @@
-// Sliders, switches and the points in two dimensions. Without this script the page is whole, too.
+// Sliders and switches. Without this script the page is whole, too.
 "use strict";
 const make = (tag, attributes = {}, ...inside) => {
   const e = Object.assign(document.createElement(tag), attributes);
@@ -70,48 +70,6 @@ for (const seen of document.querySelectorAll(".seen")) {
   wrong.closest("figure").after(button);
 }
 
-// Points on their way from noise to the data.
-const place = document.getElementById("points");
-if (place) {
-  const paths = JSON.parse(document.getElementById("paths-data").textContent);
-  const canvas = make("canvas", {width: 640, height: 640}), pen = canvas.getContext("2d");
-  canvas.setAttribute("role", "img");
-  const chosen = {sampler: place.dataset.samplers.split("|")[0], steps: "50"};
-  const read = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
-  let frames = [];
-  const draw = i => {
-    const [t, top, bytes] = frames[i], b = read(bytes), k = 640 / 3.2;
-    pen.clearRect(0, 0, 640, 640);
-    pen.fillStyle = getComputedStyle(document.body).color;
-    for (let j = 0; j < b.length; j += 2)
-      pen.fillRect(320 + (b[j] - 128) / 127 * top * k - 2.5,
-                   320 - (b[j + 1] - 128) / 127 * top * k - 2.5, 5, 5);
-    canvas.setAttribute("aria-label", `400 points at t = ${t}: ${chosen.sampler}, ${chosen.steps} steps`);
-  };
-  const holder = make("div");
-  let control, play;
-  const load = () => {
-    play?.stop();
-    const t = frames.length ? frames[control.get()][0] : 0;
-    frames = paths[`${chosen.sampler}, ${chosen.steps}`];
-    control = slider("time", frames.map(f => `t = ${f[0]}`),
-                     frames.findLastIndex(f => f[0] >= t), draw);
-    play = player(control, () => frames.length, 90);
-    control.box.append(play.button);
-    holder.replaceChildren(control.box);
-  };
-  const choice = (name, values, words) => make("fieldset", {}, make("legend", {}, words), ...values.map(
-    value => make("label", {}, make("input", {
-      type: "radio", name, value, checked: value === chosen[name],
-      onchange: () => { chosen[name] = value; load(); },
-    }), make("span", {}, value.split("_")[0], ...value.split("_").slice(1).map(
-      index => make("sub", {}, index))))));
-  place.append(canvas, make("div", {},
-    choice("sampler", place.dataset.samplers.split("|"), "variance, or η of DDIM"),
-    choice("steps", place.dataset.steps.split("|"), "network calls"), holder));
-  load();
-}
-
 // Symbols within longer formulas: the same line, and the same link, as for those that stand alone.
 const known = JSON.parse(document.getElementById("symbols").dataset.symbols);
 const tip = make("div", {className: "tip", role: "tooltip", hidden: true});
@@ -120,7 +78,7 @@ const symbol = e => {
   for (let p = e.closest?.("msub, msup, msubsup, mover, mi"); p; p = p.parentElement?.closest("msub, msup, msubsup, mover")) {
     const text = p.textContent, base = p.firstElementChild?.textContent ?? text;
     const found = known[text] ?? known[base + "_"];
-    if (found && !p.closest("a, summary")) return found;
+    if (found && !p.closest("a, summary, label")) return found;
   }
 };
 document.addEventListener("pointerover", event => {

@@ -4,8 +4,9 @@
 
 The page is made of the files themselves: ddpm.py, Algorithm 1 of train.py and unet.py give
 docstrings and code, PAPER.md the statements, the derivations and what one sees of a mistake, the
-test files the theorems, page/mistakes.py the wrong lines, page/figures.py the pictures. Nothing
-is written twice. Formulas become MathML. The page fetches nothing, and is whole without its script.
+test files the theorems, page/mistakes.py the wrong lines, page/figures.py the pictures, and
+page/demo.js draws the points of the first screen. Nothing is written twice. Formulas become
+MathML. The page fetches nothing, and is whole without its script.
 """
 from __future__ import annotations
 
@@ -857,6 +858,36 @@ class Page:
             f"{formula('x_0')} becomes noise by the steps of Eq. 2, and from that noise Algorithm "
             "2 draws another one.</figcaption></figure>")
 
+    def demo(self) -> str:
+        """The first screen: for page/demo.js each wrong line with its settings; without it, and on
+        paper, a picture."""
+        name = self.picture(DRAWN / "demo.png")
+        panels = "".join(
+            f"<figure>{crop(name, 120 * i, 0, 120, 120, 150, f'400 points: {what}', 'panel')}"
+            f"<figcaption>{prose(what)}</figcaption></figure>"
+            for i, what in enumerate(("right", *STILL)))
+        link = lambda place, what: f'<a href="#{place}" aria-label="{what}">{prose(what)}</a>'
+        wrong = ""
+        for key, (what, place, replacements, chosen, seen) in DEMO.items():
+            if not place:
+                place, replacements = f"mistake-{slug(what)}", self.mistakes[what][2]
+            wrong += (f"<div data-mistake={key} data-set='{json.dumps(chosen)}'><p>"
+                      f"{link(place, what)}: {prose(seen)}</p>"
+                      f"{diff(whole_lines('ddpm.py', replacements))}</div>")
+        for kind, beta in (("fixed_small", "β̃_t"), ("fixed_large", "β_t")):
+            wrong += f"<span data-variance={kind}>{formula(f'σ_t² = {beta}')}</span>"
+        unseen = " and ".join(link(f"mistake-{slug(what)}", what) for what in UNSEEN)
+        return (
+            f"<section id=demo><h2>{anchor('demo')}Break it yourself</h2>"
+            "<p>Algorithm 2 draws 400 points from noise, with the right lines and with a wrong "
+            "one. The data are 64 narrow Gaussians along a spiral. The best "
+            f"{formula('ε_θ')} for them is known, so what you see comes from the sampler alone.</p>"
+            f"<figure class=still><div class=row>{panels}</div><figcaption>Points that Algorithm 2 "
+            "has drawn with the right lines, and with three wrong ones.</figcaption></figure>"
+            f"<div hidden>{wrong}</div><p class=unseen>Points do not show everything: {unseen} "
+            "hardly change them, but change pictures. Mistakes in training, in the network and in "
+            'the data are listed <a href="#symptoms">by what you see</a>.</p></section>')
+
     def jump_text(self) -> str:
         """Two garments at the time of a slider."""
         rows = [(what, 16 * i) for i, what in enumerate(("x_t", "ε", "ε_θ(x_t, t)", "x̂_0"))]
@@ -948,8 +979,8 @@ class Page:
             f"{formula('β_t')} leaves far too much noise, and the others draw the points to the "
             "middle (their root mean square is 0.33, 0.36 and 0.38, and that of the data 0.54), "
             "the less so, the less noise they add.</p>"
-            f'<div id=points data-samplers="{"|".join(samplers)}" data-steps="'
-            f'{"|".join(map(str, steps))}"></div>',
+            '<p class=only-screen>The <a href="#demo">first screen</a> draws such points while you '
+            "watch, with these samplers and others.</p>",
             wide(f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{panels}</tbody></table>"))
 
     # --- the other parts ----------------------------------------------------------------------
@@ -1070,6 +1101,39 @@ class Page:
 SHOWN = ("T changed, β not rescaled", "1 − ᾱ_t instead of its root in Eq. 4",  # the best to see
          "√ᾱ_t instead of √α_t in Eq. 7", "Eq. 15 divided by ᾱ_t", "σ_t² instead of σ_t",
          "the network given i instead of τ_i")
+# For page/demo.js: the mistake; its place and lines, if page/mistakes.py has none; the settings in
+# which it shows, where they are not 100 of T = 1000 steps and σ_t² = β̃_t; and what one sees.
+DEMO = {
+    "square": ("σ_t² instead of σ_t", "", [], {},
+               "too little noise in every step, and the points gather in the innermost turn."),
+    "no-z": ("z = 0 in every step", "p_sample_loop", [
+        ("noise(t) if t > 1 else torch.zeros_like(x_t)", "torch.zeros_like(x_t)")], {},
+        "without noise all points go to the same place."),
+    "last": ("noise at the last step", "", [], {"T": 50, "steps": 50},
+             "the spiral is blurred, and the more so, the smaller T is."),
+    "early": ("a loop that ends at t = 2", "", [], {"T": 50, "steps": 50},
+              "what is shown is x_1, with its noise."),
+    "plus": ("+ε instead of −ε in Eq. 15", "predict_x0_from_eps", [
+        ("(x_t - _like((1 - alpha_bar).sqrt(), x_t) * eps) /",
+         "(x_t + _like((1 - alpha_bar).sqrt(), x_t) * eps) /")], {},
+        "each step goes the wrong way, and the points leave the picture."),
+    "eq7": ("√ᾱ_t instead of √α_t in Eq. 7", "", [], {"steps": 1000},
+            "every step shrinks x_t too much, and the outer turns stay empty."),
+    "eq11": ("√ᾱ_t instead of √α_t in Eq. 11", "", [], {},
+             "every step divides by a number that is too small, and the points leave the picture."),
+    "full-beta": ("β_t of the full schedule with fewer steps", "", [], {"steps": 50},
+                  "each step adds x̂_0 with the small weight of one step of many, and all points "
+                  "end near the middle."),
+    "time": ("the network given i instead of τ_i", "", [], {"steps": 50},
+             "the network takes the points for less noisy than they are; they end scattered, most "
+             "of them about the outer turns."),
+    "ddim": ("DDIM's noise and direction not balanced", "", [],
+             {"steps": 50, "sampler": "ddim", "eta": 0.5},
+             "too much noise is left in every step, and the inner turns stay empty."),
+}
+STILL = ("σ_t² instead of σ_t", "√ᾱ_t instead of √α_t in Eq. 7",  # in demo.png of page/figures.py
+         "the network given i instead of τ_i")
+UNSEEN = ("Eq. 15 divided by ᾱ_t", "T changed, β not rescaled")
 BESIDE = {"q_sample": "jump_text", "vlb_term": "terms", "p_sample_loop": "over_time",
           "receive": "files"}
 
@@ -1179,7 +1243,7 @@ def libraries(theorem: str) -> str:
 def build(repository: str = "") -> str:
     """The page; repository: its address, to which the page then links."""
     page = Page()
-    chain = page.chain()
+    chain, demo = page.chain(), page.demo()
     for name in ("ddpm.py", "train.py", "support/data.py", "unet.py"):
         for node in ast.parse(read(name)).body:
             if hasattr(node, "name"):
@@ -1211,8 +1275,7 @@ def build(repository: str = "") -> str:
                f'{repository}/raw/main/.github/images/fashion.png">')
     return string.Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
         style=(HERE / "page.css").read_text(encoding="utf-8").replace("FONTS", fonts),
-        script=(HERE / "page.js").read_text(encoding="utf-8"),
-        paths=(DRAWN / "paths.json").read_text(encoding="utf-8"),
+        script=read("page/page.js") + read("page/demo.js"), demo=demo,
         contents=page.table_of_contents(), body=body, pictures="".join(page.pictures.values()),
         paper=inline(read("PAPER.md").splitlines()[2]), chain=chain,
         run=f"<h2 id=run>{anchor('run')}Run it</h2><pre>{html.escape(run.strip())}</pre>",
