@@ -46,11 +46,17 @@ def read(name: str) -> str:
     """The text of a file of the repository."""
     return (ROOT / name).read_text(encoding="utf-8")
 
+MARKS = {"\u0302": "-hat", "\u0303": "-tilde", "\u0304": "-bar"}
+
 def slug(text: str) -> str:
-    """A name for an address within the page: letters, digits and hyphens."""
-    text = unicodedata.normalize("NFKD", text.lower())
-    text = "".join(c for c in text if not unicodedata.combining(c))
-    return re.sub(r"[^\w]+", "-", text).strip("-")
+    """A name for an address within the page, in ASCII: ᾱ_t is alpha-bar-t."""
+    out = ""
+    for c in unicodedata.normalize("NFKD", text.lower()):
+        name = unicodedata.name(c, "")
+        out += MARKS.get(c, c if c.isascii() else
+                         name.split()[-1].lower() if name.startswith("GREEK SMALL") else
+                         "" if unicodedata.combining(c) else "-")
+    return re.sub(r"[^a-z0-9]+", "-", out).strip("-")
 
 # === Formulas in TeX ==============================================================================
 
@@ -625,6 +631,8 @@ class Page:
                     self.tests[node.name] = (path.name, source, node)
         self.results = json.loads((KEPT / "results.json").read_text(encoding="utf-8"))
         self.numbers = json.loads((DRAWN / "numbers.json").read_text(encoding="utf-8"))
+        self.why = {name.replace(".", "-"): said for name, said in re.findall(
+            r"(?m)^- `([\w.]+)`: (.*)$", read("page/why.md"))}
 
     def link_of(self, node: ast.AST) -> Link:
         """The links of the page, with the arguments of a function."""
@@ -761,15 +769,16 @@ class Page:
         """A function, a class or other lines: docstring beside code, theorems, mistakes."""
         name = node.name
         link, doc = self.link_of(node), ast.get_docstring(node) or ""
+        why = f"<p class=why>{prose(self.why[self.units[name]])}</p>"
         listing = code(without_docstring(source, node))
         if name.startswith("_"):
             self.two("", f"<details class=helper><summary>Helper: <code>{name}</code></summary>"
-                     f"<div class=inside>{document(doc, link)}{listing}</div></details>",
+                     f"<div class=inside>{why}{document(doc, link)}{listing}</div></details>",
                      self.units[name])
             return
         level = self.level + 1
         said = (f"<h{level} class=name>{anchor(self.units[name], name)}<code>{name}</code>"
-                f"</h{level}>{document(doc, link)}")
+                f"</h{level}>{why}{document(doc, link)}")
         if found := re.search(r"\[DDPM Alg\. (\d)\]", doc):
             said += (f"<div class=box><strong>Algorithm {found[1]}</strong>"
                      f"{markdown(self.algorithms[found[1]])}</div>")
