@@ -70,6 +70,16 @@ for (const seen of document.querySelectorAll(".seen")) {
   wrong.closest("figure").after(button);
 }
 
+// A filter for the symptoms: rows that lack one of the words are hidden.
+const symptoms = document.querySelector(".symptoms"), said = make("output", {htmlFor: "filter"});
+const filter = make("input", {type: "search", id: "filter", placeholder: "grey, blurry, noise remains, NaN"});
+filter.addEventListener("input", () => {
+  const words = filter.value.toLowerCase().match(/[^\s,;]+/g) ?? [], rows = [...symptoms.tBodies[0].rows];
+  for (const row of rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
+  said.textContent = words.length ? `${rows.filter(row => !row.hidden).length} of ${rows.length}` : "";
+});
+symptoms.closest(".wide").before(make("div", {className: "slider"}, make("label", {htmlFor: "filter"}, "Only rows with"), filter, said));
+
 // Points on their way from noise to the data.
 const place = document.getElementById("points");
 if (place) {

@@ -505,8 +505,8 @@ def inline(text: str) -> str:
     """HTML of one paragraph, without its tags."""
     return re.sub(r"^<p>|</p>$", "", markdown(text).strip())
 
-DOCUMENTS = ("PAPER.md", "docs/mistakes.md", "docs/coding.md", "docs/libraries.md",
-             "docs/measurements.md")
+DOCUMENTS = ("PAPER.md", *(f"docs/{name}.md" for name in (
+    "questions", "mistakes", "coding", "libraries", "measurements", "history")))
 
 def chapter(title: str) -> str:
     """The text below a heading of PAPER.md or of a page in docs/."""
@@ -521,7 +521,7 @@ def table(title: str) -> list[list[str]]:
 def numbers(label: str) -> set[int]:
     """The equations that a heading or a label names: "Eqs. 8 to 12" is 8, 9, …, 12."""
     found: set[int] = set()
-    for part in re.findall(r"Eqs?\. ([\d, tand]+)", label.split("→")[-1]):
+    for part in re.findall(r"Eqs?\. ([\d, toand]+)", label.split("→")[-1]):
         ends = [int(n) for n in re.findall(r"\d+", part)]
         found |= set(range(ends[0], ends[-1] + 1)) if " to " in part else set(ends)
     return found
@@ -910,6 +910,14 @@ class Page:
             "this page: at small t there is little noise in the image to be seen, and the error is "
             "largest.</p>")
 
+    def beginnings(self) -> str:
+        """The same as `files`, without the slider."""
+        labels = [*map(str, self.numbers["cuts"]), "all"]
+        return ("<figure>" + self.sheet("files.png", 144, 64, 576, "Four garments from the first "
+                "bytes of their files", labels) + "<figcaption>Four test images from the first 16, "
+                "24, 32 … bytes of their files: the last ones change nothing that one sees."
+                "</figcaption></figure>")
+
     def files(self) -> str:
         """Pictures from the first bytes of their files."""
         labels = [*map(str, self.numbers["cuts"]), "all"]
@@ -1022,9 +1030,37 @@ class Page:
                  "wrong, SHARED the network of the right lines, TRAIN and TEST the images"
                  f"</summary><dl>{rows}</dl></details>")
 
+    def questions(self) -> None:
+        """Ten questions with their answers, from docs/questions.md."""
+        self.heading(2, "Ten questions", "questions")
+        self.body.append("<div class=cards>")
+        for title, text in re.findall(r"(?ms)^## (.*?\?)\n\n(.*?)(?=^## |\Z)",
+                                      read("docs/questions.md")):
+            address = f"question-{slug(title)}"
+            self.body.append(f"<section><h3 id={address}>{anchor(address)}{inline(title)}</h3>"
+                             f"{self.illustrated(text)}</section>")
+        self.body.append("</div>")
+
+    def illustrated(self, text: str) -> str:
+        """HTML of a text with pictures: `<img …>`, and `<!-- name -->` for a method's plot."""
+        made: list[str] = []
+
+        def one(found: re.Match) -> str:
+            if found[4]:
+                made.append(getattr(self, found[4])())
+            else:
+                path = DRAWN / found[1]
+                width, height = struct.unpack(">II", path.read_bytes()[16:24])
+                made.append(crop(self.picture(path), 0, 0, width, height, int(found[2]), found[3]))
+            return f"picture{len(made) - 1}here"
+        text = re.sub(r'<img src="\.\./page/images/(\S+)" width="(\d+)" alt="([^"]*)">'
+                      r"|<!-- (\w+) -->", one, text)
+        found = re.sub(r"<p>(picture\d+here)</p>", r"\1", markdown(text))
+        return re.sub(r"picture(\d+)here", lambda m: made[int(m[1])], found)
+
     def seen_first(self) -> None:
         """The symptoms, with links to the mistakes that look so."""
-        self.heading(2, "What you see, and what it may be", "symptoms")
+        self.heading(2, "My samples look wrong", "symptoms")
         rows = ""
         for what, names, met in table("Symptoms"):
             names = names.split("; ")
@@ -1033,9 +1069,8 @@ class Page:
             picture = "" if re.search("loss|bits|nothing", what) else next(  # no number has one
                 (crop(self.picture(KEPT / one["picture"]), 0, 0, 64, 64, 96, what)
                  for one in runs if one["picture"]), "")
-            causes = "; ".join(
-                f'<a href="#mistake-{slug(name)}" aria-label="{html.escape(name)}">{prose(name)}'
-                "</a>" if name in self.mistakes else prose(name) for name in names)
+            causes = "; ".join(f'<a href="#mistake-{slug(name)}">{prose(name)}</a>'
+                               if name in self.mistakes else prose(name) for name in names)
             rows += (f"<tr><td>{prose(what)}</td><td>{picture}</td><td>{causes}</td>"
                      f"<td>{inline(met)}</td></tr>")
         said = re.sub("</?a.*?>", "", markdown(chapter("Symptoms").split("\n| ")[0]))
@@ -1043,6 +1078,39 @@ class Page:
             "<table class=symptoms><thead><tr><th>what you see</th><th>such as</th>"
             "<th>what it may be</th><th>met by others</th>"
             f"</tr></thead><tbody>{rows}</tbody></table>"))
+
+    def exercises(self) -> None:
+        """Four lines of a wrong program and what comes of them: which one is wrong?"""
+        self.heading(2, "Find the wrong line", "exercises")
+        self.body.append(
+            f"<div class=prose><p>{len(EXERCISES)} times the program was run with one wrong line. "
+            "It stands among the four that you see, and no comment helps. The pictures are 16 "
+            "samples, with the right lines and with the wrong one.</p></div><div class=cards>")
+        for number, name in enumerate(EXERCISES, 1):
+            file, _, ((right, wrong),), controls = self.mistakes[name]
+            lines, place = four(file, right, wrong, number)
+            control = controls.split()[0]
+            runs = [self.results[f"{control}/{one}"] for one in ("right", name)]
+            pictures = "".join(
+                f"<figure>{crop(self.picture(KEPT / run['picture']), 0, 0, 64, 64, 128, label)}"
+                f"<figcaption>{what}</figcaption></figure>" for run, what, label in zip(
+                    runs, ("right", "wrong"), (f"exercise {number}: samples of the right program",
+                                               f"exercise {number}: samples of the wrong one")))
+            listing = code("\n".join(f"{i}  {line}" for i, line in enumerate(lines, 1)))
+            self.body.append(
+                f"<section><h3 id=exercise-{number}>{anchor(f'exercise-{number}')}"
+                f"{number}</h3><div class=row>{pictures}</div>{listing}"
+                f"<details><summary>Which line of exercise {number} is wrong?</summary>"
+                f"<p>Line {place}: {prose(name)}.</p>{diff(whole_lines(file, [(right, wrong)]))}"
+                f'<p><a href="#mistake-{slug(name)}">What else was seen</a></p></details></section>')
+        self.body.append("</div>")
+
+    def history(self) -> None:
+        """A short history, and the references."""
+        self.heading(2, "History and references", "history")
+        said = read("docs/history.md").split("\n", 2)[2]
+        self.body.append(re.sub(r"<h2>(.*?)</h2>", lambda m: f"<h3 id={slug(m[1])}>"
+                                f"{anchor(slug(m[1]))}{m[1]}</h3>", markdown(said)))
 
     def judged(self) -> None:
         """Your own implementation and four libraries, judged."""
@@ -1065,6 +1133,17 @@ class Page:
         self.body.append("<div class=done>" + "".join(
             self.mistake(name) for name in self.mistakes if name in self.left) + "</div>")
 
+    def place(self, found: re.Match) -> str:
+        """A link from one document to another, as one to a place of the page, if it is there."""
+        said, plain = found[2], re.sub("<.*?>", "", found[2])
+        titles = {address: re.sub("<.*?>", "", title) for _, address, title in self.contents}
+        if found[1].startswith("mistakes.md"):
+            return f'<a href="#runs">{said}</a>'
+        first = next((address for address, title in titles.items() if numbers(plain) & numbers(title)
+                      or re.match(r"Alg|§", plain) and title.startswith(plain)), None)
+        first = self.link(plain) or first or ("2-background" if plain == "Eq. 1" else None)
+        return f'<a href="#{first}">{said}</a>' if first else said
+
     def table_of_contents(self) -> str:
         """Nested lists of links."""
         out, depth = "<ul>", 2
@@ -1079,6 +1158,11 @@ class Page:
 SHOWN = ("T changed, β not rescaled", "1 − ᾱ_t instead of its root in Eq. 4",  # the best to see
          "√ᾱ_t instead of √α_t in Eq. 7", "Eq. 15 divided by ᾱ_t", "σ_t² instead of σ_t",
          "the network given i instead of τ_i")
+EXERCISES = (  # ten that show in a picture, the easy ones first
+    "images in [0, 1]", "1 − ᾱ_t instead of its root in Eq. 4", "Eq. 15 divided by ᾱ_t",
+    "ᾱ_t as a product up to T", "√ᾱ_t instead of √α_t in Eq. 7", "σ_t² instead of σ_t",
+    "zeros left and above when down-sampling", "decay and 1 − decay exchanged",
+    "the network given i instead of τ_i", "DDIM's noise and direction not balanced")
 BESIDE = {"q_sample": "jump_text", "vlb_term": "terms", "p_sample_loop": "over_time",
           "receive": "files"}
 
@@ -1086,6 +1170,28 @@ def base_of(markup: str) -> str:
     """What has an index or exponent, and a stroke for it: "α¯_" for ᾱ_t and for ᾱ_{t−1}."""
     found = re.search(r"<m(?:sub|sup|subsup)>(<(\w+)\b.*?</\2>)", markup)
     return re.sub("<.*?>", "", found[1]) + "_" if found else ""
+
+def four(file: str, right: str, wrong: str, number: int) -> tuple[list[str], int]:
+    """Four lines of code with the wrong one among them, and its place from 1 on.
+
+    Docstrings, comments and empty lines are left out; a short function is followed by the next one.
+    """
+    source = read(file)
+    place = source[:source.index(right)].count("\n") + 1
+    tree, said = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            said |= set(range(node.lineno, node.end_lineno + 1))
+    kept = [i for i, line in enumerate(source.splitlines(), 1)
+            if line.strip() and not line.lstrip().startswith("#") and i not in said]
+    inner = max((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+                 and node.lineno <= place <= node.end_lineno), key=lambda node: node.lineno)
+    own = [k for k, i in enumerate(kept) if inner.lineno <= i <= inner.end_lineno]
+    k = kept.index(place)
+    start = max(k - 7 * number % 4, own[0])
+    lines = source.replace(right, wrong).splitlines()
+    shown = "\n".join(lines[i - 1] for i in kept[start:start + 4])
+    return textwrap.dedent(shown).splitlines(), k - start + 1
 
 def tables(file: str, *names: str) -> list:
     """Tables of a file that imports torch, without the rest of it."""
@@ -1194,12 +1300,17 @@ def build(repository: str = "") -> str:
             if hasattr(node, "name"):
                 prefix = "" if name == "ddpm.py" else f"{Path(name).stem}-"
                 page.units.setdefault(node.name, prefix + node.name)
+    page.body.append("<div class=only-screen>")
+    page.questions()
+    page.seen_first()
+    page.exercises()
+    page.body.append("</div>")
     page.file("ddpm.py", "the mathematics")
     page.file("train.py", "training", only=("Algorithm 1", "Its parts"))
     page.file("support/data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
     page.file("unet.py", "the network")
+    page.history()
     page.body.append("<div class=only-screen>")
-    page.seen_first()
     page.judged()
     page.runs()
     page.others()
@@ -1214,6 +1325,7 @@ def build(repository: str = "") -> str:
                        face("Text", "bold", "font-weight: bold; ")))
     body = re.sub(r"(<math>(?:(?!</math>).)*</math>)([.,;:?)]+)",  # a line begins with no full stop
                   r"<span class=nb>\1\2</span>", page.linked("\n".join(page.body)))
+    body = re.sub(r'<a href="([^"#]*\.(?:md|py)(?:#[^"]*)?)">(.*?)</a>', page.place, body)
     body = re.sub(r"\s*\((?:derived in|see) PAPER\.md\)", "", body)  # it stands here
     run = re.search(r"(?s)```sh\n(.*?)```", read("README.md"))[1]
     preview = ('\n<meta property=og:image content="'
