@@ -497,7 +497,9 @@ def markdown(text: str) -> str:
 
 def wide(table: str) -> str:
     """A table that may be wider than the page, in a box that scrolls by itself."""
-    return f'<div class=wide tabindex=0 role=region aria-label="Table {next(COUNT)}">{table}</div>'
+    heads = [re.sub("<.*?>", "", cell) for cell in re.findall("<th.*?>(.*?)</th>", table)]
+    label = f"Table {next(COUNT)}: {', '.join(filter(None, heads))}"
+    return f'<div class=wide tabindex=0 role=region aria-label="{label}">{table}</div>'
 
 COUNT = itertools.count(1)
 
@@ -609,10 +611,11 @@ class Page:
         self.shown: set[str] = set()                   # tests
         self.named: set[str] = set()                   # tests to which there is a link
         self.pictures: dict[str, str] = {}             # name → picture
-        self.rows = table("The map")
+        self.rows = [(label, said.replace("$ $", " "), *named.split("<br>"))
+                     for label, said, named in table("The map")]
         self.waiting: list[str] = []                   # tests to show below a section's text
         self.above = ""                                # what stands above the code of a function
-        self.symptoms = {row[0]: row[1] for row in table("Easy mistakes") if len(row) == 3}
+        self.symptoms = {name: said.split(" <br>")[0] for name, said in table("Easy mistakes") if said}
         self.algorithms = dict(re.findall(r"(?ms)^### Algorithm (\d): \w+\n\n(.*?)(?=^### |\Z)",
                                           chapter("The four algorithms")))
         self.mistakes, self.controls = tables("page/mistakes.py", "MISTAKES", "CONTROLS")
@@ -979,8 +982,8 @@ class Page:
             markup = tex(symbol.strip("$"))
             text, base = re.sub("<.*?>", "", markup), base_of(markup)
             key = text if not base or "θ" in text or "0" in text or text == "xt" else base
-            address = "sym-" + slug(symbol.replace("\\", ""))
-            said = f"{what} ({where})"
+            address = "sym-" + slug(symbol.replace("\\", " "))
+            said = unicode(f"{what} ({where})")
             self.known[key] = self.known[text] = (address, said)
             rows += f'<dt id="{address}">{markup}</dt><dd>{prose(said)}</dd>'
         data = html.escape(json.dumps(self.known, ensure_ascii=False), quote=True)
@@ -1069,8 +1072,8 @@ class Page:
             picture = "" if re.search("loss|bits|nothing", what) else next(  # no number has one
                 (crop(self.picture(KEPT / one["picture"]), 0, 0, 64, 64, 96, what)
                  for one in runs if one["picture"]), "")
-            causes = "; ".join(f'<a href="#mistake-{slug(name)}">{prose(name)}</a>'
-                               if name in self.mistakes else prose(name) for name in names)
+            causes = "; ".join(cause(name) if name in self.mistakes else prose(name)
+                               for name in names)
             rows += (f"<tr><td>{prose(what)}</td><td>{picture}</td><td>{causes}</td>"
                      f"<td>{inline(met)}</td></tr>")
         said = re.sub("</?a.*?>", "", markdown(chapter("Symptoms").split("\n| ")[0]))
@@ -1193,6 +1196,16 @@ def four(file: str, right: str, wrong: str, number: int) -> tuple[list[str], int
     shown = "\n".join(lines[i - 1] for i in kept[start:start + 4])
     return textwrap.dedent(shown).splitlines(), k - start + 1
 
+PLAIN = {r"\tilde\beta": "β̃", r"\bar\alpha": "ᾱ", r"\mathcal N": "N", r"\mid": "|", r"\cdot": "·",
+         r"\infty": "∞", r"\alpha": "α", r"\beta": "β", r"\delta": "δ", r"\epsilon": "ε",
+         r"\theta": "θ", r"\sigma": "σ", "^2": "²", "-": "−"}
+
+def unicode(text: str) -> str:
+    """A text with simple formulas in TeX as one with formulas in Unicode, for `prose` and tips."""
+    def one(found: re.Match) -> str:
+        return functools.reduce(lambda formula, pair: formula.replace(*pair), PLAIN.items(), found[1])
+    return re.sub(r"\$(.*?)\$", one, text)
+
 def tables(file: str, *names: str) -> list:
     """Tables of a file that imports torch, without the rest of it."""
     space: dict = {}
@@ -1215,6 +1228,13 @@ def settings() -> str:
                      f"<td>{prose(meaning.value)}</td></tr>")
     return wide("<table><thead><tr><th>setting</th><th>value</th><th>meaning</th></tr></thead>"
                 f"<tbody>{rows}</tbody></table>")
+
+def cause(name: str) -> str:
+    """A link to a mistake; one that is a formula alone needs a name in words."""
+    said = prose(name)
+    words = re.sub("<math>.*?</math>|<.*?>", "", said).strip()
+    label = "" if words else f' aria-label="{html.escape(name)}"'
+    return f'<a href="#mistake-{slug(name)}"{label}>{said}</a>'
 
 def anchor(address: str, name: str = "this section") -> str:
     """The link of a heading to itself."""
