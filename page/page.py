@@ -615,7 +615,8 @@ class Page:
                      for label, said, named in table("The map")]
         self.waiting: list[str] = []                   # tests to show below a section's text
         self.above = ""                                # what stands above the code of a function
-        self.symptoms = {name: said.split(" <br>")[0] for name, said in table("Easy mistakes") if said}
+        self.symptoms = {name: said.split(" <br>")[0]
+                         for name, said in table("Easy mistakes") if said}
         self.algorithms = dict(re.findall(r"(?ms)^### Algorithm (\d): \w+\n\n(.*?)(?=^### |\Z)",
                                           chapter("The four algorithms")))
         self.mistakes, self.controls = tables("page/mistakes.py", "MISTAKES", "CONTROLS")
@@ -709,8 +710,7 @@ class Page:
         title = f"Easy mistake: {prose(name, self.link)}"
         said = self.symptoms[name]
         said = said[0].upper() + said[1:] if said[1].islower() else said
-        said = re.sub(r"(?<![*\w])\*(\w+)\*", r"<em>\1</em>", prose(said, self.link))
-        inside = (f"<p>{said}</p>"
+        inside = (f"<p>{inline(said)}</p>"
                   f"{diff(whole_lines(file, replacements))}{seen}<p class=file>In "
                   f"<code>{file}</code>; noticed, among others, by {target}</p>")
         if name in SHOWN:
@@ -981,11 +981,13 @@ class Page:
         for symbol, what, where in table("Symbols"):
             markup = tex(symbol.strip("$"))
             text, base = re.sub("<.*?>", "", markup), base_of(markup)
-            key = text if not base or "θ" in text or "0" in text or text == "xt" else base
-            address = "sym-" + slug(symbol.replace("\\", " "))
-            said = unicode(f"{what} ({where})")
-            self.known[key] = self.known[text] = (address, said)
-            rows += f'<dt id="{address}">{markup}</dt><dd>{prose(said)}</dd>'
+            key = "L_" if text == "L" else base  # L_T and L_{t−1} are its terms
+            if not key or "θ" in text or "0" in text or text in ("xt", "Lsimple"):
+                key = text
+            address = "sym-" + slug(re.sub(r"\\(text)?", " ", symbol))
+            said = f"{what} ({where})"
+            self.known[key] = self.known[text] = (address, unicode(said))
+            rows += f'<dt id="{address}">{markup}</dt><dd>{inline(said)}</dd>'
         data = html.escape(json.dumps(self.known, ensure_ascii=False), quote=True)
         return (f'<h3 id=symbols data-symbols="{data}">{anchor("symbols")}Symbols</h3>'
                 f"<dl>{rows}</dl>")
@@ -1072,6 +1074,9 @@ class Page:
             picture = "" if re.search("loss|bits|nothing", what) else next(  # no number has one
                 (crop(self.picture(KEPT / one["picture"]), 0, 0, 64, 64, 96, what)
                  for one in runs if one["picture"]), "")
+            if what.startswith("noise remains"):  # seen in a run without a wrong line
+                noisy = self.picture(DRAWN / "questions" / "large-50.png")
+                picture = crop(noisy, 0, 0, 64, 64, 96, what)
             causes = "; ".join(cause(name) if name in self.mistakes else prose(name)
                                for name in names)
             rows += (f"<tr><td>{prose(what)}</td><td>{picture}</td><td>{causes}</td>"
@@ -1086,7 +1091,7 @@ class Page:
         """Four lines of a wrong program and what comes of them: which one is wrong?"""
         self.heading(2, "Find the wrong line", "exercises")
         self.body.append(
-            f"<div class=prose><p>{len(EXERCISES)} times the program was run with one wrong line. "
+            "<div class=prose><p>Ten times the program was run with one wrong line. "
             "It stands among the four that you see, and no comment helps. The pictures are 16 "
             "samples, with the right lines and with the wrong one.</p></div><div class=cards>")
         for number, name in enumerate(EXERCISES, 1):
@@ -1102,10 +1107,11 @@ class Page:
             listing = code("\n".join(f"{i}  {line}" for i, line in enumerate(lines, 1)))
             self.body.append(
                 f"<section><h3 id=exercise-{number}>{anchor(f'exercise-{number}')}"
-                f"{number}</h3><div class=row>{pictures}</div>{listing}"
-                f"<details><summary>Which line of exercise {number} is wrong?</summary>"
+                f"Exercise {number}</h3><div class=row>{pictures}</div>{listing}"
+                f"<details><summary>Which line is wrong?</summary>"
                 f"<p>Line {place}: {prose(name)}.</p>{diff(whole_lines(file, [(right, wrong)]))}"
-                f'<p><a href="#mistake-{slug(name)}">What else was seen</a></p></details></section>')
+                f'<p><a href="#mistake-{slug(name)}">What else was seen</a></p>'
+                "</details></section>")
         self.body.append("</div>")
 
     def history(self) -> None:
@@ -1142,7 +1148,8 @@ class Page:
         titles = {address: re.sub("<.*?>", "", title) for _, address, title in self.contents}
         if found[1].startswith("mistakes.md"):
             return f'<a href="#runs">{said}</a>'
-        first = next((address for address, title in titles.items() if numbers(plain) & numbers(title)
+        first = next((address for address, title in titles.items()
+                      if numbers(plain) & numbers(title)
                       or re.match(r"Alg|§", plain) and title.startswith(plain)), None)
         first = self.link(plain) or first or ("2-background" if plain == "Eq. 1" else None)
         return f'<a href="#{first}">{said}</a>' if first else said
@@ -1201,9 +1208,9 @@ PLAIN = {r"\tilde\beta": "β̃", r"\bar\alpha": "ᾱ", r"\mathcal N": "N", r"\mi
          r"\theta": "θ", r"\sigma": "σ", "^2": "²", "-": "−"}
 
 def unicode(text: str) -> str:
-    """A text with simple formulas in TeX as one with formulas in Unicode, for `prose` and tips."""
+    """A text with simple formulas in TeX as one with formulas in Unicode, for tips."""
     def one(found: re.Match) -> str:
-        return functools.reduce(lambda formula, pair: formula.replace(*pair), PLAIN.items(), found[1])
+        return functools.reduce(lambda said, pair: said.replace(*pair), PLAIN.items(), found[1])
     return re.sub(r"\$(.*?)\$", one, text)
 
 def tables(file: str, *names: str) -> list:

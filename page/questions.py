@@ -25,7 +25,8 @@ def main(argv=None) -> int:
     parser.add_argument("folder", type=Path, help="with eps.png and the other pictures")
     args = parser.parse_args(argv)
     OUT.mkdir(exist_ok=True)
-    for name in re.findall(r"images/questions/(\S+\.png)", (ROOT / "docs/questions.md").read_text()):
+    text = (ROOT / "docs/questions.md").read_text(encoding="utf-8")
+    for name in re.findall(r"images/questions/(\S+\.png)", text):
         found = data.pixels(Image.open(args.folder / name))
         k = found.shape[2] // 64  # 4×4 samples of 16×16
         with written(OUT / name) as file:
