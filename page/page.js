@@ -157,4 +157,9 @@ const reach = () => {
     e.scrollWidth > e.clientWidth ? e.tabIndex = 0 : e.removeAttribute("tabindex");
 };
 addEventListener("resize", reach);
-document.fonts.ready.then(reach);
+document.fonts.ready.then(() => {
+  symptoms.style.display = "none";  // Firefox leaves accents where the font before had them
+  symptoms.offsetHeight;
+  symptoms.style.display = "";
+  reach();
+});

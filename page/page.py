@@ -89,7 +89,7 @@ def tex(source: str, display: bool = False) -> str:
         limits = {"msub": "munder", "msubsup": "munderover"}[script]
         found = re.sub(rf"<{script}>(?=<mo>[∑∏]</mo>)", f"<{limits}>", found)
         found = balanced(found, limits, script)
-    found = found.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
+    found = re.sub(' xmlns="[^"]*"| display="inline"', "", found)
     return found if display else breakable(found)
 
 def breakable(markup: str) -> str:
@@ -1104,7 +1104,8 @@ class Page:
                 f"<figcaption>{what}</figcaption></figure>" for run, what, label in zip(
                     runs, ("right", "wrong"), (f"exercise {number}: samples of the right program",
                                                f"exercise {number}: samples of the wrong one")))
-            listing = code("\n".join(f"{i}  {line}" for i, line in enumerate(lines, 1)))
+            listing = code("\n".join(f"{i}  {line}" for i, line in enumerate(lines, 1)),
+                           "code four")
             self.body.append(
                 f"<section><h3 id=exercise-{number}>{anchor(f'exercise-{number}')}"
                 f"Exercise {number}</h3><div class=row>{pictures}</div>{listing}"
@@ -1130,8 +1131,9 @@ class Page:
             "</code>. Without a file it prints the interface.</p>",
             f"<details class=helpers><summary>The file to fill in</summary>"
             f"{code(read('judge/template.py'), 'code test')}</details>")
-        text = re.sub(r"(?<!\w)(\w[\u0300-\u036f]?)_(\w)(?!\w)", r"\1<sub>\2</sub>",
+        text = re.sub("<td>([^<]*)</td>", lambda m: f"<td>{prose(html.unescape(m[1]))}</td>",
                       markdown(chapter("Four libraries, judged")))
+        text = re.sub(r"(?<!\w)(\w[\u0300-\u036f]?)_(\w)(?!\w)", r"\1<sub>\2</sub>", text)
         while "_{" in text:  # from the inside out
             text = re.sub(r"_\{([^{}]*)\}", r"<sub>\1</sub>", text)
         self.body.append(text)
@@ -1237,11 +1239,10 @@ def settings() -> str:
                 f"<tbody>{rows}</tbody></table>")
 
 def cause(name: str) -> str:
-    """A link to a mistake; one that is a formula alone needs a name in words."""
+    """A link to a mistake; one that is a formula alone would have no name for who listens."""
     said = prose(name)
-    words = re.sub("<math>.*?</math>|<.*?>", "", said).strip()
-    label = "" if words else f' aria-label="{html.escape(name)}"'
-    return f'<a href="#mistake-{slug(name)}"{label}>{said}</a>'
+    said = said if re.sub("<math>.*?</math>|<.*?>", "", said).strip() else f"with {said}"
+    return f'<a href="#mistake-{slug(name)}">{said}</a>'
 
 def anchor(address: str, name: str = "this section") -> str:
     """The link of a heading to itself."""
@@ -1336,8 +1337,8 @@ def build(repository: str = "") -> str:
     page.file("train.py", "training", only=("Algorithm 1", "Its parts"))
     page.file("support/data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
     page.file("unet.py", "the network")
-    page.history()
     page.body.append("<div class=only-screen>")
+    page.history()
     page.judged()
     page.runs()
     page.others()
@@ -1350,7 +1351,7 @@ def build(repository: str = "") -> str:
     fonts = "\n".join((face("Math", "math"), face("Text", "regular"),
                        face("Text", "italic", "font-style: italic; "),
                        face("Text", "bold", "font-weight: bold; ")))
-    body = re.sub(r"(<math>(?:(?!</math>).)*</math>)([.,;:?)]+)",  # a line begins with no full stop
+    body = re.sub(r"(<math\b(?:(?!</math>).)*</math>)([.,;:?)]+)",  # no line begins with a stop
                   r"<span class=nb>\1\2</span>", page.linked("\n".join(page.body)))
     body = re.sub(r'<a href="([^"#]*\.(?:md|py)(?:#[^"]*)?)">(.*?)</a>', page.place, body)
     body = re.sub(r"\s*\((?:derived in|see) PAPER\.md\)", "", body)  # it stands here

@@ -241,7 +241,7 @@ def test_exercises(built):
     assert len(found) == len(set(page.EXERCISES)) == 10
     places, mistakes = [], page.Page().mistakes
     for name, one in zip(page.EXERCISES, found):
-        listing = page.html.unescape(re.sub("<.*?>", "", re.search(r'(?s)<pre class="code">(.*?)</pre>', one)[1]))
+        listing = page.html.unescape(re.sub("<.*?>", "", re.search(r'(?s)<pre class="code four">(.*?)</pre>', one)[1]))
         lines = [re.fullmatch(r"\d  (.*)", line)[1].strip() for line in listing.split("\n")]
         program = {line.strip() for line in page.read(mistakes[name][0]).splitlines()}
         wrong, = (i for i, line in enumerate(lines, 1) if line not in program)
@@ -356,6 +356,17 @@ def test_formulas(window):
         return [text.textContent.match(/\\\\[a-zA-Z]+|\\$|_\\{|\\^\\{/g), document.fonts.check(
                 '16px "DDPM Math"', '𝒩'), odd];""")
     assert (left, font, odd) == (None, True, [])
+
+def test_accents_stand_over_their_letters(window):
+    """The bar of ᾱ_t and the hat of x̂_0 are in the middle, also in links and tables."""
+    seen, away = window(820).run("""
+        await document.fonts.ready;
+        await new Promise(done => setTimeout(done, 300));
+        const middle = e => { const r = e.getBoundingClientRect(); return r.x + r.width / 2; };
+        const seen = [...document.querySelectorAll('mover')].filter(e => e.getClientRects().length);
+        return [seen.length, seen.filter(e => Math.abs(middle(e.children[0]) - middle(e.children[1])) > 2.5).map(
+            e => e.closest('p, li, td, th, div').textContent.slice(0, 60))];""")
+    assert seen > 100 and away == []
 
 def test_subscripts_are_smaller(window):
     """Formulas are laid out as formulas: the index of x_t is smaller than x, and lower."""
