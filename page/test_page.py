@@ -201,7 +201,7 @@ def test_every_function_says_what_it_is_for(built):
     assert {name for name, _ in units} == set(why) and len(why) > 60
     for name, inside in units:
         said = inside.split("<p class=why>")[1]
-        assert "class=formula" not in inside.split("<p class=why>")[0], name
+        assert 'class="formula"' not in inside.split("<p class=why>")[0], name
         assert len(re.sub("<.*?>", "", said.split("</p>")[0])) > 30, name
     assert all(said[0].isupper() and said.endswith(".") for said in why.values())
     assert len(set(why.values())) == len(why)
