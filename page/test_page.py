@@ -92,7 +92,7 @@ class Firefox:
         number = next(self.numbers)
         self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while True:
-            answer = json.loads(self.socket.recv(timeout=60))
+            answer = json.loads(self.socket.recv(timeout=300))
             if answer.get("method") == "network.beforeRequestSent":
                 self.asked.append(answer["params"]["request"]["url"])
             if answer.get("id") == number:
