@@ -70,6 +70,16 @@ for (const seen of document.querySelectorAll(".seen")) {
   wrong.closest("figure").after(button);
 }
 
+// A filter for the symptoms: rows that lack one of the words are hidden.
+const symptoms = document.querySelector(".symptoms"), said = make("output", {htmlFor: "filter"});
+const filter = make("input", {type: "search", id: "filter", placeholder: "grey, blurry, noise remains, NaN"});
+filter.addEventListener("input", () => {
+  const words = filter.value.toLowerCase().match(/[^\s,;]+/g) ?? [], rows = [...symptoms.tBodies[0].rows];
+  for (const row of rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
+  said.textContent = words.length ? `${rows.filter(row => !row.hidden).length} of ${rows.length}` : "";
+});
+symptoms.closest(".wide").before(make("div", {className: "slider"}, make("label", {htmlFor: "filter"}, "Only rows with"), filter, said));
+
 // Symbols within longer formulas: the same line, and the same link, as for those that stand alone.
 const known = JSON.parse(document.getElementById("symbols").dataset.symbols);
 const tip = make("div", {className: "tip", role: "tooltip", hidden: true});
@@ -105,4 +115,9 @@ const reach = () => {
     e.scrollWidth > e.clientWidth ? e.tabIndex = 0 : e.removeAttribute("tabindex");
 };
 addEventListener("resize", reach);
-document.fonts.ready.then(reach);
+document.fonts.ready.then(() => {
+  symptoms.style.display = "none";  // Firefox leaves accents where the font before had them
+  symptoms.offsetHeight;
+  symptoms.style.display = "";
+  reach();
+});

@@ -47,11 +47,17 @@ def read(name: str) -> str:
     """The text of a file of the repository."""
     return (ROOT / name).read_text(encoding="utf-8")
 
+MARKS = {"\u0302": "-hat", "\u0303": "-tilde", "\u0304": "-bar"}
+
 def slug(text: str) -> str:
-    """A name for an address within the page: letters, digits and hyphens."""
-    text = unicodedata.normalize("NFKD", text.lower())
-    text = "".join(c for c in text if not unicodedata.combining(c))
-    return re.sub(r"[^\w]+", "-", text).strip("-")
+    """A name for an address within the page, in ASCII: ᾱ_t is alpha-bar-t."""
+    out = ""
+    for c in unicodedata.normalize("NFKD", text.lower()):
+        name = unicodedata.name(c, "")
+        out += MARKS.get(c, c if c.isascii() else
+                         name.split()[-1].lower() if name.startswith("GREEK SMALL") else
+                         "" if unicodedata.combining(c) else "-")
+    return re.sub(r"[^a-z0-9]+", "-", out).strip("-")
 
 # === Formulas in TeX ==============================================================================
 
@@ -84,7 +90,7 @@ def tex(source: str, display: bool = False) -> str:
         limits = {"msub": "munder", "msubsup": "munderover"}[script]
         found = re.sub(rf"<{script}>(?=<mo>[∑∏]</mo>)", f"<{limits}>", found)
         found = balanced(found, limits, script)
-    found = found.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
+    found = re.sub(' xmlns="[^"]*"| display="inline"', "", found)
     return found if display else breakable(found)
 
 def breakable(markup: str) -> str:
@@ -492,7 +498,9 @@ def markdown(text: str) -> str:
 
 def wide(table: str) -> str:
     """A table that may be wider than the page, in a box that scrolls by itself."""
-    return f'<div class=wide tabindex=0 role=region aria-label="Table {next(COUNT)}">{table}</div>'
+    heads = [re.sub("<.*?>", "", cell) for cell in re.findall("<th.*?>(.*?)</th>", table)]
+    label = f"Table {next(COUNT)}: {', '.join(filter(None, heads))}"
+    return f'<div class=wide tabindex=0 role=region aria-label="{label}">{table}</div>'
 
 COUNT = itertools.count(1)
 
@@ -500,8 +508,8 @@ def inline(text: str) -> str:
     """HTML of one paragraph, without its tags."""
     return re.sub(r"^<p>|</p>$", "", markdown(text).strip())
 
-DOCUMENTS = ("PAPER.md", "docs/mistakes.md", "docs/coding.md", "docs/libraries.md",
-             "docs/measurements.md")
+DOCUMENTS = ("PAPER.md", *(f"docs/{name}.md" for name in (
+    "questions", "mistakes", "coding", "libraries", "measurements", "history")))
 
 def chapter(title: str) -> str:
     """The text below a heading of PAPER.md or of a page in docs/."""
@@ -516,7 +524,7 @@ def table(title: str) -> list[list[str]]:
 def numbers(label: str) -> set[int]:
     """The equations that a heading or a label names: "Eqs. 8 to 12" is 8, 9, …, 12."""
     found: set[int] = set()
-    for part in re.findall(r"Eqs?\. ([\d, tand]+)", label.split("→")[-1]):
+    for part in re.findall(r"Eqs?\. ([\d, toand]+)", label.split("→")[-1]):
         ends = [int(n) for n in re.findall(r"\d+", part)]
         found |= set(range(ends[0], ends[-1] + 1)) if " to " in part else set(ends)
     return found
@@ -604,10 +612,12 @@ class Page:
         self.shown: set[str] = set()                   # tests
         self.named: set[str] = set()                   # tests to which there is a link
         self.pictures: dict[str, str] = {}             # name → picture
-        self.rows = table("The map")
+        self.rows = [(label, said.replace("$ $", " "), *named.split("<br>"))
+                     for label, said, named in table("The map")]
         self.waiting: list[str] = []                   # tests to show below a section's text
         self.above = ""                                # what stands above the code of a function
-        self.symptoms = {row[0]: row[1] for row in table("Easy mistakes") if len(row) == 3}
+        self.symptoms = {name: said.split(" <br>")[0]
+                         for name, said in table("Easy mistakes") if said}
         self.algorithms = dict(re.findall(r"(?ms)^### Algorithm (\d): \w+\n\n(.*?)(?=^### |\Z)",
                                           chapter("The four algorithms")))
         self.mistakes, self.controls = tables("page/mistakes.py", "MISTAKES", "CONTROLS")
@@ -626,6 +636,8 @@ class Page:
                     self.tests[node.name] = (path.name, source, node)
         self.results = json.loads((KEPT / "results.json").read_text(encoding="utf-8"))
         self.numbers = json.loads((DRAWN / "numbers.json").read_text(encoding="utf-8"))
+        self.why = {name.replace(".", "-"): said for name, said in re.findall(
+            r"(?m)^- `([\w.]+)`: (.*)$", read("page/why.md"))}
 
     def link_of(self, node: ast.AST) -> Link:
         """The links of the page, with the arguments of a function."""
@@ -699,8 +711,7 @@ class Page:
         title = f"Easy mistake: {prose(name, self.link)}"
         said = self.symptoms[name]
         said = said[0].upper() + said[1:] if said[1].islower() else said
-        said = re.sub(r"(?<![*\w])\*(\w+)\*", r"<em>\1</em>", prose(said, self.link))
-        inside = (f"<p>{said}</p>"
+        inside = (f"<p>{inline(said)}</p>"
                   f"{diff(whole_lines(file, replacements))}{seen}<p class=file>In "
                   f"<code>{file}</code>; noticed, among others, by {target}</p>")
         if name in SHOWN:
@@ -762,15 +773,16 @@ class Page:
         """A function, a class or other lines: docstring beside code, theorems, mistakes."""
         name = node.name
         link, doc = self.link_of(node), ast.get_docstring(node) or ""
+        why = f"<p class=why>{prose(self.why[self.units[name]])}</p>"
         listing = code(without_docstring(source, node))
         if name.startswith("_"):
             self.two("", f"<details class=helper><summary>Helper: <code>{name}</code></summary>"
-                     f"<div class=inside>{document(doc, link)}{listing}</div></details>",
+                     f"<div class=inside>{why}{document(doc, link)}{listing}</div></details>",
                      self.units[name])
             return
         level = self.level + 1
         said = (f"<h{level} class=name>{anchor(self.units[name], name)}<code>{name}</code>"
-                f"</h{level}>{document(doc, link)}")
+                f"</h{level}>{why}{document(doc, link)}")
         if found := re.search(r"\[DDPM Alg\. (\d)\]", doc):
             said += (f"<div class=box><strong>Algorithm {found[1]}</strong>"
                      f"{markdown(self.algorithms[found[1]])}</div>")
@@ -932,6 +944,14 @@ class Page:
             "this page: at small t there is little noise in the image to be seen, and the error is "
             "largest.</p>")
 
+    def beginnings(self) -> str:
+        """The same as `files`, without the slider."""
+        labels = [*map(str, self.numbers["cuts"]), "all"]
+        return ("<figure>" + self.sheet("files.png", 144, 64, 576, "Four garments from the first "
+                "bytes of their files", labels) + "<figcaption>Four test images from the first 16, "
+                "24, 32 … bytes of their files: the last ones change nothing that one sees."
+                "</figcaption></figure>")
+
     def files(self) -> str:
         """Pictures from the first bytes of their files."""
         labels = [*map(str, self.numbers["cuts"]), "all"]
@@ -992,11 +1012,13 @@ class Page:
         for symbol, what, where in table("Symbols"):
             markup = tex(symbol.strip("$"))
             text, base = re.sub("<.*?>", "", markup), base_of(markup)
-            key = text if not base or "θ" in text or "0" in text or text == "xt" else base
-            address = "sym-" + slug(symbol.replace("\\", ""))
+            key = "L_" if text == "L" else base  # L_T and L_{t−1} are its terms
+            if not key or "θ" in text or "0" in text or text in ("xt", "Lsimple"):
+                key = text
+            address = "sym-" + slug(re.sub(r"\\(text)?", " ", symbol))
             said = f"{what} ({where})"
-            self.known[key] = self.known[text] = (address, said)
-            rows += f'<dt id="{address}">{markup}</dt><dd>{prose(said)}</dd>'
+            self.known[key] = self.known[text] = (address, unicode(said))
+            rows += f'<dt id="{address}">{markup}</dt><dd>{inline(said)}</dd>'
         data = html.escape(json.dumps(self.known, ensure_ascii=False), quote=True)
         return (f'<h3 id=symbols data-symbols="{data}">{anchor("symbols")}Symbols</h3>'
                 f"<dl>{rows}</dl>")
@@ -1044,9 +1066,37 @@ class Page:
                  "wrong, SHARED the network of the right lines, TRAIN and TEST the images"
                  f"</summary><dl>{rows}</dl></details>")
 
+    def questions(self) -> None:
+        """Ten questions with their answers, from docs/questions.md."""
+        self.heading(2, "Ten questions", "questions")
+        self.body.append("<div class=cards>")
+        for title, text in re.findall(r"(?ms)^## (.*?\?)\n\n(.*?)(?=^## |\Z)",
+                                      read("docs/questions.md")):
+            address = f"question-{slug(title)}"
+            self.body.append(f"<section><h3 id={address}>{anchor(address)}{inline(title)}</h3>"
+                             f"{self.illustrated(text)}</section>")
+        self.body.append("</div>")
+
+    def illustrated(self, text: str) -> str:
+        """HTML of a text with pictures: `<img …>`, and `<!-- name -->` for a method's plot."""
+        made: list[str] = []
+
+        def one(found: re.Match) -> str:
+            if found[4]:
+                made.append(getattr(self, found[4])())
+            else:
+                path = DRAWN / found[1]
+                width, height = struct.unpack(">II", path.read_bytes()[16:24])
+                made.append(crop(self.picture(path), 0, 0, width, height, int(found[2]), found[3]))
+            return f"picture{len(made) - 1}here"
+        text = re.sub(r'<img src="\.\./page/images/(\S+)" width="(\d+)" alt="([^"]*)">'
+                      r"|<!-- (\w+) -->", one, text)
+        found = re.sub(r"<p>(picture\d+here)</p>", r"\1", markdown(text))
+        return re.sub(r"picture(\d+)here", lambda m: made[int(m[1])], found)
+
     def seen_first(self) -> None:
         """The symptoms, with links to the mistakes that look so."""
-        self.heading(2, "What you see, and what it may be", "symptoms")
+        self.heading(2, "My samples look wrong", "symptoms")
         rows = ""
         for what, names, met in table("Symptoms"):
             names = names.split("; ")
@@ -1055,9 +1105,11 @@ class Page:
             picture = "" if re.search("loss|bits|nothing", what) else next(  # no number has one
                 (crop(self.picture(KEPT / one["picture"]), 0, 0, 64, 64, 96, what)
                  for one in runs if one["picture"]), "")
-            causes = "; ".join(
-                f'<a href="#mistake-{slug(name)}" aria-label="{html.escape(name)}">{prose(name)}'
-                "</a>" if name in self.mistakes else prose(name) for name in names)
+            if what.startswith("noise remains"):  # seen in a run without a wrong line
+                noisy = self.picture(DRAWN / "questions" / "large-50.png")
+                picture = crop(noisy, 0, 0, 64, 64, 96, what)
+            causes = "; ".join(cause(name) if name in self.mistakes else prose(name)
+                               for name in names)
             rows += (f"<tr><td>{prose(what)}</td><td>{picture}</td><td>{causes}</td>"
                      f"<td>{inline(met)}</td></tr>")
         said = re.sub("</?a.*?>", "", markdown(chapter("Symptoms").split("\n| ")[0]))
@@ -1065,6 +1117,41 @@ class Page:
             "<table class=symptoms><thead><tr><th>what you see</th><th>such as</th>"
             "<th>what it may be</th><th>met by others</th>"
             f"</tr></thead><tbody>{rows}</tbody></table>"))
+
+    def exercises(self) -> None:
+        """Four lines of a wrong program and what comes of them: which one is wrong?"""
+        self.heading(2, "Find the wrong line", "exercises")
+        self.body.append(
+            "<div class=prose><p>Ten times the program was run with one wrong line. "
+            "It stands among the four that you see, and no comment helps. The pictures are 16 "
+            "samples, with the right lines and with the wrong one.</p></div><div class=cards>")
+        for number, name in enumerate(EXERCISES, 1):
+            file, _, ((right, wrong),), controls = self.mistakes[name]
+            lines, place = four(file, right, wrong, number)
+            control = controls.split()[0]
+            runs = [self.results[f"{control}/{one}"] for one in ("right", name)]
+            pictures = "".join(
+                f"<figure>{crop(self.picture(KEPT / run['picture']), 0, 0, 64, 64, 128, label)}"
+                f"<figcaption>{what}</figcaption></figure>" for run, what, label in zip(
+                    runs, ("right", "wrong"), (f"exercise {number}: samples of the right program",
+                                               f"exercise {number}: samples of the wrong one")))
+            listing = code("\n".join(f"{i}  {line}" for i, line in enumerate(lines, 1)),
+                           "code four")
+            self.body.append(
+                f"<section><h3 id=exercise-{number}>{anchor(f'exercise-{number}')}"
+                f"Exercise {number}</h3><div class=row>{pictures}</div>{listing}"
+                f"<details><summary>Which line is wrong?</summary>"
+                f"<p>Line {place}: {prose(name)}.</p>{diff(whole_lines(file, [(right, wrong)]))}"
+                f'<p><a href="#mistake-{slug(name)}">What else was seen</a></p>'
+                "</details></section>")
+        self.body.append("</div>")
+
+    def history(self) -> None:
+        """A short history, and the references."""
+        self.heading(2, "History and references", "history")
+        said = read("docs/history.md").split("\n", 2)[2]
+        self.body.append(re.sub(r"<h2>(.*?)</h2>", lambda m: f"<h3 id={slug(m[1])}>"
+                                f"{anchor(slug(m[1]))}{m[1]}</h3>", markdown(said)))
 
     def judged(self) -> None:
         """Your own implementation and four libraries, judged."""
@@ -1075,8 +1162,9 @@ class Page:
             "</code>. Without a file it prints the interface.</p>",
             f"<details class=helpers><summary>The file to fill in</summary>"
             f"{code(read('judge/template.py'), 'code test')}</details>")
-        text = re.sub(r"(?<!\w)(\w[\u0300-\u036f]?)_(\w)(?!\w)", r"\1<sub>\2</sub>",
+        text = re.sub("<td>([^<]*)</td>", lambda m: f"<td>{prose(html.unescape(m[1]))}</td>",
                       markdown(chapter("Four libraries, judged")))
+        text = re.sub(r"(?<!\w)(\w[\u0300-\u036f]?)_(\w)(?!\w)", r"\1<sub>\2</sub>", text)
         while "_{" in text:  # from the inside out
             text = re.sub(r"_\{([^{}]*)\}", r"<sub>\1</sub>", text)
         self.body.append(text)
@@ -1086,6 +1174,18 @@ class Page:
         self.heading(2, "Mistakes in other files", "elsewhere")
         self.body.append("<div class=done>" + "".join(
             self.mistake(name) for name in self.mistakes if name in self.left) + "</div>")
+
+    def place(self, found: re.Match) -> str:
+        """A link from one document to another, as one to a place of the page, if it is there."""
+        said, plain = found[2], re.sub("<.*?>", "", found[2])
+        titles = {address: re.sub("<.*?>", "", title) for _, address, title in self.contents}
+        if found[1].startswith("mistakes.md"):
+            return f'<a href="#runs">{said}</a>'
+        first = next((address for address, title in titles.items()
+                      if numbers(plain) & numbers(title)
+                      or re.match(r"Alg|§", plain) and title.startswith(plain)), None)
+        first = self.link(plain) or first or ("2-background" if plain == "Eq. 1" else None)
+        return f'<a href="#{first}">{said}</a>' if first else said
 
     def table_of_contents(self) -> str:
         """Nested lists of links."""
@@ -1134,6 +1234,11 @@ DEMO = {
 STILL = ("σ_t² instead of σ_t", "√ᾱ_t instead of √α_t in Eq. 7",  # in demo.png of page/figures.py
          "the network given i instead of τ_i")
 UNSEEN = ("Eq. 15 divided by ᾱ_t", "T changed, β not rescaled")
+EXERCISES = (  # ten that show in a picture, the easy ones first
+    "images in [0, 1]", "1 − ᾱ_t instead of its root in Eq. 4", "Eq. 15 divided by ᾱ_t",
+    "ᾱ_t as a product up to T", "√ᾱ_t instead of √α_t in Eq. 7", "σ_t² instead of σ_t",
+    "zeros left and above when down-sampling", "decay and 1 − decay exchanged",
+    "the network given i instead of τ_i", "DDIM's noise and direction not balanced")
 BESIDE = {"q_sample": "jump_text", "vlb_term": "terms", "p_sample_loop": "over_time",
           "receive": "files"}
 
@@ -1141,6 +1246,38 @@ def base_of(markup: str) -> str:
     """What has an index or exponent, and a stroke for it: "α¯_" for ᾱ_t and for ᾱ_{t−1}."""
     found = re.search(r"<m(?:sub|sup|subsup)>(<(\w+)\b.*?</\2>)", markup)
     return re.sub("<.*?>", "", found[1]) + "_" if found else ""
+
+def four(file: str, right: str, wrong: str, number: int) -> tuple[list[str], int]:
+    """Four lines of code with the wrong one among them, and its place from 1 on.
+
+    Docstrings, comments and empty lines are left out; a short function is followed by the next one.
+    """
+    source = read(file)
+    place = source[:source.index(right)].count("\n") + 1
+    tree, said = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            said |= set(range(node.lineno, node.end_lineno + 1))
+    kept = [i for i, line in enumerate(source.splitlines(), 1)
+            if line.strip() and not line.lstrip().startswith("#") and i not in said]
+    inner = max((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+                 and node.lineno <= place <= node.end_lineno), key=lambda node: node.lineno)
+    own = [k for k, i in enumerate(kept) if inner.lineno <= i <= inner.end_lineno]
+    k = kept.index(place)
+    start = max(k - 7 * number % 4, own[0])
+    lines = source.replace(right, wrong).splitlines()
+    shown = "\n".join(lines[i - 1] for i in kept[start:start + 4])
+    return textwrap.dedent(shown).splitlines(), k - start + 1
+
+PLAIN = {r"\tilde\beta": "β̃", r"\bar\alpha": "ᾱ", r"\mathcal N": "N", r"\mid": "|", r"\cdot": "·",
+         r"\infty": "∞", r"\alpha": "α", r"\beta": "β", r"\delta": "δ", r"\epsilon": "ε",
+         r"\theta": "θ", r"\sigma": "σ", "^2": "²", "-": "−"}
+
+def unicode(text: str) -> str:
+    """A text with simple formulas in TeX as one with formulas in Unicode, for tips."""
+    def one(found: re.Match) -> str:
+        return functools.reduce(lambda said, pair: said.replace(*pair), PLAIN.items(), found[1])
+    return re.sub(r"\$(.*?)\$", one, text)
 
 def tables(file: str, *names: str) -> list:
     """Tables of a file that imports torch, without the rest of it."""
@@ -1164,6 +1301,12 @@ def settings() -> str:
                      f"<td>{prose(meaning.value)}</td></tr>")
     return wide("<table><thead><tr><th>setting</th><th>value</th><th>meaning</th></tr></thead>"
                 f"<tbody>{rows}</tbody></table>")
+
+def cause(name: str) -> str:
+    """A link to a mistake; one that is a formula alone would have no name for who listens."""
+    said = prose(name)
+    said = said if re.sub("<math>.*?</math>|<.*?>", "", said).strip() else f"with {said}"
+    return f'<a href="#mistake-{slug(name)}">{said}</a>'
 
 def anchor(address: str, name: str = "this section") -> str:
     """The link of a heading to itself."""
@@ -1249,12 +1392,17 @@ def build(repository: str = "") -> str:
             if hasattr(node, "name"):
                 prefix = "" if name == "ddpm.py" else f"{Path(name).stem}-"
                 page.units.setdefault(node.name, prefix + node.name)
+    page.body.append("<div class=only-screen>")
+    page.questions()
+    page.seen_first()
+    page.exercises()
+    page.body.append("</div>")
     page.file("ddpm.py", "the mathematics")
     page.file("train.py", "training", only=("Algorithm 1", "Its parts"))
     page.file("support/data.py", "scaling (§3.3)", names=("to_model", "to_uint8"))
     page.file("unet.py", "the network")
     page.body.append("<div class=only-screen>")
-    page.seen_first()
+    page.history()
     page.judged()
     page.runs()
     page.others()
@@ -1267,8 +1415,9 @@ def build(repository: str = "") -> str:
     fonts = "\n".join((face("Math", "math"), face("Text", "regular"),
                        face("Text", "italic", "font-style: italic; "),
                        face("Text", "bold", "font-weight: bold; ")))
-    body = re.sub(r"(<math>(?:(?!</math>).)*</math>)([.,;:?)]+)",  # a line begins with no full stop
+    body = re.sub(r"(<math\b(?:(?!</math>).)*</math>)([.,;:?)]+)",  # no line begins with a stop
                   r"<span class=nb>\1\2</span>", page.linked("\n".join(page.body)))
+    body = re.sub(r'<a href="([^"#]*\.(?:md|py)(?:#[^"]*)?)">(.*?)</a>', page.place, body)
     body = re.sub(r"\s*\((?:derived in|see) PAPER\.md\)", "", body)  # it stands here
     run = re.search(r"(?s)```sh\n(.*?)```", read("README.md"))[1]
     preview = ('\n<meta property=og:image content="'
