@@ -493,6 +493,7 @@ def markdown(text: str) -> str:
     """HTML of a part of a document."""
     found = re.sub(r'(?s)<div class="math block">\n?(.*?)\n?</div>',
                    r'<div class="formula"><span>\1</span></div>', MARKDOWN.render(text))
+    found = re.sub(r'<span class="math inline">(.*?)</span>', r"\1", found)
     found = found.replace("<th></th>", "<td></td>")
     return re.sub(r"(?s)<table>.*?</table>", lambda m: wide(m[0]), found)
 
