@@ -8,8 +8,9 @@ product. Written with (X ⊗ X) vec(d) = vec(X d Xᵀ), the transforms are matri
 """
 from __future__ import annotations
 
+from typing import Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 B_T = torch.tensor([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
@@ -33,22 +34,25 @@ def tiles(x: Tensor, side: int) -> Tensor:
     strides = s[1], s[2], s[0], 4 * s[1], 4 * s[2], 1
     return x.contiguous().as_strided(shape, strides).reshape(side * side, -1)
 
-def inputs(x: Tensor) -> Tensor:
-    """Bᵀ d B of the tiles of x, padded by one pixel: (n, H, W, C) → (36, n · tiles, C)."""
-    return (BB.to(x.dtype) @ tiles(F.pad(x, (0, 0, 1, 1, 1, 1)), 6)).view(36, -1, x.shape[3])
-
-def parts(x: Tensor) -> list[slice]:
-    """The images of x (n, H, W, C), some at a time."""
-    step = max(1, PIXELS // (x.shape[1] * x.shape[2]))
-    return [slice(i, i + step) for i in range(0, len(x), step)]
+def inputs(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Bᵀ d B of the tiles of x, padded by one pixel, some images at a time: (n, H, W, C) → which
+    images, (36, n · tiles, C)."""
+    n, h, w, c = x.shape
+    step = min(max(1, PIXELS // (h * w)), n)
+    padded = x.new_zeros(step, h + 2, w + 2, c)
+    for i in range(0, n, step):
+        part = slice(i, min(i + step, n))
+        few = padded[:part.stop - i]
+        few[:, 1:-1, 1:-1] = x[part]
+        yield part, (BB.to(x.dtype) @ tiles(few, 6)).view(36, -1, c)
 
 def convolve(x: Tensor, u: Tensor) -> Tensor:
     """Aᵀ [u ⊙ (Bᵀ d B)] A: (n, C, H, W), H and W divisible by 4, and (36, C, K) → (n, K, H, W)."""
     x, k = x.permute(0, 2, 3, 1), u.shape[2]
     n, h, w, _ = x.shape
     y = x.new_empty(n, h // 4, 4, w // 4, 4, k)
-    for part in parts(x):
-        out = AA.to(x.dtype) @ (inputs(x[part]) @ u).view(36, -1)
+    for part, v in inputs(x):
+        out = AA.to(x.dtype) @ (v @ u).view(36, -1)
         y[part] = out.view(4, 4, -1, h // 4, w // 4, k).permute(2, 3, 0, 4, 1, 5)
     return y.view(n, h, w, k).permute(0, 3, 1, 2)
 
@@ -66,9 +70,9 @@ class Winograd(torch.autograd.Function):
         dx = convolve(dy, filters(weight.flip(2, 3).transpose(0, 1)))
         (k, c), x, dy = weight.shape[:2], x.permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1)
         du = x.new_zeros(36, c, k)
-        for part in parts(x):
+        for part, v in inputs(x):
             dm = (AA.T.to(x.dtype) @ tiles(dy[part], 4)).view(36, -1, k)
-            du.baddbmm_(inputs(x[part]).transpose(1, 2), dm)
+            du.baddbmm_(v.transpose(1, 2), dm)
         dw = (GG.T.to(x.dtype) @ du.view(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)
         return dx, dw, dy.sum((0, 1, 2)), None
 

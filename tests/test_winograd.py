@@ -38,7 +38,7 @@ def test_the_parts_of_a_batch_are_joined():
     """More images than fit at a time, and images larger than that."""
     for size in ((11, 2, 3, 4, 4), (3, 2, 3, 13, 13)):
         x, weight, bias, dy = case(*size, seed=1)
-        assert len(winograd.parts(x.permute(0, 2, 3, 1))) > 1
+        assert len(list(winograd.inputs(x.permute(0, 2, 3, 1)))) > 1
         x.requires_grad_(), weight.requires_grad_()
         grads = [torch.autograd.grad(y, (x, weight), dy) for y in (
             F.conv2d(x, weight, bias, padding=1), winograd.Winograd.apply(x, weight, bias))]
