@@ -59,7 +59,7 @@ SETTINGS = {
     "warmup": (5000, int_between(0, 10 ** 9), "steps in which the learning rate rises from 0"),
     "decay": (0.0, float_between(0, 1), "the last part of --steps in which the rate falls to 0"),
     "grad_clip": (1.0, float_between(1e-12, 1e9), "maximum norm; larger gradients are rescaled"),
-    "ema": (0.9999, float_between(0, 1 - 1e-9), "decay of the averaged weights, for sampling"),
+    "ema": (0.9999, float_between(0, 1), "decay of the averaged weights, which sampling uses"),
     "ema_ramp": (True, bool, "warm the EMA decay up: (1 + k)/(10 + k) in step k, at most --ema"),
     "dropout": (0.1, float_between(0, 0.99), "probability of dropout in each residual block"),
     "channels": (128, int_between(1, 4096), "width of the U-Net's first level, a multiple of 32"),

@@ -120,14 +120,14 @@ def build_schedule(settings: dict) -> ddpm.Schedule:
                               settings["beta_end"])
 
 @functools.lru_cache(maxsize=1)  # a run's sample grids compile once
-@torch.inference_mode(False)     # a copy made of inference tensors could not be changed later
 def inference_copy(net: nn.Module, machine: Machine, *shape: int) -> tuple[nn.Module, nn.Module]:
     """A copy of `net` in the machine's precision, and the same compiled for batches of this shape,
     if a shape and --compile are given."""
-    own = copy.deepcopy(net).eval()
-    for module in own.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.to(machine.dtype)
+    with torch.inference_mode(False):  # inference tensors could not be changed later
+        own = copy.deepcopy(net).eval()
+        for module in own.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.to(machine.dtype)
     return own, machine.compiled(own, *shape) if shape else own
 
 def inference_model(model: ddpm.Model, machine: Machine, *shape: int) -> ddpm.Model:
