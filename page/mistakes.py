@@ -1,7 +1,7 @@
 """The easy mistakes: each wrong line, the test that notices it, and what one sees of it.
 
     python page/mistakes.py --out mistakes            every mistake; hours; a stopped run goes on
-    python page/mistakes.py --out mistakes --only "σ_t² in place"
+    python page/mistakes.py --out mistakes --only "σ_t² instead"
     python page/mistakes.py --out mistakes --keep     numbers and pictures into page/images
 
 The wrong line is put into a copy of the program, and the commands of the mistake's control are run
@@ -34,7 +34,7 @@ from support import data
 
 # === The mistakes =================================================================================
 
-# name: (file, test, [(right, wrong), …], names of CONTROLS); PAPER.md tells what was seen. None: no
+# name: (file, test, [(right, wrong), …], names of CONTROLS); docs/mistakes.md tells what was seen. None: no
 # command shows the mistake, for example because only tests call the function.
 D, E, R = "test_ddpm.", "test_evaluate.", "test_compress."
 U, T, G = "test_unet.", "test_train.", "test_simulated_cuda."

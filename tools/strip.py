@@ -18,7 +18,7 @@ SHOWN = [  # control and mistake of page/mistakes.py, what one sees, the cause
     ("sampling/σ_t² instead of σ_t", "grey, all alike", "variance, not its root"),
     ("sampling/Eq. 15 divided by ᾱ_t", "too dark", "Eq. 15 without a root"),
     ("training/1 − ᾱ_t instead of its root in Eq. 4", "specks", "Eq. 4 without a root"),
-    ("eta/DDIM's noise and direction not balanced", "noise remains", "DDIM not balanced"),
+    ("eta/DDIM's noise and direction not balanced", "only noise", "DDIM not balanced"),
     ("training/images in [0, 1]", "washed out", "images in [0, 1]")]
 SIDE, EDGE, TEXT = 200, 8, 48
 KEPT = ROOT / "page" / "images" / "mistakes"
