@@ -879,7 +879,7 @@ class Page:
             f"<figure>{crop(name, 120 * i, 0, 120, 120, 150, f'400 points: {what}', 'panel')}"
             f"<figcaption>{prose(what)}</figcaption></figure>"
             for i, what in enumerate(("right", *STILL)))
-        link = lambda place, what: f'<a href="#{place}" aria-label="{what}">{prose(what)}</a>'
+        link = lambda place, what: f'<a href="#{place}">{prose(what)}</a>'
         wrong = ""
         for key, (what, place, replacements, chosen, seen) in DEMO.items():
             if not place:
