@@ -442,10 +442,10 @@ def test_two_processes_fill_one_folder(small, capsys):
 
 def test_drawing_in_inference_mode_leaves_the_network_usable(small):
     """Its copy for sampling is kept, and the weights of now are loaded into it each time."""
-    for machine in (CPU, CPU._replace(dtype=torch.bfloat16)):
+    for here in (CPU, CPU._replace(dtype=torch.bfloat16)):
         with torch.inference_mode():
-            first = sample.draw_samples(small, 2, 0, 2, machine, steps=2)
-        assert torch.equal(first, sample.draw_samples(small, 2, 0, 2, machine, steps=2))
+            first = sample.draw_samples(small, 2, 0, 2, here, steps=2)
+        assert torch.equal(first, sample.draw_samples(small, 2, 0, 2, here, steps=2))
 
 
 def test_unknown_choices_from_python_are_refused(small):
