@@ -556,6 +556,7 @@ def test_a_mistake_is_one_line(run, capsys, line, status, said):
 
 def test_an_error_of_the_network_is_not_blamed_on_the_file(run, capsys):
     """It is told with its place, not as a file that cannot be read."""
+    pytest.importorskip("PIL", reason="Pillow is not installed")
     Path("a.ddpm").write_bytes(compress.encode(checkpoint.load("runs/images"), picture(3), 1))
     for line in ("encode picture.png b.ddpm", "decode a.ddpm b.png"):
         with hooked(UNet, lambda *_: 1 / 0):
