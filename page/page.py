@@ -889,7 +889,8 @@ class Page:
                       f"{diff(whole_lines('ddpm.py', replacements))}</div>")
         for kind, beta in (("fixed_small", "β̃_t"), ("fixed_large", "β_t")):
             wrong += f"<span data-variance={kind}>{formula(f'σ_t² = {beta}')}</span>"
-        unseen = " and ".join(link(f"mistake-{slug(what)}", what) for what in UNSEEN)
+        unseen = " and ".join(link(f"mistake-{slug(what)}", what.replace(
+            "divided by ᾱ_t", "without its root")) for what in UNSEEN)
         return (
             f"<section id=demo><h2>{anchor('demo')}Break it yourself</h2>"
             "<p>Algorithm 2 draws 400 points from noise, with the right lines and with a wrong "
