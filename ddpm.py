@@ -304,8 +304,8 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
 
     Returns (B,) in float64. The true variance of x_{t−1} given x_t is β_t if x_0 ~ N(0, I), and
     β̃_t if x_0 is always one point. Ho et al.'s CIFAR-10 code, not the paper: at t = 1 both are
-    β̃_2, since L_0 would divide by β̃_1 = 0, and since, as a comment there says, β̃_2 gives a better
-    likelihood than β_1. Only L_0 depends on σ_1². (A schedule of one step has σ_1² = β_1.)
+    β̃_2, since L_0 would divide by β̃_1 = 0, and since, as a comment there says, β̃_2 gives a
+    better likelihood than β_1. Only L_0 depends on σ_1². (A schedule of one step has σ_1² = β_1.)
     """
     if s.T == 1:
         return _at(s.betas, t)
@@ -406,8 +406,8 @@ class Reverse(NamedTuple):
 def p_mean_variance(model: Model, x_t: Tensor, t: Tensor) -> Reverse:
     """p_θ(x_{t−1} | x_t) = N(μ_θ(x_t, t), σ_t² I), with μ_θ = μ̃_t(x_t, x̂_0).   [DDPM Eqs. 1, 11]
 
-    Where nothing is clipped, μ̃_t(x_t, x̂_0) of Eq. 7 is the μ_θ of Eq. 11. ValueError for a learned
-    variance after `respace`: the network knows the variance of its own steps only.
+    Where nothing is clipped, μ̃_t(x_t, x̂_0) of Eq. 7 is the μ_θ of Eq. 11. ValueError for a
+    learned variance after `respace`: the network knows the variance of its own steps only.
     """
     s = model.s
     x0_hat, log_sigma2 = predict_x0(model, x_t, t)

@@ -223,6 +223,7 @@ READS = {  # what is evaluated → the flags that it uses
     "--fid of --samples": DATA + "fid samples inception checkpoint"}
 
 def parse(argv):
+    """The flags of evaluate.py."""
     parser = Parser(__doc__, "--checkpoint", "--no-ema", "--data-dir", "--steps", "--no-clip",
                     "--seed", "--batch-size", "--device", "--precision", "--compile")
     parser.add_argument("--dataset", type=nonblank, help="as in train.py (default: the run's)")
@@ -254,6 +255,7 @@ def parse(argv):
 
 @command
 def main(argv=None) -> int:
+    """Evaluates a trained network: see the text at the head of this file."""
     args = parse(argv)
     machine = start_machine(args.device, args.precision, args.compile)
     machine.agree("command line", vars(args))

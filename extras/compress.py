@@ -263,6 +263,7 @@ def measure(trained: Trained, images: Tensor, b: int) -> Tensor:
 
 @command
 def main(argv=None) -> int:
+    """Writes a file, reads one, or measures: see the text at the head of this file."""
     parser = Parser(__doc__, "--checkpoint", "--data-dir")
     parser.add_argument("action", choices=("encode", "decode", "measure"))
     parser.add_argument("files", nargs="*", type=path_of, metavar="FILE", help="the one to read "

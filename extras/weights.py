@@ -170,6 +170,7 @@ def export(net: nn.Module, settings: dict, folder: Path) -> None:
 
 @command
 def main(argv=None) -> int:
+    """Converts from SOURCE to TARGET: see the text at the head of this file."""
     parser = Parser(__doc__, "--no-ema", "--data-dir", prog="python -m extras.weights")
     parser.add_argument("source", type=nonblank, metavar="SOURCE", help="a checkpoint of train.py, "
                         "its folder, a folder of diffusers, or ORGANISATION/MODEL on the hub, "

@@ -134,6 +134,7 @@ class Judge:
         return math.inf if math.isnan(value) else value
 
     def table(self) -> str:
+        """The verdicts, a line per theorem."""
         lines = [f"{'theorem':44} {'verdict':12} {'deviation':>9}  precision, choices, mistakes"]
         for name, row in self.rows.items():
             note = [row["precision"]] if row["verdict"] == "holds" else []
@@ -157,6 +158,7 @@ def short(mistake: str) -> str:
 
 
 def said(error: BaseException) -> str:
+    """An error on one line, with its class."""
     return ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))
 
 
@@ -193,6 +195,7 @@ def _imported(path: Path):
 
 
 def judged(module, strict: bool = False) -> Judge:
+    """The judge after all theorems."""
     judge = Judge(module, strict)
     for name, theorem in THEOREMS.items():
         judge.run(name, theorem)

@@ -116,6 +116,7 @@ def newest_checkpoint(root: Path = Path("runs")) -> Path:
     return found[-1]
 
 def build_schedule(settings: dict) -> ddpm.Schedule:
+    """The noise schedule that the settings name."""
     return ddpm.make_schedule(settings["timesteps"], settings["schedule"], settings["beta_start"],
                               settings["beta_end"])
 

@@ -150,6 +150,7 @@ def saved_memory(job) -> float:
 
 @command
 def main(argv=None) -> int:
+    """Measures: see the text at the head of this file."""
     parser = Parser(__doc__, "--device", "--precision")
     parser.add_argument("--batch-size", type=positive_int, default=8, help="(default: 8)")
     parser.add_argument("--repeat", type=positive_int, default=5, help="rounds (default: 5)")

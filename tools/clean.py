@@ -71,6 +71,7 @@ def clean(error: Tensor, contrast: Tensor) -> Tensor:
 
 @command
 def main(argv=None) -> int:
+    """Judges samples: see the text at the head of this file."""
     parser = Parser(__doc__, "--steps", "--seed", "--device", "--precision")
     parser.add_argument("what", help="a run's folder, a checkpoint, or a .pt file of images")
     parser.add_argument("--n", type=positive_int, default=200, help="(default: 200)")

@@ -68,6 +68,7 @@ def call(main, *words) -> str:
     return text.getvalue()
 
 def card(args) -> dict:
+    """The GPU and the versions of its software."""
     found = {"torch": torch.__version__, "CUDA": torch.version.cuda}
     if args.cuda:
         about = torch.cuda.get_device_properties(args.device)
@@ -233,6 +234,7 @@ def fashion(args) -> dict:
     return found
 
 def report(args) -> None:
+    """Writes the results, as JSON and as a table."""
     with written(args.out / f"{args.name}.json") as file:
         file.write(json.dumps(args.results, indent=2, ensure_ascii=False).encode())
     rows = [f"| {part} | " + "; ".join(f"{key}: {value:.4g}" if isinstance(value, float) else
@@ -243,6 +245,7 @@ def report(args) -> None:
 
 @command
 def main(argv=None) -> int:
+    """Runs the parts: see the text at the head of this file."""
     parser = Parser(__doc__, "--data-dir", "--device")
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder (default: gpu)")
     parser.add_argument("--again", nargs="+", default=[], choices=PARTS, metavar="PART",

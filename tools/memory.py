@@ -64,6 +64,7 @@ def peak(size: int, n: int, dtype: torch.dtype) -> float:
 
 @command
 def main(argv=None) -> int:
+    """Prints the table: see the text at the head of this file."""
     Parser(__doc__).parse_args(argv)
     print("| images | batch | bfloat16 | float32 |\n|---|---|---|---|")
     for size, n in ((32, 128), (32, 64), (32, 32), (256, 4), (256, 2), (256, 1)):

@@ -57,6 +57,7 @@ class Classifier(nn.Module):
         return self.body(data.to_model(images))
 
 def classifier(images: Tensor, wanted: Tensor, epochs: int = 3) -> Classifier:
+    """A classifier of the images, trained with Adam."""
     torch.manual_seed(0)
     net = Classifier()
     adam = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -92,6 +93,7 @@ def draw(rows: list[dict], axes) -> None:
 
 @command
 def main(argv=None) -> int:
+    """Prints the table and draws the curve: see the text at the head of this file."""
     parser = Parser(__doc__, "--checkpoint", "--data-dir", "--device", "--precision")
     parser.add_argument("--out", type=Path, default=Path("steps"), help="folder (default: steps)")
     parser.add_argument("--steps", type=positive_int, nargs="+", default=[20, 50, 100],
