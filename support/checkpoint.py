@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import ddpm
+from support import winograd
 from support.command import reading, written
 from support.data import raw_bytes
 from support.machine import Machine, start_machine
@@ -137,6 +138,7 @@ def inference_model(model: ddpm.Model, machine: Machine, *shape: int) -> ddpm.Mo
         machine = machine._replace(dtype=torch.float32)
     own, fast = inference_copy(model.net, machine, *shape)
     own.load_state_dict(model.net.state_dict())  # the copy may be older
+    winograd.keep_filters(own)
     return replace(model, s=model.s.to(machine.device), net=machine.network(fast))
 
 def weights_hash(trained: Trained) -> bytes:

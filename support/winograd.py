@@ -29,10 +29,11 @@ def filters(weight: Tensor) -> Tensor:
 
 def tiles(x: Tensor, side: int) -> Tensor:
     """All tiles of side × side pixels, 4 apart: (n, H, W, C) → (side², n · tiles · C)."""
-    (n, h, w, c), s = x.shape, x.contiguous().stride()
+    x = x.contiguous()
+    (n, h, w, c), s = x.shape, x.stride()
     shape = side, side, n, (h - side) // 4 + 1, (w - side) // 4 + 1, c
     strides = s[1], s[2], s[0], 4 * s[1], 4 * s[2], 1
-    return x.contiguous().as_strided(shape, strides).reshape(side * side, -1)
+    return x.as_strided(shape, strides).reshape(side * side, -1)
 
 def inputs(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Bᵀ d B of the tiles of x, padded by one pixel, some images at a time: (n, H, W, C) → which
@@ -60,9 +61,9 @@ class Winograd(torch.autograd.Function):
     """x (n, C, H, W), weight (K, C, 3, 3), bias (K,) → F.conv2d(x, weight, bias, padding=1)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, u: Tensor | None = None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return convolve(x, filters(weight) if u is None else u).add_(bias[:, None, None])
+        return convolve(x, filters(weight)).add_(bias[:, None, None])
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple:
@@ -74,11 +75,11 @@ class Winograd(torch.autograd.Function):
             dm = (AA.T.to(x.dtype) @ tiles(dy[part], 4)).view(36, -1, k)
             du.baddbmm_(v.transpose(1, 2), dm)
         dw = (GG.T.to(x.dtype) @ du.view(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)
-        return dx, dw, dy.sum((0, 1, 2)), None
+        return dx, dw, dy.sum((0, 1, 2))
 
 class Conv(nn.Conv2d):
     """The same convolution, by Winograd's algorithm in float32 on a CPU, at 16×16 or more."""
-    u: tuple = (None, None)  # of sampling: the version of the weights, and their filters
+    keeps, u = False, None  # whether the filters are kept (see `keep_filters`), and they
 
     def forward(self, x: Tensor) -> Tensor:
         if (x.dtype != torch.float32 or x.device.type != "cpu" or self.weight.dtype != x.dtype
@@ -87,10 +88,17 @@ class Conv(nn.Conv2d):
             return super().forward(x)
         if torch.is_grad_enabled():
             return Winograd.apply(x, self.weight, self.bias)
-        version = None if self.weight.is_inference() else self.weight._version
-        if version is None or self.u[0] != version:
-            self.u = version, filters(self.weight)
-        return convolve(x, self.u[1]).add_(self.bias[:, None, None])
+        u = filters(self.weight) if self.u is None else self.u
+        if self.keeps:
+            self.u = u
+        return convolve(x, u).add_(self.bias[:, None, None])
+
+def keep_filters(net: nn.Module) -> None:
+    """From now on the filters of `net` are computed once, until this is called again: for a copy
+    whose weights nobody else changes."""
+    for conv in net.modules():
+        if isinstance(conv, Conv):
+            conv.keeps, conv.u = True, None
 
 def fast(net: nn.Module) -> nn.Module:
     """`net` itself, whose 3×3 convolutions of 128 channels or more become `Conv`.

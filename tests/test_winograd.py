@@ -10,6 +10,7 @@ from torch import nn
 import ddpm
 from helpers import CPU
 from support import winograd
+from support.checkpoint import inference_model
 from unet import UNet
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 9))
@@ -130,6 +131,25 @@ def test_new_weights_have_new_filters(inference):
             plain.load_state_dict(net.state_dict())
             torch.testing.assert_close(third, plain(x, t), rtol=1e-3, atol=1e-4 * third.abs().max().item())
             assert not torch.equal(first, third)
+
+
+def test_the_filters_of_sampling_are_those_of_now():
+    """The copy that sampling uses keeps its filters from call to call, and takes new ones of the network's weights
+    whenever it is asked for, in whatever way these were changed. Kills: the filters of older weights."""
+    x, t, trained = torch.randn(1, 3, 32, 32), torch.tensor([1]), CPU.placed(network())
+    with torch.no_grad():
+        for change in (lambda p: p.mul_(1.1), lambda p: p.data.mul_(1.1), lambda p: setattr(p, "data", 1.1 * p.data)):
+            net = inference_model(ddpm.Model(ddpm.make_schedule(), trained), CPU).net
+            assert torch.equal(net(x, t), net(x, t))
+            trained(x, t)
+            before = net(x, t)
+            for p in trained.parameters():
+                change(p)
+            plain = network()
+            plain.load_state_dict(trained.state_dict())
+            for now in (inference_model(ddpm.Model(ddpm.make_schedule(), trained), CPU).net, trained):
+                torch.testing.assert_close(now(x, t), plain(x, t), rtol=1e-3, atol=1e-4 * before.abs().max().item())
+                assert not torch.allclose(now(x, t), before, rtol=1e-2)
 
 
 def test_samples_of_an_image_alone_and_among_others():
