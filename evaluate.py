@@ -250,7 +250,6 @@ def parse(argv):
     args = parser.parse_mode(argv, mode, READS)
     if not args.fid:
         args.precision = args.precision or "fp32"
-    args.split = args.split or ("train" if args.fid else "test")
     return args
 
 @command
@@ -269,9 +268,12 @@ def main(argv=None) -> int:
     side = settings.get("image_size") if made is None else made.shape[2]
     if not name:
         raise UsageError("--dataset is missing, and the checkpoint names none")
+    if args.skip_bad and not any(Path(x).is_dir() for x in (name, args.samples or "-")):
+        raise UsageError("--skip-bad has no effect: there is no folder of pictures")
     with machine.main_first():
-        images, about = data.load(name, args.data_dir, args.split, side,
-                                  args.skip_bad or settings.get("skip_bad", False))
+        images, about = data.load(
+            name, args.data_dir, args.split or ("train" if args.fid else "test"), side,
+            args.skip_bad or settings.get("skip_bad", False), exact=bool(args.split))
     machine.agree("weights, images or samples", lambda: (
         trained and weights_hash(trained).hex(),
         [data.fingerprint(x) for x in (images, made) if x is not None]))

@@ -442,6 +442,8 @@ def settle(base: dict, given: dict, shape: tuple[int, int, int]) -> dict:
         raise UsageError("--multipliers needs one number per level")
     if settings["variance"] == "learned" and settings["objective"] == "simple":
         raise UsageError("--variance learned needs --objective vlb: L_simple does not depend on it")
+    if settings["channels"] % 32:
+        raise UsageError(f"--channels {settings['channels']}: must be a multiple of 32")
     if height != width or given.get("image_size", height) != height:
         raise UsageError(f"{settings['dataset']} has images of {height}×{width}: they must be "
                          "squares, and of --image-size")
@@ -532,6 +534,8 @@ def main(argv=None) -> int:
     if Path(name).is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
         raise UsageError(f"--out {folder} lies in {name}: its grids would become pictures of the "
                          "data set")
+    if given.get("skip_bad") and not Path(name).is_dir():
+        raise UsageError("--skip-bad has no effect: --dataset is no folder of pictures")
     machine = start_machine(given["device"], given["precision"], given["compile"])
     machine.agree("command line", given)
     if given["deterministic"]:
@@ -552,6 +556,8 @@ def main(argv=None) -> int:
                              f"{given[key]}: give a new run another --out")
         if given["rescue"] and not state:
             raise UsageError(f"--rescue: there is no {path} to go on from")
+        if state and given.get("steps", state["step"]) < state["step"]:
+            raise UsageError(f"--steps {given['steps']}: this run has done {state['step']}")
         if "steps" in changes and state["step"] > (1 - stored["decay"]) * stored["steps"]:
             raise UsageError("--steps: the learning rate of this run has begun to fall (--decay), "
                              f"and would jump up: give --init {folder} and another --out")

@@ -300,6 +300,8 @@ def main(argv=None) -> int:
             with reading(source, "a PNG"), data.pillow()[0].open(source, formats=["PNG"]) as image:
                 lost = {"16 bits": any("16" in part[3] for part in image.tile),
                         "transparency": image.has_transparency_data, "frames": image.is_animated,
+                        "a colour profile": "icc_profile" in image.info,
+                        "a rotation": image.getexif().get(274, 1) != 1,  # Orientation
                         f"mode {image.mode}": image.mode not in ("L", "RGB")}
                 if names := ", ".join(name for name in lost if lost[name]):
                     raise ValueError(f"only 8-bit grey or RGB can be encoded; this has {names}")

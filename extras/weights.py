@@ -52,22 +52,39 @@ def scheduler_config(settings: dict) -> dict:
                 beta_schedule=theirs["schedule"], prediction_type=theirs["predict"],
                 variance_type=theirs["variance"], clip_sample=settings.get("clip", True))
 
-def settings_of(config: dict, scheduler: dict) -> dict:
-    """The settings that these two imply; the caller verifies them."""
-    ours = {key: {theirs: ours for ours, theirs in words.items()} for key, words in WORDS.items()}
-    widths, side, T = (config["block_out_channels"], config["sample_size"],
-                       scheduler["num_train_timesteps"])
+def network_settings(config: dict) -> dict:
+    """The settings that a UNet2DModel's config implies; the caller verifies them."""
+    widths, side = config["block_out_channels"], config["sample_size"]
+    if not isinstance(side, int):
+        raise ValueError(f"sample_size is {side!r}, not the side of a square")
     return dict(
         in_channels=config["in_channels"], image_size=side, channels=widths[0], dropout=0.0,
         multipliers=[width // widths[0] for width in widths], blocks=config["layers_per_block"],
         attention=[side // 2 ** level for level, kind in enumerate(config["down_block_types"])
-                   if "Attn" in kind],
-        timesteps=T, schedule=ours["schedule"][scheduler["beta_schedule"]],
-        beta_start=scheduler["beta_start"] * T / 1000,  # `make_schedule` multiplies by 1000/T
-        beta_end=scheduler["beta_end"] * T / 1000,
-        predict=ours["predict"][scheduler["prediction_type"]],
-        variance=ours["variance"][scheduler.get("variance_type", "fixed_small")],
-        clip=scheduler.get("clip_sample", False))
+                   if "Attn" in kind])
+
+def chain_settings(config: dict) -> dict:
+    """The settings that a scheduler's config implies; the caller verifies them."""
+    def ours(key: str, name: str, default: str | None = None) -> str:
+        words, theirs = WORDS[key], config.get(name, default)
+        if theirs not in words.values():
+            known = " or ".join(dict.fromkeys(words.values()))
+            raise ValueError(f"{name} is {theirs!r}, but only {known} is supported")
+        return [here for here, there in words.items() if there == theirs][-1]
+
+    T = config["num_train_timesteps"]
+    return dict(
+        timesteps=T, schedule=ours("schedule", "beta_schedule"),
+        beta_start=config["beta_start"] * T / 1000,  # `make_schedule` multiplies by 1000/T
+        beta_end=config["beta_end"] * T / 1000, predict=ours("predict", "prediction_type"),
+        variance=ours("variance", "variance_type", "fixed_small"),
+        clip=config.get("clip_sample", False))
+
+def supported(config: dict, known: dict) -> None:
+    """ValueError if an entry of the config is not the known one."""
+    for key, value in known.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{key} is {config[key]!r}, but only {value!r} is supported")
 
 def from_diffusers(path: Path, cache: Path) -> tuple[UNet, dict]:
     """A UNet2DModel and its scheduler as a UNet and settings.
@@ -91,18 +108,20 @@ def from_diffusers(path: Path, cache: Path) -> tuple[UNet, dict]:
         if given.get("_class_name") not in SCHEDULERS:
             raise ValueError(f"it is a {given.get('_class_name')}, not a {' or '.join(SCHEDULERS)}")
         scheduler = getattr(diffusers, given["_class_name"]).from_config(given)
-    with reading(unet / "config.json", "a supported network and chain"):
+        supported(scheduler.config, {"clip_sample_range": 1.0, "thresholding": False})
+        settings = chain_settings(scheduler.config)
+        again = diffusers.DDPMScheduler(**scheduler_config(settings))
+        if not torch.allclose(again.betas, scheduler.betas, rtol=1e-4):
+            raise ValueError("its β_t match no schedule of ddpm.py")
+    with reading(unet / "config.json", "a supported network"):
         theirs, report = diffusers.UNet2DModel.from_pretrained(
             unet, output_loading_info=True, low_cpu_mem_usage=False)
         if wrong := [f"{what}: {keys[0]}" for what, keys in report.items() if keys]:
             raise ValueError(f"its weights have {wrong[0]}")
-        settings = settings_of(theirs.config, scheduler.config)
-        known = {**unet_config(settings), "clip_sample_range": 1.0, "thresholding": False}
-        for key, value in {**theirs.config, **scheduler.config}.items():
-            if value != known.get(key, value):
-                raise ValueError(f"{key} is {value!r}, but only {known[key]!r} is supported")
+        settings |= network_settings(theirs.config)
+        supported(theirs.config, unet_config(settings))
     net, weights = build_network(settings).eval(), theirs.float().state_dict()
-    with reading(unet / "config.json", "a supported network and chain"):
+    with reading(unet / "config.json", "a supported network"):
         own = net.state_dict()
         net.load_state_dict({here: weights[there].reshape(own[here].shape)
                              for here, there in names(net).items()})
@@ -112,9 +131,6 @@ def from_diffusers(path: Path, cache: Path) -> tuple[UNet, dict]:
             a, b = net(x, t), theirs(x, t - 1).sample
         if not (a - b).abs().max() <= 1e-4 * b.abs().max():  # true for NaN, too
             raise ValueError("it computes a different function from unet.py")
-        again = diffusers.DDPMScheduler(**scheduler_config(settings))
-        if not torch.allclose(again.betas, scheduler.betas, rtol=1e-4):
-            raise ValueError("its β_t match no schedule of ddpm.py")
     return net, settings
 
 def names(net: UNet) -> dict[str, str]:

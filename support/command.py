@@ -257,6 +257,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
     is renamed, so that a power cut cannot leave a file with holes. A path that cannot be written
     fails before the block, which may be hours of work.
     """
+    path = Path(os.path.realpath(path))  # a link stays one, to a file on another disk, say
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         if path.exists() and not path.is_file():

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support.command import one_line, reading, say, written
+from support.command import UsageError, one_line, reading, say, written
 
 FILES = {  # name → base address; file and SHA-256 of the training and of the test images
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", 2 * [("cifar-10-binary.tar.gz",
@@ -68,20 +68,22 @@ def shape(name: str, image_size: int | None = None) -> tuple[int, int, int]:
     if name.endswith(".pt"):
         return tuple(read_tensor(Path(name)).shape[1:])
     if name != "shapes" and not Path(name).is_dir():
-        raise ValueError(f"unknown data set {name!r}: choose {', '.join(NAMES)}, a .pt file "
+        raise UsageError(f"unknown data set {name!r}: choose {', '.join(NAMES)}, a .pt file "
                          "or a folder of pictures")
     side = image_size or (16 if name == "shapes" else 256)
     return 3, side, side
 
 def load(name: str, data_dir: str | Path = "data", split: str = "train",
-         image_size: int | None = None, skip_bad: bool = False) -> tuple[Tensor, str]:
+         image_size: int | None = None, skip_bad: bool = False,
+         exact: bool = False) -> tuple[Tensor, str]:
     """The images of `name`: one of NAMES, a .pt file with a uint8 tensor, or a folder of pictures.
 
     Returns them, uint8 N×C×H×W, C = 1 or 3, in memory or mapped from disk, and what they are, in
     words. split: one of SPLITS. A .pt file has no splits; a folder has them if it has subfolders
     train/ and test/ or val/, in upper or lower case (train/ alone may be a class). image_size: side
     of the images of a folder (default: 256) and of shapes (16). skip_bad: skip the pictures of a
-    folder that cannot be read. ValueError for invalid data, OSError if they cannot be obtained.
+    folder that cannot be read. exact: refuse data without splits. ValueError for invalid data,
+    OSError if they cannot be obtained.
     """
     about, side = f"{split} split", shape(name, image_size)[1]
     if name in NAMES and split == "val":
@@ -100,11 +102,15 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
         if name == "cifar10":
             return read_cifar10(path, split), about
         return F.pad(read_idx(path), (2, 2, 2, 2)), f"{about}, padded from 28×28 to 32×32"
-    if name.endswith(".pt"):
-        return read_tensor(Path(name)), "which has no splits"
-    folder, about = Path(name), "all pictures"
-    parts = {part.name.lower(): part for part in folder.iterdir() if part.is_dir()}
-    if "train" in parts and parts.keys() & SPLITS["test"]:
+    folder, about, parts = Path(name), "all pictures", {}
+    if folder.is_dir():
+        parts = {part.name.lower(): part for part in folder.iterdir() if part.is_dir()}
+    splits = "train" in parts and parts.keys() & SPLITS["test"]
+    if exact and not splits:
+        raise UsageError(f"--split {split}: {name} has no splits")
+    if not folder.is_dir():
+        return read_tensor(folder), "which has no splits"
+    if splits:
         beside = sum(file.suffix.lower() in picture_endings() for file in folder.iterdir())
         folder = next((parts[part] for part in SPLITS[split] if part in parts), None)
         if folder is None:
@@ -245,7 +251,8 @@ def read_folder(source: Path, cache: Path, size: int, skip_bad: bool = False) ->
         text += " (pip install pillow-heif reads .heic)"
     if not files:
         raise ValueError(text)
-    known = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+    stats = [(file.resolve(), file.stat()) for file in files]
+    known = repr([(str(p), x.st_size, x.st_mtime_ns, x.st_ctime_ns) for p, x in stats])
     key = hashlib.sha256(f"{size} {skip_bad} {known}".encode()).hexdigest()[:16]
     path = cache / f"{source.resolve().name[:40]}-{size}-{key}.u8"
     if not path.exists():
@@ -265,7 +272,7 @@ def read_folder(source: Path, cache: Path, size: int, skip_bad: bool = False) ->
             n = len(files) - notes["cannot be read"]
             if n < len(files) and not (n and skip_bad):
                 raise ValueError(f"{len(files) - n} of {len(files)} pictures cannot be read "
-                                 f"(--skip-bad skips them): {bad}")
+                                 f"(train.py and evaluate.py skip them with --skip-bad): {bad}")
             found.update(f"{(n, 3, size, size)}".encode())
             target.write(found.hexdigest().encode())
         for what, n in notes.items():
@@ -302,6 +309,9 @@ def decode(file: Path, size: int, notes: Counter) -> Tensor:
     with reading(file, "a picture"), opened(file) as original:
         original.load()
         picture, tags = original, getattr(original, "tag_v2", {})  # of TIFF
+        if isinstance(original.info.get("transparency"), int) and picture.mode != "P" and (
+                original.format == "PNG" and file.read_bytes()[24] != 8):
+            raise ValueError("grey with a transparent level is read with 8 bits alone")
         with contextlib.suppress(Exception):  # ignore invalid metadata
             ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode[:4] == "I;16" or picture.mode == "I" and original.format in ("PNG", "PPM"):
@@ -339,16 +349,19 @@ def png(image: Tensor) -> bytes:
     x = image.permute(1, 2, 0).reshape(height, c * width).int()
     lines = F.pad(x.diff(dim=0, prepend=0 * x[:1]) % 256, (1, 0), value=2)  # 2: this filter
     header = struct.pack(">IIBBBBB", width, height, 8, c - 1, 0, 0, 0)
-    body, content = zlib.compress(raw_bytes(lines.to(torch.uint8)), 9), b"\x89PNG\r\n\x1a\n"
-    for chunk in (b"IHDR" + header, b"IDAT" + body, b"IEND"):
-        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    return content
+    body = zlib.compress(raw_bytes(lines.to(torch.uint8)), 9)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body)
+            + chunk(b"IEND", b""))
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """A part of a PNG: its length, kind and checksum around it."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 def is_png(path: Path, shape: tuple[int, int, int]) -> bool:
-    """Whether the file is a complete PNG that `png` wrote for an image of this shape."""
+    """Whether the file is, by its checksums, a PNG that `png` wrote for an image of this shape."""
     content = path.read_bytes() if path.is_file() else b""
     whole = png(torch.zeros(shape, dtype=torch.uint8))
-    return content[:33] == whole[:33] and content[-12:] == whole[-12:]
+    return content == whole[:33] + chunk(b"IDAT", content[41:-16]) + whole[-12:]
 
 def tiled(images: Tensor, columns: int | None = None) -> Tensor:
     """uint8 (N, C, H, W) → one picture (C, …) with `columns` per row (default: about square); each

@@ -409,6 +409,19 @@ def test_nobody_can_have_the_file_written_elsewhere(tmp_path):
     assert (tmp_path / "victim").read_bytes() == b"mine" and not (tmp_path / "file").exists()
 
 
+def test_a_link_stays_a_link(tmp_path):
+    """To a file on a larger disk, say, which gets the content, whether it is there already or not.
+
+    Kills: a link that is replaced by a file."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "x.pt").symlink_to("disk/y.pt")
+    for content in (b"first", b"second"):
+        with command.written(tmp_path / "x.pt") as file:
+            file.write(content)
+        assert (tmp_path / "x.pt").is_symlink() and (tmp_path / "disk" / "y.pt").read_bytes() == content
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "x.pt", "y.pt"]
+
+
 def test_two_writers_of_one_file_do_not_mix(tmp_path):
     """Each has a file of its own, and the last to end is the one that stays."""
     with command.written(tmp_path / "file") as first:

@@ -411,10 +411,12 @@ def chunk(name: bytes, body: bytes) -> bytes:
     (0, 8, b"", None), (2, 8, b"", None), (0, 4, b"", None), (0, 16, b"", "16"), (2, 16, b"", "16 bits"),
     (0, 8, chunk(b"tRNS", bytes(2)), "transparency"), (2, 8, chunk(b"tRNS", bytes(6)), "transparency"),
     (4, 8, b"", "transparency"), (6, 8, b"", "transparency"), (6, 16, b"", "16 bits, transparency"),
-    (2, 8, chunk(b"acTL", struct.pack(">II", 2, 0)), "frames"), (3, 8, chunk(b"PLTE", bytes(768)), "mode P")])
+    (2, 8, chunk(b"acTL", struct.pack(">II", 2, 0)), "frames"), (3, 8, chunk(b"PLTE", bytes(768)), "mode P"),
+    (2, 8, chunk(b"iCCP", b"P3\0\0" + zlib.compress(b"a profile")), "a colour profile"),
+    (2, 8, chunk(b"eXIf", b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"), "a rotation")])
 def test_what_a_file_would_lose_is_refused(capsys, colour, depth, before, what):
     """PNGs of 8×8 pixels written by hand: 16 bits, transparency of a channel or of a single colour, more
-    than one frame and a palette are refused by name; the others come back with the same pixels, those of
+    than one frame, a palette, a colour profile and a rotation are refused by name; the others come back with the same pixels, those of
     4 bits as 8 bits of the same levels."""
     pytest.importorskip("PIL", reason="Pillow is not installed")
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]

@@ -836,6 +836,11 @@ def test_a_folder_is_decoded_anew_if_and_only_if_something_changed(decoded):
     assert load() == (2, [2, 3])
     os.utime("p/c.png", ns=(5, 6))
     assert load() == (2, [2, 3]) and load() == (0, [2, 3])
+    fill("r", c_png=4)  # as many bytes, and the same time: a copy that keeps it
+    os.truncate("r/c.png", os.path.getsize("p/c.png"))
+    os.utime("r/c.png", ns=(5, 6))
+    os.replace("r/c.png", "p/c.png")
+    assert load() == (2, [2, 4])
     before = sorted(os.listdir("cache"))
     with open("p/d.png", "wb"):
         pass
@@ -907,6 +912,33 @@ def test_pillow_reads_a_png(tmp_path):
         with Image.open(io.BytesIO(data.png(image))) as found:
             assert (found.format, found.mode, found.size) == ("PNG", mode, tuple(image.shape[:0:-1]))
             assert found.tobytes() == pil(image, mode).tobytes()
+
+
+@pytest.mark.parametrize("depth", [2, 4, 8, 16])
+def test_a_transparent_level_of_grey_is_white_or_refused(tmp_path, depth):
+    """With 8 bits the level is white, as all that is transparent; Pillow confuses it at other depths."""
+    pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    row, level = bytes(2 * [7] * depth), (7 << 8 | 7 if depth == 16 else 7)  # 16 pixels, or 8 of other levels
+    content = b"\x89PNG\r\n\x1a\n" + data.chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 1, depth, 0, 0, 0, 0))
+    content += data.chunk(b"tRNS", struct.pack(">H", level)) + data.chunk(b"IDAT", zlib.compress(b"\0" + row))
+    (tmp_path / "x.png").write_bytes(content + data.chunk(b"IEND", b""))
+    if depth == 8:
+        assert (data.decode(tmp_path / "x.png", 8, Counter()) == 255).all()
+    else:
+        with pytest.raises(ValueError, match="x.png.*transparent level"):
+            data.decode(tmp_path / "x.png", 8, Counter())
+
+
+def test_every_byte_of_a_png_counts(tmp_path):
+    """A picture of a folder that was damaged on its way is drawn again."""
+    path, content = tmp_path / "x.png", data.png(picture(3, 4, 5))
+    path.write_bytes(content)
+    assert data.is_png(path, (3, 4, 5)) and not data.is_png(path, (3, 5, 4))
+    for i in range(len(content)):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1:])
+        assert not data.is_png(path, (3, 4, 5)), i
+        path.write_bytes(content[:i])
+        assert not data.is_png(path, (3, 4, 5)), i
 
 
 @given(st.integers(1, 12), st.sampled_from([1, 3]), st.integers(1, 3),

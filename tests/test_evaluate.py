@@ -453,14 +453,12 @@ def test_flags_that_contradict_each_other(capsys, flags, parts):
 
 
 def test_defaults_of_the_flags(capsys):
-    """Bits/dim: the test images, in 32 bits unless another format is asked for. FID: the others."""
+    """Bits/dim: in 32 bits unless another format is asked for."""
     def chosen(flags):
         args = evaluate.parse(flags.split())
-        return args.split, args.precision
-    assert chosen("") == ("test", "fp32") and chosen("--split train") == ("train", "fp32")
-    assert chosen("--precision bf16") == ("test", "bf16")
-    assert chosen("--fid") == ("train", None)
-    assert chosen("--fid --split test --precision fp16") == ("test", "fp16")
+        return args.precision
+    assert chosen("") == "fp32" and chosen("--precision bf16") == "bf16"
+    assert chosen("--fid") is None and chosen("--fid --precision fp16") == "fp16"
     assert evaluate.main(["--help"]) == 0
     assert evaluate.__doc__.strip() in capsys.readouterr().out
 
@@ -650,9 +648,9 @@ CHANGES = {  # the flags, and the kinds of evaluation whose numbers they change
     "--terms 4": {"bound", "estimate"}, "--inception inception-2.pt": {"fid", "samples"},
     "--samples more.pt": {"samples"}, "--fid": {"bound"}, "--dataset other.pt": {*KINDS}}
 NOTHING = ("--batch-size 3", "--device cpu", "--precision fp32", "--checkpoint runs/images/checkpoint.pt", "--out there",
-           "--no-compile", "--compile", "--skip-bad")
+           "--no-compile", "--compile")
 MODES = {"bound": "bits/dim", "estimate": "bits/dim with --terms", "fid": "--fid", "samples": "--fid of --samples"}
-PARTS = ("--data-dir there", "--split other")
+PARTS = ("--data-dir there", "--split other", "--skip-bad")
 BESIDE = {"--samples more.pt": {"fid"}, "--fid": {"estimate"}}  # they change what is evaluated, and --n or --terms
 
 
@@ -713,6 +711,19 @@ def test_every_number_is_of_the_folder_and_the_part_that_are_asked_for(network, 
     found = [numbers(*flags) for flags in ([], ["--data-dir", "there"], ["--split", other])]
     assert len(set(map(tuple, found))) == 3
     assert kind in ("bound", "fid") or numbers("--split", usual, "--data-dir", "data") == found[0]
+
+
+@pytest.mark.parametrize("flags", ["--split test", "--skip-bad"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_these_data_have_not_cannot_be_chosen(run, capsys, kind, flags):
+    """A .pt file has no splits and no pictures that cannot be read; a folder without train/ has no
+    splits. Its flag has an effect where it has: see test_data.py."""
+    assert evaluate.main(f"{KINDS[kind]} --dataset images.pt {flags}".split()) == 2
+    assert flags.split()[0] in said(capsys)
+    Path("pictures").mkdir()
+    if "split" in flags:
+        assert evaluate.main(f"{KINDS[kind]} --dataset pictures {flags}".split()) == 2
+        assert "--split test: pictures has no splits" in said(capsys)
 
 
 @pytest.mark.parametrize("flags, parts", [

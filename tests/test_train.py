@@ -228,8 +228,9 @@ def test_settings_that_fit_are_taken(given, side):
 
 
 @pytest.mark.parametrize("flags, status, parts", [
-    ("--lr 0", 2, "--lr 0"), ("--predict score", 2, "--predict score eps"), ("--channels 40", 1, "40 32"),
-    ("--beta-end 0.001", 2, "--beta-end"), ("--dataset nowhere", 1, "nowhere cifar10 shapes"),
+    ("--lr 0", 2, "--lr 0"), ("--predict score", 2, "--predict score eps"), ("--channels 40", 2, "--channels 40 32"),
+    ("--beta-end 0.001", 2, "--beta-end"), ("--dataset nowhere", 2, "nowhere cifar10 shapes"),
+    ("--skip-bad", 2, "--skip-bad folder"),
     ("--device tpu", 2, "--device tpu"), ("--step 3", 2, "--step --help"),
     ("--variance learned", 2, "--variance --objective"), ("--attention 16", 2, "--attention 16"),
     ("--schedule cubic", 2, "--schedule cubic linear"), ("--init nothing.pt", 1, "nothing.pt"),
@@ -582,6 +583,8 @@ def test_bad_pictures_of_a_folder_are_left_out_if_asked(capsys):
         trains(*flags, "--steps", steps, "--skip-bad")
         assert "2 images" in capsys.readouterr().err and checkpoint("r")["step"] == steps
     assert checkpoint("r")["settings"]["skip_bad"] is True
+    trains(*flags, "--steps", 1, expect=2)  # fewer steps than it has
+    assert "--steps 1" in said(capsys) and json.loads(Path("r/settings.json").read_text())["steps"] == 2
 
 
 @pytest.mark.parametrize("flags, side, want", [

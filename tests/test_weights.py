@@ -201,6 +201,18 @@ def test_another_chain_is_refused(folder, change):
     refused(write(folder, CONFIG, SCHEDULER | change), folder)
 
 
+@pytest.mark.parametrize("file, change", [
+    ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}),
+    ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}),
+    ("scheduler/scheduler_config.json", {"variance_type": "learned_range"}),
+    ("scheduler/scheduler_config.json", {"thresholding": True}), ("unet/config.json", {"sample_size": None}),
+    ("unet/config.json", {"sample_size": [16, 16]}), ("unet/config.json", {"norm_eps": 1e-5})], ids=str)
+def test_a_refusal_names_the_file_and_the_entry(folder, file, change):
+    """The network's or the chain's, and its value."""
+    base = (CONFIG | change, SCHEDULER) if "unet" in file else (CONFIG, SCHEDULER | change)
+    refused(write(folder, *base), f"{pathlib.Path(file).name} ", *change)
+
+
 def test_files_that_are_no_configurations_are_named(folder):
     """Missing, no JSON, or no object. Without its scheduler a network says nothing of its chain."""
     for place in ("unet/config.json", "scheduler/scheduler_config.json"):
@@ -502,7 +514,7 @@ def test_diffusers_scheduler_steps_alike(variance, prediction):
     """All 1000 steps of DDPMScheduler with the same noise: the same x_{t−1}, in float64, with the
     schedule and the choices that its configuration is read as."""
     theirs = diffusers.DDPMScheduler(variance_type=variance, prediction_type=prediction)
-    settings = weights.settings_of(CONFIG, theirs.config)
+    settings = weights.network_settings(CONFIG) | weights.chain_settings(theirs.config)
     theirs.betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # theirs are float32
     theirs.alphas = 1 - theirs.betas
     theirs.alphas_cumprod = theirs.alphas.cumprod(0)
