@@ -257,27 +257,27 @@ def written(path: Path) -> Iterator[BinaryIO]:
     is renamed, so that a power cut cannot leave a file with holes. A path that cannot be written
     fails before the block, which may be hours of work.
     """
-    path = Path(os.path.realpath(path))  # a link stays one, to a file on another disk, say
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    place = Path(os.path.realpath(path))  # a link stays one, to a file on another disk, say
+    part = place.with_name(f".{secrets.token_hex(8)}.part")
     try:
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "not a regular file"
             raise OSError(f"cannot write {path}: it is {kind}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "xb") as file:  # x: it must not exist, not even as a link
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(part, place)
         if os.name == "posix":  # flush the folder's entry, too
-            folder = os.open(path.parent, os.O_RDONLY)
+            folder = os.open(place.parent, os.O_RDONLY)
             with lacking(path.parent, "flushing folders"):
                 os.fsync(folder)
             os.close(folder)
     except BrokenPipeError:  # of what the block prints
         raise
     except OSError as error:  # of this file, not of the work in the block
-        if error.errno is None or error.filename not in (None, str(part), str(path.parent)):
+        if error.errno is None or error.filename not in (None, str(part), str(place.parent)):
             raise
         raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:

@@ -104,7 +104,11 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
         return F.pad(read_idx(path), (2, 2, 2, 2)), f"{about}, padded from 28×28 to 32×32"
     folder, about, parts = Path(name), "all pictures", {}
     if folder.is_dir():
-        parts = {part.name.lower(): part for part in folder.iterdir() if part.is_dir()}
+        folders = [part for part in folder.iterdir() if part.is_dir()]
+        parts = {part.name.lower(): part for part in folders}
+        if twice := [part.name for part in folders if part not in parts.values()
+                     and part.name.lower() in ("train", *SPLITS["test"])]:
+            raise ValueError(f"{name} has {twice[0]}/ in upper and in lower case: rename one")
     splits = "train" in parts and parts.keys() & SPLITS["test"]
     if exact and not splits:
         raise UsageError(f"--split {split}: {name} has no splits")
@@ -312,6 +316,8 @@ def decode(file: Path, size: int, notes: Counter) -> Tensor:
         if isinstance(original.info.get("transparency"), int) and picture.mode != "P" and (
                 original.format == "PNG" and file.read_bytes()[24] != 8):
             raise ValueError("grey with a transparent level is read with 8 bits alone")
+        if tags.get(284) == 2 and 16 in tags.get(258, ()) or 2 in tags.get(339, ()):
+            raise ValueError("16 bits in planes and signed numbers are not supported")
         with contextlib.suppress(Exception):  # ignore invalid metadata
             ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode[:4] == "I;16" or picture.mode == "I" and original.format in ("PNG", "PPM"):

@@ -420,6 +420,11 @@ def test_a_link_stays_a_link(tmp_path):
             file.write(content)
         assert (tmp_path / "x.pt").is_symlink() and (tmp_path / "disk" / "y.pt").read_bytes() == content
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "x.pt", "y.pt"]
+    (tmp_path / "x.pt").unlink()
+    (tmp_path / "x.pt").symlink_to("none/y/x.pt")
+    (tmp_path / "none").write_bytes(b"")  # by the name that was given
+    with pytest.raises(OSError, match=re.escape(f"cannot write {tmp_path / 'x.pt'}: ")), command.written(tmp_path / "x.pt"):
+        pytest.fail("the block was begun")
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):

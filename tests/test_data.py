@@ -929,6 +929,37 @@ def test_a_transparent_level_of_grey_is_white_or_refused(tmp_path, depth):
             data.decode(tmp_path / "x.png", 8, Counter())
 
 
+@pytest.mark.parametrize("colour, tags", [
+    (2, {277: 3, 284: 2, 258: (16, 16, 16)}), (1, {277: 1, 258: (8,), 339: (2,)})], ids=["planes", "signed"])
+def test_what_pillow_misreads_is_refused(tmp_path, colour, tags):
+    """TIFF with 16 bits in planes, of which Pillow reads the first one alone, and with signed numbers."""
+    pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    raw = bytes(8 * 8 * 6)
+    tags, at, body, more = {256: 8, 257: 8, 259: 1, 262: colour, 273: 8, 278: 8, 279: len(raw), **tags}, 8 + len(raw), b"", b""
+    for name, value in sorted(tags.items()):
+        value = value if isinstance(value, tuple) else (value,)
+        place = value[0] if len(value) == 1 else at + 2 + 12 * len(tags) + 4 + len(more)  # or behind the list
+        body += struct.pack("<HHII", name, 3, len(value), place)
+        more += struct.pack(f"<{len(value)}H", *value) if len(value) > 1 else b""
+    (tmp_path / "x.tif").write_bytes(
+        b"II*\0" + struct.pack("<I", at) + raw + struct.pack("<H", len(tags)) + body + bytes(4) + more)
+    with pytest.raises(ValueError, match="not supported"):
+        data.decode(tmp_path / "x.tif", 8, Counter())
+
+
+def test_a_split_in_two_spellings_is_refused(decoded):
+    """Where both can be: one of them would be left out without a word. A class in two spellings stays two."""
+    fill("p/train/Cat", a_png=1)
+    fill("p/train/cat", b_png=2)
+    fill("p/val", c_png=3)
+    if len(os.listdir("p/train")) == 1:
+        pytest.skip("the file system does not know upper and lower case")
+    assert len(data.load("p", "cache")[0]) == 2
+    fill("p/Train", d_png=4)
+    with pytest.raises(ValueError, match="p has .rain/ in upper and in lower case"):
+        data.load("p", "cache")
+
+
 def test_every_byte_of_a_png_counts(tmp_path):
     """A picture of a folder that was damaged on its way is drawn again."""
     path, content = tmp_path / "x.png", data.png(picture(3, 4, 5))
