@@ -533,7 +533,7 @@ def main(argv=None) -> int:
     folder = given["out"] or Path("runs", Path(name.removesuffix(".pt")).resolve().name)
     if Path(name).is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
         raise UsageError(f"--out {folder} lies in {name}: its grids would become pictures of the "
-                         "data set")
+                         "data set: give an --out elsewhere")
     if given.get("skip_bad") and not Path(name).is_dir():
         raise UsageError("--skip-bad has no effect: --dataset is no folder of pictures")
     machine = start_machine(given["device"], given["precision"], given["compile"])

@@ -331,6 +331,8 @@ def decode(file: Path, size: int, notes: Counter) -> Tensor:
         if picture.has_transparency_data:
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        if min(picture.size) < size:
+            notes[f"are smaller than {size}×{size}, and enlarged"] += 1
         picture = ImageOps.fit(picture.convert(mode), (size, size), Image.Resampling.LANCZOS)
         if profile := original.info.get("icc_profile"):
             try:

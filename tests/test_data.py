@@ -947,6 +947,13 @@ def test_what_pillow_misreads_is_refused(tmp_path, colour, tags):
         data.decode(tmp_path / "x.tif", 8, Counter())
 
 
+def test_small_pictures_are_enlarged_and_it_is_said(tmp_path):
+    """Without --image-size those of 32×32 pixels would become 256×256 without a word."""
+    for side, notes in ((32, ()), (33, ("are smaller than 33×33, and enlarged",))):
+        (tmp_path / "x.png").write_bytes(data.png(picture(3, 32, 40)))
+        assert decode(tmp_path / "x.png", side, *notes).shape == (3, side, side)
+
+
 def test_a_split_in_two_spellings_is_refused(decoded):
     """Where both can be: one of them would be left out without a word. A class in two spellings stays two."""
     fill("p/train/Cat", a_png=1)
