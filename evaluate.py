@@ -310,7 +310,7 @@ def main(argv=None) -> int:
         scores(net, made, images, f"{name}, {about}", machine, args)
         return 0
     if args.n and args.n > len(images):
-        raise ValueError(f"--n {args.n}: {name} has {len(images)} images")
+        raise UsageError(f"--n {args.n}: {name} has {len(images)} images")
     table = args.out / "rate-distortion.csv"  # opened before the work
     with written(table) if machine.is_main and not args.terms else nullcontext() as file:
         likelihood(trained, images[:args.n], machine, args, file)

@@ -294,6 +294,8 @@ def main(argv=None) -> int:
         if args.action == "measure":
             images, _ = data.load(trained.settings["dataset"], args.data_dir, "test",
                                   trained.shape[1], trained.settings.get("skip_bad", False))
+            if (args.n or 0) > len(images):
+                raise UsageError(f"--n {args.n}: there are {len(images)} test images")
             file.write(data.png(measure(trained, images[:args.n or 20], args.b or 12)))
             said = "shows what the first bytes tell"
         elif args.action == "encode":

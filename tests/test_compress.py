@@ -566,6 +566,13 @@ def test_an_error_of_the_network_is_not_blamed_on_the_file(run, capsys):
         assert "unexpected ZeroDivisionError in test_compress.py" in (err := capsys.readouterr().err) and "cannot" not in err
 
 
+def test_no_more_images_are_measured_than_there_are(run, capsys):
+    """A mean of fewer would be told as that of as many as were asked for."""
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    assert compress.main("measure --n 999".split()) == 2 and not Path("compress.png").exists()
+    assert "--n 999: there are 2 test images" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_too_few_bytes_are_one_line(run, capsys):
     """Of a good file; no picture is left."""
     Path("a.ddpm").write_bytes(compress.encode(checkpoint.load("runs/images"), picture(3), 1))
