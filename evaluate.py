@@ -248,6 +248,8 @@ def parse(argv):
             return f"--fid of --samples{' and --dataset' * bool(args.dataset)}"
         return "--fid" if args.fid else f"bits/dim{' with --terms' * bool(args.terms)}"
     args = parser.parse_mode(argv, mode, READS)
+    if args.out.suffix in (".csv", ".pt"):
+        raise UsageError(f"--out {args.out}: a folder, in which the files have their own names")
     if not args.fid:
         args.precision = args.precision or "fp32"
     return args

@@ -245,8 +245,9 @@ def main(argv=None) -> int:
                 file.write(buffer.getbuffer())
             else:
                 file.write(data.png(picture if args.figure else data.tiled(picture)))
-    if machine.is_main:
-        say(f"{args.out} holds {args.n} {'row' if args.figure else 'sample'}{'s' * (args.n > 1)}")
+    if machine.is_main:  # a folder may have more, of an earlier command
+        n = args.n if args.out.suffix else len([*args.out.glob("[0-9]*.png")])
+        say(f"{args.out} holds {n} {'row' if args.figure else 'sample'}{'s' * (n > 1)}")
     return 0
 
 def draw_folder(trained: Trained, sampler: Sampler, args, machine: Machine) -> None:

@@ -86,10 +86,10 @@ SETTINGS = {
 RECIPES = {  # what differs for other data sets, and for images of 256×256 pixels or more
     "mnist": dict(flip=False),
     "fashion_mnist": dict(flip=False),
-    "shapes": dict(steps=1500, batch_size=32, lr=3e-3, warmup=100, decay=0.6, ema=0.99,
+    "shapes": dict(steps=1650, batch_size=16, lr=5e-3, warmup=100, decay=0.6, ema=0.99,
                    dropout=0.0, channels=64, multipliers=[1, 1], blocks=1, attention=[],
-                   variance="fixed_small", save_every=500, sample_every=500, samples=16,
-                   sample_steps=100),
+                   timesteps=500, schedule="quadratic", variance="fixed_small", save_every=550,
+                   sample_every=550, samples=16, sample_steps=50),
     # CelebA-HQ and LSUN (§4, Appendix B). LSUN took 1.2 to 2.4 million steps, and LSUN Bedroom was
     # not flipped. The released code's variance.
     "256×256": dict(multipliers=[1, 1, 2, 2, 4, 4], dropout=0.0, steps=500_000, batch_size=64,
@@ -298,16 +298,13 @@ def save(run: Run, step: int) -> None:
     if run.machine.is_main:
         save_checkpoint(run.folder / "checkpoint.pt", state)
 
-def is_done(path: Path) -> bool:
-    """Whether this file was written; an empty one is not ours (a full disk may leave it)."""
-    return path.exists() and path.stat().st_size > 0
-
 def keep(run: Run, step: int) -> None:
-    """Writes the averaged weights to a file of their own, unless they are there."""
+    """Writes the averaged weights to a file of their own, unless they are there, undamaged."""
     path = run.folder / f"ema-{step:07d}.pt"
-    if not is_done(path):
-        save_checkpoint(path, {"settings": run.settings, "step": step,
-                               "ema": run.ema.state_dict()})
+    with contextlib.suppress(ValueError):
+        load_checkpoint(path)
+        return
+    save_checkpoint(path, {"settings": run.settings, "step": step, "ema": run.ema.state_dict()})
 
 def restore(run: Run, state: dict) -> int:
     """Continues from a checkpoint. Returns its step. ValueError if the images are others."""
@@ -385,7 +382,8 @@ def draw_grid(run: Run, step: int) -> None:
     """Samples with the averaged weights, unless they are there: the same noise in every grid."""
     settings, machine, n = run.settings, run.machine, run.settings["samples"]
     path = run.folder / f"samples-{step:07d}.png"
-    if n and not is_done(path):
+    blank = data.tiled(torch.zeros(n or 1, *run.images.shape[1:], dtype=torch.uint8))
+    if n and not data.is_png(path, blank.shape):
         images = sample.draw_samples(
             Trained(run.ema, run.model.s, settings, ""), n, settings["seed"], 32, machine,
             Progress(n, "samples", quiet=not machine.is_main),
@@ -442,6 +440,8 @@ def settle(base: dict, given: dict, shape: tuple[int, int, int]) -> dict:
         raise UsageError("--multipliers needs one number per level")
     if settings["variance"] == "learned" and settings["objective"] == "simple":
         raise UsageError("--variance learned needs --objective vlb: L_simple does not depend on it")
+    if settings["ema"] == 1 and not settings["ema_ramp"]:
+        raise UsageError("--ema 1 --no-ema-ramp: the average would keep the first weights for ever")
     if settings["channels"] % 32:
         raise UsageError(f"--channels {settings['channels']}: must be a multiple of 32")
     if height != width or given.get("image_size", height) != height:

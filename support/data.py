@@ -180,6 +180,8 @@ def read_tensor(path: Path) -> Tensor:
                 raise ValueError(f"it begins with {start}: it is not in torch.save's format")
         try:
             x = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except UnicodeEncodeError as error:
+            raise ValueError("its name is not UTF-8: rename it") from error
         except Exception as error:  # whose text gives advice on unsafe loading
             raise ValueError("it is cut off, or holds more than tensors") from error
         if not isinstance(x, Tensor):

@@ -31,7 +31,8 @@ TINY = ("--dataset images.pt --channels 32 --multipliers 1 2 --blocks 1 --attent
         "--timesteps 20 --batch-size 4 --lr 1e-3 --warmup 3 --log-every 2 --save-every 100 "
         "--sample-every 100 --samples 0 --device cpu --precision fp32").split()
 SMALL = ("--multipliers", 1, "--attention", 8)  # after TINY: where the network does not matter
-SETTINGS = train.settle(train.defaults("shapes", 16), {"dataset": "shapes"}, (3, 16, 16))
+SETTINGS = train.settle(train.defaults("shapes", 16), {"dataset": "shapes", "schedule": "linear", "timesteps": 1000},
+                        (3, 16, 16))
 CPU = Machine(torch.device("cpu"), torch.float32)
 T, SIDE = 20, 8
 SMALL_NET = {**SETTINGS, "dataset": "images.pt", "channels": 32, "multipliers": [1], "attention": [SIDE],

@@ -731,7 +731,8 @@ def test_what_these_data_have_not_cannot_be_chosen(run, capsys, kind, flags):
     ("--fid --inception made.pt --samples made.pt", "made.pt"), ("--fid --inception none.pt --samples made.pt", "none.pt"),
     ("--fid --inception inception.pt --samples nan.pt", "nan.pt"), ("--fid --samples none.pt", "none.pt"),
     ("--fid --inception inception.pt --samples one.pt", "1"),
-    ("--dataset grey.pt", "grey.pt (1,"), ("--n 65", "65 64"), ("--out images.pt", "images.pt")])
+    ("--dataset grey.pt", "grey.pt (1,"), ("--n 65", "65 64"), ("--out file", "file"),
+    ("--out curve.csv", "curve.csv folder")])
 def test_mistakes_are_one_line(run, capsys, flags, parts):
     """A cut Inception file, one that is none or not there, samples that are no images or not there, one
     sample, grey against colour, more images than there are, a place that cannot be written. Those
@@ -740,9 +741,10 @@ def test_mistakes_are_one_line(run, capsys, flags, parts):
     torch.save(torch.rand(4, 3, 8, 8) * math.nan, "nan.pt")
     torch.save(data.shapes(1, 8), "one.pt")
     torch.save(data.shapes(3, 8)[:, :1], "grey.pt")
+    Path("file").write_bytes(b"")
     calls, before = [], sorted(Path().rglob("*"))
     with hooked(UNet, lambda *_: calls.append(1)):
-        assert evaluate.main(["--device", "cpu", *flags.split()]) == 1 + ("--n 65" in flags) and not calls
+        assert evaluate.main(["--device", "cpu", *flags.split()]) == 1 + (flags in ("--n 65", "--out curve.csv")) and not calls
     line = said(capsys)
     assert all(part in line for part in parts.split()) and "unexpected" not in line, line
     assert sorted(Path().rglob("*")) == before

@@ -44,10 +44,10 @@ PAPER = {  # §4 and Appendix B; of the released code alone: flips as a choice, 
     "save_every": 5000, "sample_every": 25_000, "samples": 64, "sample_steps": 50, "keep": None}
 HUGE = {**PAPER, "steps": 500_000, "batch_size": 64, "lr": 2e-5, "dropout": 0.0,
          "multipliers": [1, 1, 2, 2, 4, 4], "variance": "fixed_small", "samples": 16}
-SHAPES = {**PAPER, "dataset": "shapes", "steps": 1500, "batch_size": 32, "lr": 3e-3,
+SHAPES = {**PAPER, "dataset": "shapes", "steps": 1650, "batch_size": 16, "lr": 5e-3,
           "warmup": 100, "decay": 0.6, "ema": 0.99, "dropout": 0.0, "channels": 64, "multipliers": [1, 1],
-          "blocks": 1, "attention": [], "variance": "fixed_small", "save_every": 500,
-          "sample_every": 500, "samples": 16, "sample_steps": 100}
+          "blocks": 1, "attention": [], "timesteps": 500, "schedule": "quadratic", "variance": "fixed_small",
+          "save_every": 550, "sample_every": 550, "samples": 16, "sample_steps": 50}
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +231,7 @@ def test_settings_that_fit_are_taken(given, side):
     ("--lr 0", 2, "--lr 0"), ("--predict score", 2, "--predict score eps"), ("--channels 40", 2, "--channels 40 32"),
     ("--beta-end 0.001", 2, "--beta-end"), ("--dataset nowhere", 2, "nowhere cifar10 shapes"),
     ("--skip-bad", 2, "--skip-bad folder"),
+    ("--ema 1 --no-ema-ramp", 2, "--ema"),
     ("--device tpu", 2, "--device tpu"), ("--step 3", 2, "--step --help"),
     ("--variance learned", 2, "--variance --objective"), ("--attention 16", 2, "--attention 16"),
     ("--schedule cubic", 2, "--schedule cubic linear"), ("--init nothing.pt", 1, "nothing.pt"),
@@ -648,7 +649,7 @@ def test_init_starts_from_the_averages_of_another_run():
     new = begin(given, data.shapes(4, 8), {}, CPU, Path("new"))
     for net in (new.net, new.ema):
         assert_equal(dict(net.state_dict()), dict(other.ema.state_dict()))
-    assert new.settings["predict"] == "x0" and new.settings["lr"] == 3e-3
+    assert new.settings["predict"] == "x0" and new.settings["lr"] == 5e-3
     assert {p.requires_grad for p in new.net.parameters()} == {True}
     with pytest.raises(UsageError, match="predict"):
         begin({**given, "predict": "eps"}, data.shapes(4, 8), {}, CPU, Path("new"))
@@ -1052,11 +1053,11 @@ def test_a_line_of_the_log_by_hand():
     train.log(run, 4, records_of(([5.0, 6.0, 10.0], [8, 14, 9], 8.0)), 1.5)
     bad = [([math.inf] * 3, [1, 9, 20], math.inf), ([1.0] * 3, [1, 9, 20], math.nan)]
     train.log(run, 5, records_of(bad[0], *steps, bad[1]), 2.0)
-    first = {"step": 3, "loss": 32 / 6, "loss_thirds": [1.5, 6, 8.5], "lr": 3e-3 * 2 / 4,
+    first = {"step": 3, "loss": 32 / 6, "loss_thirds": [1.5, 6, 8.5], "lr": 5e-3 * 2 / 4,
              "grad_norm": 2.5, "grad_norm_max": 3, "images_per_s": 24}
-    second = {"step": 4, "loss": 7, "loss_thirds": [None, 7, None], "lr": 3e-3 * 3 / 4,
+    second = {"step": 4, "loss": 7, "loss_thirds": [None, 7, None], "lr": 5e-3 * 3 / 4,
               "grad_norm": 8, "grad_norm_max": 8, "images_per_s": 2}
-    third = {**first, "step": 5, "lr": 3e-3, "images_per_s": 6}
+    third = {**first, "step": 5, "lr": 5e-3, "images_per_s": 6}
     for entry, want in zip(log(), (first, second, third), strict=True):
         assert entry.keys() == want.keys()
         for key, value in want.items():
@@ -1251,8 +1252,8 @@ def test_the_network_calls_of_a_grid(capsys, T, variance, flag, calls):
 
 def test_grids_of_equal_weights_are_equal():
     """The same noise in every grid, whatever the network, the step and the rest of the settings: two
-    pictures differ by the averages alone. What is there is not drawn again, and no images are no
-    grid.
+    pictures differ by the averages alone. What is there is not drawn again, unless it is damaged or of
+    another number of images; and no images are no grid.
 
     Kills: noise of the step, or of the generator of training."""
     run, other = run_of(samples=3, sample_steps=2), run_of(folder="b", samples=3, sample_steps=2, lr=0.5, dropout=0.5)
@@ -1267,9 +1268,13 @@ def test_grids_of_equal_weights_are_equal():
     third.ema.load_state_dict(run.ema.state_dict())
     train.draw_grid(third, 3)
     assert Path("c/samples-0000003.png").read_bytes() != first.read_bytes()
-    first.write_bytes(b"what is there")
+    kept = first.stat().st_ino
     train.draw_grid(run, 3)
-    assert first.read_bytes() == b"what is there"
+    assert first.stat().st_ino == kept
+    for content in (b"", first.read_bytes()[:200], data.png(torch.zeros(3, 480, 480, dtype=torch.uint8)[:, 1:])):
+        first.write_bytes(content)
+        train.draw_grid(run, 3)
+        assert first.read_bytes() == second.read_bytes()
     train.draw_grid(run_of(samples=0), 4)
     assert not Path("samples-0000004.png").exists()
 
