@@ -142,10 +142,10 @@ def _at(table: Tensor, t: Tensor) -> Tensor:
                          f" as in s.to({str(t.device)!r})")
     return table.index_select(0, t)
 
-def _network_times(s: Schedule, t: Tensor) -> Tensor:
-    """`times` at t = 1 … T. IndexError for t = 0, as of code that counts from 0: there x_0 is all
-    signal, and no network predicts its noise."""
-    return _at(s.times[1:], t - 1)
+def _from_1(table: Tensor, t: Tensor) -> Tensor:
+    """The same at t = 1 … T. IndexError or RuntimeError for t = 0, as of code that counts from 0:
+    no step leads to x_0, and it has no noise to predict."""
+    return _at(table[1:], t - 1)
 
 def _column(c: Tensor, x: Tensor) -> Tensor:
     """c (B,), a number per image, as (B, 1, …, 1), to multiply x (B, …). ValueError if not B."""
@@ -189,7 +189,8 @@ def q_step(s: Schedule, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     (1 − β_t) · 1 + β_t = 1. Training does not walk these steps: Eq. 4 jumps to any t at once.
     """
     _same(x, eps)
-    return _like(_at(s.alphas, t).sqrt(), x) * x + _like(_at(s.betas, t).sqrt(), x) * eps
+    alpha, beta = _from_1(s.alphas, t), _from_1(s.betas, t)
+    return _like(alpha.sqrt(), x) * x + _like(beta.sqrt(), x) * eps
 
 # --- Eq. 3: the bound -----------------------------------------------------------------------------
 #
@@ -229,7 +230,7 @@ def predict_x0_from_eps(s: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Ten
 def predict_eps_from_x0(s: Schedule, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
     """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t): Eq. 4 solved for ε.   [DDPM Eq. 15 inverted]"""
     _same(x_t, x0)
-    alpha_bar = _at(s.alpha_bars, t)
+    alpha_bar = _from_1(s.alpha_bars, t)
     return (x_t - _like(alpha_bar.sqrt(), x_t) * x0) / _like((1 - alpha_bar).sqrt(), x_t)
 
 # --- Eq. 5: the bound as a sum of KL divergences --------------------------------------------------
@@ -307,13 +308,14 @@ def p_variance(s: Schedule, t: Tensor, variance: str) -> Tensor:
     β̃_2, since L_0 would divide by β̃_1 = 0, and since, as a comment there says, β̃_2 gives a
     better likelihood than β_1. Only L_0 depends on σ_1². (A schedule of one step has σ_1² = β_1.)
     """
+    beta = _from_1(s.betas, t)
     if s.T == 1:
-        return _at(s.betas, t)
+        return beta
     beta_tilde = _beta_tilde(s, t.clamp(min=2))
     if variance == "fixed_small":
         return beta_tilde
     if variance == "fixed_large":
-        return torch.where(t == 1, beta_tilde, _at(s.betas, t))
+        return torch.where(t == 1, beta_tilde, beta)
     raise ValueError(f"no fixed variance is called {variance!r}: choose fixed_large or fixed_small")
 
 # --- Eqs. 8 to 12: from L_{t−1} to a prediction of the noise --------------------------------------
@@ -388,7 +390,7 @@ def predict_x0(model: Model, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | N
 
     After `respace`, both the network and the formula for x̂_0 use the times of the full schedule.
     """
-    full, tau, log_sigma2 = model.s.full or model.s, _network_times(model.s, t), None
+    full, tau, log_sigma2 = model.s.full or model.s, _from_1(model.s.times, t), None
     out = model.net(x_t, tau)
     if model.variance == "learned":
         out, log_sigma2 = out.chunk(2, dim=1)
@@ -528,7 +530,7 @@ def loss_simple(model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """
     x_t = q_sample(model.s, x0, t, eps)
     target = PREDICTIONS[model.predict].target(model.s, x0, x_t, t, eps)
-    out = model.net(x_t, _network_times(model.s, t))
+    out = model.net(x_t, _from_1(model.s.times, t))
     _same(target, out)
     return (target - out).square().flatten(1).mean(1)
 

@@ -1014,6 +1014,12 @@ def edges():
     for name, call in (("loss_simple", ddpm.loss_simple), ("loss_vlb", ddpm.loss_vlb)):  # t = 0 … T − 1, as others count
         yield name, lambda call=call: call(model, x, t - 1, x), ""
     yield "p_mean_variance", lambda: ddpm.p_mean_variance(model, x, t - 1), ""
+    for name, two in (("q_step", ddpm.q_step), ("predict_eps_from_x0", ddpm.predict_eps_from_x0),
+                      ("predict_x0_from_mean", ddpm.predict_x0_from_mean), ("posterior", ddpm.q_posterior_mean_variance)):
+        yield name, lambda two=two: two(s, x, t - 1, x) if two != ddpm.q_posterior_mean_variance else two(s, x, x, t - 1), ""
+    for name, one in (("p_variance", ddpm.p_variance), ("vlb_weight", ddpm.vlb_weight)):
+        for variance in ("fixed_small", "fixed_large"):
+            yield name, lambda one=one, variance=variance: one(s, t - 1, variance), ""
     learned = lambda c: Model(s, lambda x, t: torch.zeros(3, c), variance="learned")
     for c in (2, 3, 5):
         yield "learned", lambda c=c: ddpm.p_mean_variance(learned(c), x, t), "same shape"

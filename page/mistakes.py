@@ -49,10 +49,10 @@ MISTAKES = {
         ("min(beta * 1000 / T, 0.999)", "beta"), ("if s.alpha_bars[T] > 1e-3:", "if False:")],
     "short"),
     "β_t instead of √β_t in Eq. 2": ("ddpm.py", D + "test_eq02_forward_step", [
-        ("_like(_at(s.betas, t).sqrt(), x) * eps", "_like(_at(s.betas, t), x) * eps")], None),
+        ("_like(beta.sqrt(), x) * eps", "_like(beta, x) * eps")], None),
     "α_t and β_t exchanged in Eq. 2": ("ddpm.py", D + "test_eq02_forward_step", [
-        ("(_at(s.alphas, t).sqrt(), x) * x + _like(_at(s.betas, t).sqrt(), x) * eps",
-         "(_at(s.betas, t).sqrt(), x) * x + _like(_at(s.alphas, t).sqrt(), x) * eps")], None),
+        ("(alpha.sqrt(), x) * x + _like(beta.sqrt(), x) * eps",
+         "(beta.sqrt(), x) * x + _like(alpha.sqrt(), x) * eps")], None),
     "1 − ᾱ_t instead of its root in Eq. 4": (
         "ddpm.py", D + "test_eq04_jump_is_iterated_steps", [
             ("sigma2.sqrt().to(mean.dtype) * eps", "sigma2.to(mean.dtype) * eps")], "training"),
