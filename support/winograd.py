@@ -23,9 +23,9 @@ BB, GG, AA = (torch.kron(x, x) for x in (B_T, G, A_T))
 PIXELS = 2048  # at a time, so that their tiles stay in the cache
 
 def filters(weight: Tensor) -> Tensor:
-    """G g Gᵀ: (K, C, 3, 3) → (36, C, K)."""
+    """G g Gᵀ: (K, C, 3, 3) → (36, K, C)."""
     k, c = weight.shape[:2]
-    return (GG.to(weight.dtype) @ weight.permute(2, 3, 1, 0).reshape(9, c * k)).view(36, c, k)
+    return (GG.to(weight.dtype) @ weight.permute(2, 3, 0, 1).reshape(9, k * c)).view(36, k, c)
 
 def tiles(x: Tensor, side: int) -> Tensor:
     """All tiles of side × side pixels, 4 apart: (n, H, W, C) → (side², n · tiles · C)."""
@@ -48,43 +48,61 @@ def inputs(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, (BB.to(x.dtype) @ tiles(few, 6)).view(36, -1, c)
 
 def convolve(x: Tensor, u: Tensor) -> Tensor:
-    """Aᵀ [u ⊙ (Bᵀ d B)] A: (n, C, H, W), H and W divisible by 4, and (36, C, K) → (n, K, H, W)."""
-    x, k = x.permute(0, 2, 3, 1), u.shape[2]
+    """Aᵀ [u ⊙ (Bᵀ d B)] A: (n, C, H, W), H and W divisible by 4, and (36, K, C) → (n, K, H, W)."""
+    x, k = x.permute(0, 2, 3, 1), u.shape[1]
     n, h, w, _ = x.shape
     y = x.new_empty(n, h // 4, 4, w // 4, 4, k)
     for part, v in inputs(x):
-        out = AA.to(x.dtype) @ (v @ u).view(36, -1)
+        out = AA.to(x.dtype) @ (v @ u.transpose(1, 2)).view(36, -1)
         y[part] = out.view(4, 4, -1, h // 4, w // 4, k).permute(2, 3, 0, 4, 1, 5)
     return y.view(n, h, w, k).permute(0, 3, 1, 2)
 
+def untiles(dtiles: Tensor, n: int, h: int, w: int) -> Tensor:
+    """The sum of tiles of 6×6 pixels, 4 apart, where they overlap, without the padding: the adjoint
+    of `tiles`, (36, n · tiles · C) → (n, H, W, C)."""
+    d = dtiles.view(6, 6, n, h // 4, w // 4, -1).permute(2, 3, 0, 4, 1, 5)
+    total = d.new_zeros(n, h // 4 + 1, 4, w // 4 + 1, 4, d.shape[-1])
+    total[:, :-1, :, :-1] = d[:, :, :4, :, :4]
+    total[:, 1:, :2, :-1] += d[:, :, 4:, :, :4]
+    total[:, :-1, :, 1:, :2] += d[:, :, :4, :, 4:]
+    total[:, 1:, :2, 1:, :2] += d[:, :, 4:, :, 4:]
+    return total.view(n, h + 4, w + 4, -1)[:, 1:h + 1, 1:w + 1]
+
 class Winograd(torch.autograd.Function):
-    """x (n, C, H, W), weight (K, C, 3, 3), bias (K,) → F.conv2d(x, weight, bias, padding=1)."""
+    """x (n, C, H, W), weight (K, C, 3, 3), bias (K,) → F.conv2d(x, weight, bias, padding=1).
+
+    The gradient is that of the formula above: every transform of it, transposed.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return convolve(x, filters(weight)).add_(bias[:, None, None])
+        u = filters(weight)
+        ctx.save_for_backward(x, u)
+        return convolve(x, u).add_(bias[:, None, None])
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple:
-        x, weight = ctx.saved_tensors
-        dx = convolve(dy, filters(weight.flip(2, 3).transpose(0, 1)))
-        (k, c), x, dy = weight.shape[:2], x.permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1)
-        du = x.new_zeros(36, c, k)
+        x, u = ctx.saved_tensors
+        (_, k, c), x, dy = u.shape, x.permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1)
+        dx, du = torch.empty_like(x), torch.empty_like(u)
         for part, v in inputs(x):
             dm = (AA.T.to(x.dtype) @ tiles(dy[part], 4)).view(36, -1, k)
-            du.baddbmm_(v.transpose(1, 2), dm)
-        dw = (GG.T.to(x.dtype) @ du.view(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)
-        return dx, dw, dy.sum((0, 1, 2))
+            du.baddbmm_(dm.transpose(1, 2), v, beta=float(part.start > 0))  # 0: the first one
+            dv = (dm @ u).view(36, -1)
+            dx[part] = untiles(BB.T.to(x.dtype) @ dv, part.stop - part.start, *x.shape[1:3])
+        dw = (GG.T.to(x.dtype) @ du.view(36, -1)).view(3, 3, k, c).permute(2, 3, 0, 1)
+        return dx.permute(0, 3, 1, 2), dw, dy.sum((0, 1, 2))
 
 class Conv(nn.Conv2d):
-    """The same convolution, by Winograd's algorithm in float32 on a CPU, at 16×16 or more."""
+    """The same convolution, by Winograd's algorithm in float32 on a CPU: at 16×16 or more, in training
+    at 8×8, too, where one image alone gains nothing."""
     keeps, u = False, None  # whether the filters are kept (see `keep_filters`), and they
 
     def forward(self, x: Tensor) -> Tensor:
+        least = 8 if torch.is_grad_enabled() else 16
         if (x.dtype != torch.float32 or x.device.type != "cpu" or self.weight.dtype != x.dtype
                 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-                or min(x.shape[2:]) < 16 or x.shape[2] % 4 or x.shape[3] % 4):
+                or min(x.shape[2:]) < least or x.shape[2] % 4 or x.shape[3] % 4):
             return super().forward(x)
         if torch.is_grad_enabled():
             return Winograd.apply(x, self.weight, self.bias)

@@ -62,15 +62,15 @@ def test_its_rounding_in_float32():
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def ways(net, x, t) -> set:
-    """Which convolutions compute by the algorithm: their names."""
+def ways(net, x, t, training: bool = False) -> set:
+    """Which convolutions compute by the algorithm, in training or not: their names."""
     used, hooks = set(), []
     for name, conv in net.named_modules():
         if isinstance(conv, nn.Conv2d):
             hooks.append(conv.register_forward_hook(
                 lambda conv, given, out, name=name: used.add(name) if not torch.equal(
                     out, F.conv2d(given[0], conv.weight, conv.bias, conv.stride, conv.padding)) else None))
-    with torch.no_grad():
+    with torch.set_grad_enabled(training):
         net(x, t)
     for hook in hooks:
         hook.remove()
@@ -97,6 +97,10 @@ def test_where_it_is_used():
             assert min(conv.in_channels, conv.out_channels) >= 128 and conv.kernel_size == (3, 3) and conv.stride == (1, 1)
     assert not {name for name in used if name.startswith("middle")}  # 8×8
     assert {"down.2.conv2"} <= used and "conv_in" not in used
+    more = ways(net, x, t, True)  # in training at 8×8, too
+    assert more == ways(net, x[:1], t[:1], True) and more - used == {
+        name for name, conv in net.named_modules() if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)
+        and name.split(".")[0] == "middle"} | {"down.4.conv1", "down.4.conv2", "up.0.conv1", "up.0.conv2", "up.1.conv1", "up.1.conv2"}
     with torch.autocast("cpu", torch.bfloat16):
         before = net(x, t)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
