@@ -86,10 +86,10 @@ SETTINGS = {
 RECIPES = {  # what differs for other data sets, and for images of 256×256 pixels or more
     "mnist": dict(flip=False),
     "fashion_mnist": dict(flip=False),
-    "shapes": dict(steps=1650, batch_size=16, lr=5e-3, warmup=100, decay=0.6, ema=0.99,
+    "shapes": dict(steps=1600, batch_size=16, lr=5e-3, warmup=100, decay=0.6, ema=0.99,
                    dropout=0.0, channels=64, multipliers=[1, 1], blocks=1, attention=[],
-                   timesteps=500, schedule="quadratic", variance="fixed_small", save_every=550,
-                   sample_every=550, samples=16, sample_steps=50),
+                   timesteps=500, schedule="quadratic", variance="fixed_small", save_every=800,
+                   sample_every=800, samples=16, sample_steps=50),
     # CelebA-HQ and LSUN (§4, Appendix B). LSUN took 1.2 to 2.4 million steps, and LSUN Bedroom was
     # not flipped. The released code's variance.
     "256×256": dict(multipliers=[1, 1, 2, 2, 4, 4], dropout=0.0, steps=500_000, batch_size=64,

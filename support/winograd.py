@@ -94,8 +94,8 @@ class Winograd(torch.autograd.Function):
         return dx.permute(0, 3, 1, 2), dw, dy.sum((0, 1, 2))
 
 class Conv(nn.Conv2d):
-    """The same convolution, by Winograd's algorithm in float32 on a CPU: at 16×16 or more, in training
-    at 8×8, too, where one image alone gains nothing."""
+    """The same convolution, by Winograd's algorithm in float32 on a CPU: at 16×16 or more, and in
+    training at 8×8, too, where a single image gains nothing."""
     keeps, u = False, None  # whether the filters are kept (see `keep_filters`), and they
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The machine: device, precision, processes, noise that is counted; and the CPU against the GPU, where there is one."""
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -21,12 +23,12 @@ import bench
 import sample
 import simulated_cuda
 import train
-from helpers import (HERE, SMALL, SMALL_NET, TINY, assert_equal, begin, checkpoint, free_port, losses, random_run,
-                     trains)
+from helpers import (HERE, SMALL, SMALL_NET, TINY, assert_equal, begin, checkpoint, free_port, losses, processes,
+                     random_run, trains)
 from simulated_cuda import simulated
 from support import machine
 from support.checkpoint import Trained, load_checkpoint
-from support.command import UsageError
+from support.command import UsageError, command
 from support.machine import Machine, Noise, seed_of, start_machine
 
 ON_CPU = torch.device("cpu")
@@ -245,6 +247,18 @@ def test_a_seed_is_an_integer():
         with pytest.raises(TypeError):
             machine.Noise(bad, [0], (2,))
     assert torch.equal(machine.Noise(torch.tensor(3), [0], (2,))(1), machine.Noise(3, [0], (2,))(1))
+
+
+def test_whoever_waits_for_a_process_that_ended_says_so():
+    """In words of our own, with status 1; the one that ended has said why."""
+    def job(machine):
+        if machine.is_main:  # the other one is gone by then, or goes
+            main, said = command(lambda argv: machine.agree("weights", 1)), io.StringIO()
+            with contextlib.redirect_stderr(said):
+                return main([]), said.getvalue()
+    (status, line), _ = processes(job)
+    assert status == 1 and line.endswith("another process has failed; its own message says why\n")
+    assert line.count("\n") == 1
 
 
 def test_one_process_alone_waits_for_nobody():

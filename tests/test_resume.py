@@ -258,11 +258,11 @@ def test_a_run_inside_its_pictures_is_refused(capsys):
 
 def test_log_is_cut_back_to_the_checkpoint(capsys):
     """Lines after the checkpoint, and half a line, are gone when the run goes on; so is a line that
-    a power cut has filled with zeros, and a file that is half written. A run that has no more to do says which flag gives it more."""
+    a power cut has filled with zeros, one of so many brackets that no parser ends, and a file that is half written. A run that has no more to do says which flag gives it more."""
     trains(*SMALL, "--steps", 4)
     before = losses()
     with open("runs/images/log.jsonl", "a") as file:
-        file.write('\0\0\0\n{"step": 6, "loss": 9}\n{"step": 8, "lo')
+        file.write('\0\0\0\n' + 10_000 * "[" + '\n{"step": 6, "loss": 9}\n{"step": 8, "lo')
     Path("runs/images/.0123456789abcdef.part").write_bytes(b"half")
     trains(*SMALL, "--steps", 8)
     assert not list(Path("runs/images").glob(".*.part"))

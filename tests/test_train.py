@@ -44,10 +44,10 @@ PAPER = {  # §4 and Appendix B; of the released code alone: flips as a choice, 
     "save_every": 5000, "sample_every": 25_000, "samples": 64, "sample_steps": 50, "keep": None}
 HUGE = {**PAPER, "steps": 500_000, "batch_size": 64, "lr": 2e-5, "dropout": 0.0,
          "multipliers": [1, 1, 2, 2, 4, 4], "variance": "fixed_small", "samples": 16}
-SHAPES = {**PAPER, "dataset": "shapes", "steps": 1650, "batch_size": 16, "lr": 5e-3,
+SHAPES = {**PAPER, "dataset": "shapes", "steps": 1600, "batch_size": 16, "lr": 5e-3,
           "warmup": 100, "decay": 0.6, "ema": 0.99, "dropout": 0.0, "channels": 64, "multipliers": [1, 1],
           "blocks": 1, "attention": [], "timesteps": 500, "schedule": "quadratic", "variance": "fixed_small",
-          "save_every": 550, "sample_every": 550, "samples": 16, "sample_steps": 50}
+          "save_every": 800, "sample_every": 800, "samples": 16, "sample_steps": 50}
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +231,7 @@ def test_settings_that_fit_are_taken(given, side):
     ("--lr 0", 2, "--lr 0"), ("--predict score", 2, "--predict score eps"), ("--channels 40", 2, "--channels 40 32"),
     ("--beta-end 0.001", 2, "--beta-end"), ("--dataset nowhere", 2, "nowhere cifar10 shapes"),
     ("--skip-bad", 2, "--skip-bad folder"),
-    ("--ema 1 --no-ema-ramp", 2, "--ema"),
+    ("--ema 1 --no-ema-ramp", 2, "--ema"), ("--multipliers 1 1 1 1 1", 2, "--image-size --multipliers"),
     ("--device tpu", 2, "--device tpu"), ("--step 3", 2, "--step --help"),
     ("--variance learned", 2, "--variance --objective"), ("--attention 16", 2, "--attention 16"),
     ("--schedule cubic", 2, "--schedule cubic linear"), ("--init nothing.pt", 1, "nothing.pt"),
