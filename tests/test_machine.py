@@ -191,15 +191,15 @@ def test_three_processes(tmp_path):
 
 def in_processes(*commands: str) -> list[tuple[int, str]]:
     """Status and last line on stderr of processes of torchrun, each with a command and folder of its own."""
-    port, processes = free_port(), []
-    for rank, command in enumerate(commands):
+    port, started = free_port(), []
+    for rank, line in enumerate(commands):
         env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(commands)), "LOCAL_RANK": str(rank),
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        script, *flags = command.split()
-        processes.append(subprocess.Popen([sys.executable, HERE / script, *flags], env=env, cwd=f"rank-{rank}",
-                                          stderr=subprocess.PIPE, text=True))
-    ends = [process.communicate(timeout=120)[1] for process in processes]
-    return [(process.returncode, err.strip().splitlines()[-1]) for process, err in zip(processes, ends)]
+        script, *flags = line.split()
+        started.append(subprocess.Popen([sys.executable, HERE / script, *flags], env=env, cwd=f"rank-{rank}",
+                                        stderr=subprocess.PIPE, text=True))
+    ends = [process.communicate(timeout=120)[1] for process in started]
+    return [(process.returncode, err.strip().splitlines()[-1]) for process, err in zip(started, ends)]
 
 
 @pytest.mark.parametrize("commands, said", [
