@@ -150,7 +150,8 @@ def command(main: Callable) -> Callable:
                         f"{PACKAGES[error.name]}")
             elif "out of memory" in text or "can't allocate memory" in text:
                 text = "out of memory: use fewer images per batch or a smaller network"
-            elif isinstance(error, getattr(dist, "DistError", ())) or "[gloo" in text:
+            elif isinstance(error, getattr(dist, "DistError", ())) or (
+                    isinstance(error, RuntimeError) and "gloo" in text):
                 text = "another process has failed; its own message says why"
             elif not (isinstance(error, OSError) or is_expected(error)):
                 last = own_places(error)[-1]

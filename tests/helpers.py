@@ -206,7 +206,8 @@ def process(job, rank: int, place: str, pipe) -> None:
     except BaseException:
         found = False, traceback.format_exc()
     pipe.send_bytes(pickle.dumps(found))
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a command that has failed has ended it
+        dist.destroy_process_group()
 
 
 def processes(job) -> list:
