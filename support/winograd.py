@@ -82,6 +82,8 @@ class Winograd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple:
+        if torch.is_grad_enabled():  # with create_graph; u was computed outside the graph
+            raise NotImplementedError("no second derivative here: use the network without `placed`")
         x, u = ctx.saved_tensors
         (_, k, c), x, dy = u.shape, x.permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1)
         dx, du = torch.empty_like(x), torch.empty_like(u)

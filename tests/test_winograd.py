@@ -53,6 +53,14 @@ def test_its_gradients_are_those_of_finite_differences():
         torch.autograd.gradcheck(winograd.Winograd.apply, [z.requires_grad_() for z in (x, weight, bias)])
 
 
+def test_a_second_derivative_is_refused():
+    """It would lack the part of the weights."""
+    x, weight, bias, dy = case(1, 2, 3, 1, 1, seed=4)
+    y = winograd.Winograd.apply(x.requires_grad_(), weight.requires_grad_(), bias)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(y, x, dy, create_graph=True)
+
+
 def test_its_rounding_in_float32():
     """With 256 channels the root mean square of the error is below 1e-5 of that of the result."""
     x, weight, bias, dy = case(2, 256, 128, 4, 4, seed=3)
