@@ -134,9 +134,11 @@ def make_schedule(T: int = 1000, kind: str = "linear",
 def _at(table: Tensor, t: Tensor) -> Tensor:
     """The entries (B,) of a table of the schedule at the times t (B,): integers from 0.
 
-    ValueError if the two are on different devices; IndexError or RuntimeError for times that are
-    not integers or lie outside the table.
+    ValueError if t is no tensor, or on another device; IndexError or RuntimeError for times that
+    are not integers or lie outside the table.
     """
+    if not isinstance(t, Tensor):
+        raise ValueError(f"t is a {type(t).__name__}: it must be a tensor, one time per image")
     if table.device != t.device:
         raise ValueError(f"the schedule is on {table.device} and t on {t.device}: move one of them,"
                          f" as in s.to({str(t.device)!r})")

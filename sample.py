@@ -252,6 +252,8 @@ def main(argv=None) -> int:
 
 def draw_folder(trained: Trained, sampler: Sampler, args, machine: Machine) -> None:
     """A PNG for each image. Keeps what is there if samples.json records the same settings."""
+    if (args.out / "checkpoint.pt").exists():
+        raise UsageError(f"--out {args.out} is the folder of a run: give another")
     machine.agree("samples that are there", lambda: sorted(args.out.glob("*.png")))
     note, about = args.out / "samples.json", {
         "weights": weights_hash(trained).hex(), "seed": args.seed, "sampler": sampler.about,

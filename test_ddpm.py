@@ -1004,6 +1004,8 @@ def edges():
         for name, call in (("p_mean_variance", lambda m: ddpm.p_mean_variance(m, x, t)),
                            ("loss_simple", lambda m: ddpm.loss_simple(m, x, t, x))):
             yield name, lambda call=call, out=out: call(Model(s, lambda x, t: out)), "same shape"
+    for number in (5, [5, 5, 5]):
+        yield "q_sample", lambda number=number: ddpm.q_sample(s, x, number, x), "must be a tensor"
     for start in (0, -5, 11, 10 ** 9):
         for name, loop in (("p_sample_loop", ddpm.p_sample_loop), ("ddim_loop", ddpm.ddim_loop)):
             yield name, lambda loop=loop, start=start: list(loop(model, x, lambda t: x, start)), "choose 1 … 10"

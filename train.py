@@ -311,7 +311,8 @@ def restore(run: Run, state: dict) -> int:
     if state["data"] != run.fingerprint:
         raise ValueError(f"the images of {run.settings['dataset']} are not those with which the "
                          f"run in {run.folder} began (or it is of an older version, which compared "
-                         "them in another way)")
+                         f"them in another way): to train on with them give --init {run.folder} "
+                         "and another --out")
     if state["dtype"] != str(run.machine.dtype) and run.machine.is_main:
         say(f"warning: this run was in {state['dtype']}, and goes on in {run.machine.dtype}")
     parameters, groups = list(run.net.parameters()), run.adam.state_dict()["param_groups"]

@@ -308,9 +308,10 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        kind = "a link to nothing" if os.path.islink(error.filename) else "a file, not a folder"
-        raise ValueError(f"--out {folder}: {error.filename} is {kind}") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        kind = "a link to nothing" if os.path.islink(file) else "a file, not a folder"
+        raise ValueError(f"--out {folder}: {file} is {kind}") from error
     with open(folder / ".lock", "a") as file:
         with contextlib.suppress(ImportError):
             import fcntl

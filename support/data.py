@@ -44,6 +44,7 @@ FILES = {  # name → base address; file and SHA-256 of the training and of the 
 NAMES = (*FILES, "shapes")
 VAL = ("val", "valid", "validation")
 SPLITS = {"train": ("train",), "test": ("test", *VAL), "val": VAL}  # the first subfolder
+LIKE_SPLITS = ("training", "testing", "eval", "evaluation", "dev")  # are none
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "AVIF", "HEIF")
 COPIES = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found",
           "System Volume Information")  # made by the system, skipped like hidden folders
@@ -68,8 +69,8 @@ def shape(name: str, image_size: int | None = None) -> tuple[int, int, int]:
     if name.endswith(".pt"):
         return tuple(read_tensor(Path(name)).shape[1:])
     if name != "shapes" and not Path(name).is_dir():
-        raise UsageError(f"unknown data set {name!r}: choose {', '.join(NAMES)}, a .pt file "
-                         "or a folder of pictures")
+        raise UsageError(f"no data set and no folder is called {name!r}: --dataset takes "
+                         f"{', '.join(NAMES)}, a .pt file or a folder of pictures")
     side = image_size or (16 if name == "shapes" else 256)
     return 3, side, side
 
@@ -113,7 +114,13 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
     if exact and not splits:
         raise UsageError(f"--split {split}: {name} has no splits")
     if not folder.is_dir():
-        return read_tensor(folder), "which has no splits"
+        x = read_tensor(folder)
+        if x[:1000].max() <= 1:
+            say(f"warning: {name} is black: its values are at most 1, of 255")
+        return x, "which has no splits"
+    if not splits and (others := sorted(parts.keys() & {*SPLITS["test"], *LIKE_SPLITS})):
+        say(f"warning: {name} has no train/ beside test/ or val/: all its pictures are used, those "
+            f"in {others[0]}/, too")
     if splits:
         beside = sum(file.suffix.lower() in picture_endings() for file in folder.iterdir())
         folder = next((parts[part] for part in SPLITS[split] if part in parts), None)

@@ -150,7 +150,7 @@ def test_the_status_tells_how_a_command_ended(error, status, said, capsys, monke
         assert ends(error) == status
 
 
-@pytest.mark.parametrize("flags, status, said", [("--out ''", 2, "blank"), ("--out images.pt", 1, "a file, not a folder"),
+@pytest.mark.parametrize("flags, status, said", [("--out ''", 2, "blank"), ("--out images.pt", 1, "a file, not a folder"), ("--out images.pt/x", 1, "images.pt is a file, not a folder"),
                                                  ("--out link/run", 1, "link is a link to nothing")])
 def test_a_folder_that_cannot_be_one_is_said(flags, status, said, in_a_folder_of_its_own, capsys):
     """Kills: a run in the current folder because a variable of the shell was not set."""

@@ -949,9 +949,30 @@ def test_what_pillow_misreads_is_refused(tmp_path, colour, tags):
 
 def test_small_pictures_are_enlarged_and_it_is_said(tmp_path):
     """Without --image-size those of 32×32 pixels would become 256×256 without a word."""
+    pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     for side, notes in ((32, ()), (33, ("are smaller than 33×33, and enlarged",))):
         (tmp_path / "x.png").write_bytes(data.png(picture(3, 32, 40)))
         assert decode(tmp_path / "x.png", side, *notes).shape == (3, side, side)
+
+
+@pytest.mark.parametrize("folders, said", [
+    ("cats dogs", ""), ("train test", ""), ("train dogs", ""), ("training testing", "in testing/"), ("test val", "in test/"),
+    ("train dev", "in dev/")])
+def test_what_only_looks_like_a_split_is_said(decoded, capsys, folders, said):
+    """training/ and testing/ are used together, like test/ and val/ without train/; with a warning."""
+    for folder in folders.split():
+        fill(f"p/{folder}", a_png=1)
+    data.load("p", "cache")
+    err = capsys.readouterr().err
+    assert ("warning: p has no train/ beside" in err) == bool(said) and said in err
+
+
+def test_images_of_0_and_1_are_said_to_be_black(tmp_path, capsys):
+    """`.byte()` of images in [0, 1]."""
+    for x, black in ((torch.rand(4, 3, 2, 2), True), (torch.rand(4, 3, 2, 2) * 255, False)):
+        torch.save(x.byte(), tmp_path / "x.pt")
+        data.load(str(tmp_path / "x.pt"))
+        assert ("is black" in capsys.readouterr().err) == black
 
 
 def test_a_split_in_two_spellings_is_refused(decoded):

@@ -448,6 +448,14 @@ def test_drawing_in_inference_mode_leaves_the_network_usable(small):
         assert torch.equal(first, sample.draw_samples(small, 2, 0, 2, here, steps=2))
 
 
+def test_samples_do_not_lie_among_the_files_of_a_run(run, capsys):
+    """There the grids would be scored with them."""
+    before = sorted(Path("runs/images").iterdir())
+    assert sample.main("--n 2 --steps 2 --device cpu --out runs/images".split()) == 2
+    assert "runs/images is the folder of a run" in capsys.readouterr().err.splitlines()[-1]
+    assert {*Path("runs/images").iterdir()} - {*before} <= {Path("runs/images/.lock")}
+
+
 def test_unknown_choices_from_python_are_refused(small):
     """A sampler by another name is no Algorithm 2; no number of steps means another."""
     for how, part in (({"sampler": "DDIM"}, "DDIM"), ({"sampler": "euler"}, "euler"), ({"steps": 0}, "0"), ({"steps": 1}, "1"),
