@@ -235,8 +235,12 @@ def read_samples(path: Path, cache: str | Path, skip_bad: bool = False) -> Tenso
     """
     if not path.is_dir():
         return read_tensor(path)
-    sizes = {}
-    for file in listing(path)[0]:
+    sizes, files = {}, listing(path)[0]
+    names = [f"{i:06d}.png" for i in range(len(files))]  # as sample.py draws them
+    if (path / "samples.json").exists() and [str(f.relative_to(path)) for f in files] != names:
+        raise ValueError(f"{path} holds other pictures than samples 000000.png, 000001.png, … in "
+                         "turn: one is missing, or was added")
+    for file in files:
         with contextlib.suppress(ValueError):  # `read_folder` reports or skips it
             with reading(file, "a picture"), opened(file) as picture:
                 sizes.setdefault(picture.size, file)

@@ -743,6 +743,22 @@ def test_samples_of_a_folder_have_one_size(decoded):
         data.read_samples(Path("none"), "cache")
 
 
+def test_samples_that_are_missing_or_were_added_are_not_scored(decoded):
+    """In a folder of sample.py, which numbers them: a copy would count twice, as if it were drawn."""
+    fill("s", **{f"{i:06d}_png": i for i in range(3)})
+    Path("s/samples.json").write_bytes(b"{}")
+    assert len(data.read_samples(Path("s"), "cache")) == 3
+    for other in ("000000 (1).png", "sub/000003.png", "000004.png"):
+        Path("s/sub").mkdir(exist_ok=True)
+        Path("s", other).write_bytes(Path("s/000000.png").read_bytes())
+        with pytest.raises(ValueError, match="one is missing, or was added"):
+            data.read_samples(Path("s"), "cache")
+        Path("s", other).unlink()
+    Path("s/000001.png").unlink()
+    with pytest.raises(ValueError, match="one is missing, or was added"):
+        data.read_samples(Path("s"), "cache")
+
+
 def test_an_unreadable_folder_is_an_error(decoded):
     """As anyone but root."""
     fill("p/b", a_png=1)
