@@ -318,8 +318,11 @@ def main(argv=None) -> int:
                 picture, t = decode(trained, content)
             except (BadFile, EOFError) as error:
                 raise ValueError(f"{source} cannot be decoded: {error}") from error
-            file.write(data.png(picture))
             total = HEADER + int.from_bytes(content[10:HEADER], "big")
+            if t and not args.bytes:
+                raise ValueError(f"{source} is cut off, {len(content)} of {total} bytes: --bytes "
+                                 f"{len(content)} shows what they tell")
+            file.write(data.png(picture))
             said = f"shows what {len(content)} of {total} bytes tell: " + (
                 f"an estimate, x̂_0 at step {t} of {STEPS}" if t else "the pixels, exactly")
     say(f"{target} {said}")

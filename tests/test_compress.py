@@ -573,6 +573,16 @@ def test_no_more_images_are_measured_than_there_are(run, capsys):
     assert "--n 999: there are 2 test images" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_file_that_is_cut_off_is_no_picture(run, capsys):
+    """An estimate in place of the picture is only shown if --bytes asks for it."""
+    content = compress.encode(checkpoint.load("runs/images"), picture(3), 1)
+    Path("a.ddpm").write_bytes(content[:-1])
+    assert compress.main("decode a.ddpm b.png".split()) == 1 and not Path("b.png").exists()
+    line, n = capsys.readouterr().err, len(content)
+    assert f"a.ddpm is cut off, {n - 1} of {n} bytes: --bytes {n - 1}" in line and line.count("\n") == 1
+    assert compress.main(f"decode --bytes {n - 1} a.ddpm b.png".split()) == 0 and Path("b.png").exists()
+
+
 def test_too_few_bytes_are_one_line(run, capsys):
     """Of a good file; no picture is left."""
     Path("a.ddpm").write_bytes(compress.encode(checkpoint.load("runs/images"), picture(3), 1))
