@@ -270,7 +270,7 @@ def main(argv=None) -> int:
     side = settings.get("image_size") if made is None else made.shape[2]
     if not name:
         raise UsageError("--dataset is missing, and the checkpoint names none")
-    if args.skip_bad and not any(Path(x).is_dir() for x in (name, args.samples or "-")):
+    if args.skip_bad and not any(Path(x).is_dir() for x in (name, args.samples) if x):
         raise UsageError("--skip-bad has no effect: there is no folder of pictures")
     with machine.main_first():
         images, about = data.load(

@@ -209,6 +209,8 @@ def parse(argv):
     if args.out.suffix not in ((".png",) if args.figure else (".png", ".pt", "")):
         raise UsageError(f"--out {args.out}: " + ("a figure is a .png file" if args.figure else
                          "it must end in .png or .pt, or be a folder without a dot in its name"))
+    if (args.out / "checkpoint.pt").exists():
+        raise UsageError(f"--out {args.out} is the folder of a run: give another")
     args.n = args.n or (8 if args.figure else 64)
     return args
 
@@ -252,8 +254,6 @@ def main(argv=None) -> int:
 
 def draw_folder(trained: Trained, sampler: Sampler, args, machine: Machine) -> None:
     """A PNG for each image. Keeps what is there if samples.json records the same settings."""
-    if (args.out / "checkpoint.pt").exists():
-        raise UsageError(f"--out {args.out} is the folder of a run: give another")
     machine.agree("samples that are there", lambda: sorted(args.out.glob("*.png")))
     note, about = args.out / "samples.json", {
         "weights": weights_hash(trained).hex(), "seed": args.seed, "sampler": sampler.about,

@@ -383,8 +383,8 @@ def draw_grid(run: Run, step: int) -> None:
     """Samples with the averaged weights, unless they are there: the same noise in every grid."""
     settings, machine, n = run.settings, run.machine, run.settings["samples"]
     path = run.folder / f"samples-{step:07d}.png"
-    blank = data.tiled(torch.zeros(n or 1, *run.images.shape[1:], dtype=torch.uint8))
-    if n and not data.is_png(path, blank.shape):
+    blank = torch.zeros(n, *run.images.shape[1:], dtype=torch.uint8)
+    if n and not data.is_png(path, data.tiled(blank).shape):
         images = sample.draw_samples(
             Trained(run.ema, run.model.s, settings, ""), n, settings["seed"], 32, machine,
             Progress(n, "samples", quiet=not machine.is_main),

@@ -103,13 +103,8 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
         if name == "cifar10":
             return read_cifar10(path, split), about
         return F.pad(read_idx(path), (2, 2, 2, 2)), f"{about}, padded from 28×28 to 32×32"
-    folder, about, parts = Path(name), "all pictures", {}
-    if folder.is_dir():
-        folders = [part for part in folder.iterdir() if part.is_dir()]
-        parts = {part.name.lower(): part for part in folders}
-        if twice := [part.name for part in folders if part not in parts.values()
-                     and part.name.lower() in ("train", *SPLITS["test"])]:
-            raise ValueError(f"{name} has {twice[0]}/ in upper and in lower case: rename one")
+    folder, about = Path(name), "all pictures"
+    parts = subfolders(folder)
     splits = "train" in parts and parts.keys() & SPLITS["test"]
     if exact and not splits:
         raise UsageError(f"--split {split}: {name} has no splits")
@@ -129,6 +124,15 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
         about = f"{folder.name} split" + f", without {beside} pictures beside it" * (beside > 0)
     return (read_folder(folder, Path(data_dir), side, skip_bad),
             f"{about}, centre-cropped, in RGB")
+
+def subfolders(folder: Path) -> dict[str, Path]:
+    """Its subfolders by their names in lower case; of a file none. ValueError for a split twice."""
+    found = [part for part in folder.iterdir() if part.is_dir()] if folder.is_dir() else []
+    parts = {part.name.lower(): part for part in found}
+    for part in found:
+        if part not in parts.values() and part.name.lower() in ("train", *SPLITS["test"]):
+            raise ValueError(f"{folder} has {part.name}/ in upper and in lower case: rename one")
+    return parts
 
 def fetch(address: str, path: Path, sha256: str | None = None) -> Path:
     """Downloads `address` to `path`, unless it exists. OSError says where to put it by hand."""
